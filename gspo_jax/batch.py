@@ -1,0 +1,86 @@
+"""The records that travel from stage to stage, every axis named.
+
+    Problem ──prompt──▶ Completions ──reward, advantage──▶ Rollout ──▶ TrainBatch ──▶ update
+
+Axes: P prompts of a step, G responses to each, B = P * G rows (row b answers prompt b // G),
+T response tokens, S positions of prompt and response together. Response arrays are aligned to
+the token they speak of: `logp[b, t]` is the log-probability of response token t of row b.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question, with all that is known of it.
+
+    Attributes:
+        id: a name for the logs, unique within its task.
+        prompt: the question, or a chat as a list of `{"role": ..., "content": ...}`.
+        answer: the gold answer; None where only a user's reward function can tell.
+        columns: every other field of the data row, passed by name to reward functions.
+    """
+
+    id: str
+    prompt: str | list[dict[str, str]]
+    answer: str | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+class Completions(NamedTuple):
+    """What the sampler returns, on the host.
+
+    Attributes:
+        tokens: the sampled ids, EOS included; what lies after it has no meaning.
+        mask: true on response tokens up to and including EOS.
+        logp: log-probability of each token at the sampling temperature, in nats.
+        truncated: true where the response ended at the length limit instead of an EOS.
+    """
+
+    tokens: Int[np.ndarray, "B T"]
+    mask: Bool[np.ndarray, "B T"]
+    logp: Float[np.ndarray, "B T"]
+    truncated: Bool[np.ndarray, " B"]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One step's prompts, responses and scores, on the host.
+
+    Attributes:
+        problems: P problems.
+        prompts: their token ids.
+        completions: G responses to each.
+        texts: the responses decoded without special tokens, for rewards and logs.
+        rewards: each reward function's own scores by its name; NaN where it did not score.
+        reward: their weighted sum; NaN means "not scored".
+        log: numbers that reward functions asked to have logged.
+    """
+
+    problems: list[Problem]
+    prompts: list[list[int]]
+    completions: Completions
+    texts: list[str]
+    rewards: dict[str, Float[np.ndarray, " B"]]
+    reward: Float[np.ndarray, " B"]
+    log: dict[str, float] = field(default_factory=dict)
+
+
+class TrainBatch(NamedTuple):
+    """What the update sees: rows of prompt + response, right-padded.
+
+    Attributes:
+        tokens: prompt ids, then response ids, then padding.
+        prompt_length: where each response starts; response token t is `tokens[:, length + t]`.
+        mask: true on response tokens that are trained on.
+        adv: one advantage per response, or one per token where the loss takes them.
+    """
+
+    tokens: Int[np.ndarray, "B S"]
+    prompt_length: Int[np.ndarray, " B"]
+    mask: Bool[np.ndarray, "B T"]
+    adv: Float[np.ndarray, " B"] | Float[np.ndarray, "B T"]

@@ -1,0 +1,31 @@
+"""What a user can get wrong, and the exit code of each.
+
+Every message is one line: what was got, what is wanted, what to change, with the name that the
+user typed. The command line prints it and exits with `exit_code`; a traceback needs `--debug`.
+"""
+
+FINISHED, UNEXPECTED, INTERRUPTED, PREEMPTED = 0, 1, 130, 75
+
+
+class ConfigError(ValueError):
+    """A setting, an argument or a combination of them is not possible."""
+
+    exit_code = 2
+
+
+class DataError(ValueError):
+    """A data file, a reward function or a model directory is not what it should be."""
+
+    exit_code = 3
+
+
+class NumericalError(ArithmeticError):
+    """The numbers are no longer finite, more often than the budget allows."""
+
+    exit_code = 4
+
+
+class StorageError(OSError):
+    """A run directory or a checkpoint cannot be read, written or locked."""
+
+    exit_code = 6
