@@ -1,0 +1,215 @@
+"""Text to token ids and back: the chat template, and the only file that knows special tokens."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from gspo_jax.chat_template import ChatTemplate
+from gspo_jax.errors import DataError
+
+Prompt = str | list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A model directory's tokenizer, with its chat template and its special tokens.
+
+    Attributes:
+        backend: the tokenizer proper.
+        eos_ids: every token that ends a response, the model's own first; never empty.
+        pad_id: what fills the rest of a row. It may be one of `eos_ids`: nothing may therefore
+            tell padding by its value, only by a mask.
+        template: how a chat is written as text; None for a base model without one.
+        specials: `bos_token`, `eos_token`, ... as the template may use them.
+        template_args: further variables of the template, such as `enable_thinking`.
+    """
+
+    backend: tokenizers.Tokenizer
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    template: ChatTemplate | None = None
+    specials: dict[str, str] = field(default_factory=dict)
+    template_args: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id; the model's own table may be larger, never smaller."""
+        return 1 + max(self.backend.get_vocab().values())
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text` as it stands: nothing is put before or after it."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts at once, several times faster than one by one."""
+        return [e.ids for e in self.backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, without special tokens; ids beyond the vocabulary are left out."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """`decode` of many rows."""
+        ids = [[int(i) for i in row] for row in rows]
+        return self.backend.decode_batch(ids, skip_special_tokens=True)
+
+    def render(self, prompt: Prompt) -> str:
+        """`prompt` as the model reads it, up to where its answer begins.
+
+        A string is one user message; without a chat template it is left as it is.
+
+        Raises:
+            DataError: a chat without a template, or a template that refuses this chat.
+        """
+        if self.template is None:
+            if isinstance(prompt, str):
+                return prompt
+            raise DataError(
+                "got a prompt that is a list of messages, but the model has no chat template; "
+                "use prompts that are strings, or add chat_template.jinja to the model directory."
+            )
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return self.template.render(
+            {
+                **self.specials,
+                **self.template_args,
+                "messages": messages,
+                "add_generation_prompt": True,
+            }
+        )
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """The ids of `render(prompt)`; see `encode_prompts`."""
+        return self.encode_prompts([prompt])[0]
+
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """The ids of each prompt, ready for the model to answer.
+
+        A template writes a beginning-of-sequence token itself if the model wants one. Without a
+        template the tokenizer adds what it adds to any text, usually that token or nothing.
+        """
+        texts = [self.render(p) for p in prompts]
+        encodings = self.backend.encode_batch(texts, add_special_tokens=self.template is None)
+        return [e.ids for e in encodings]
+
+
+def load_tokenizer(path: str | Path, *, template_args: dict[str, Any] | None = None) -> Tokenizer:
+    """The tokenizer of a Hugging Face model directory.
+
+    Reads tokenizer.json. A directory that has only older files (vocab.json and merges.txt, or
+    a sentencepiece model) is converted by transformers, which is imported only then.
+
+    Args:
+        path: the directory.
+        template_args: variables for the chat template, such as `{"enable_thinking": False}`.
+
+    Raises:
+        DataError: no such directory, no readable tokenizer in it, or no end-of-sequence token.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise DataError(f"{path}: no such model directory.")
+    settings = _read_json(path / "tokenizer_config.json")
+    backend = _read_backend(path)
+    # Whoever calls cuts and pads; settings saved with the tokenizer must not do it behind them.
+    backend.no_padding()
+    backend.no_truncation()
+    specials = _special_tokens(settings, _read_json(path / "special_tokens_map.json"))
+    generation = _read_json(path / "generation_config.json")
+    model = _read_json(path / "config.json")
+
+    def token_id(name: str) -> list[int]:
+        id_ = backend.token_to_id(specials[name]) if name in specials else None
+        return [] if id_ is None else [id_]
+
+    # A model often stops on more tokens than its tokenizer calls "eos": the end of a turn and
+    # the end of a document.
+    eos_ids = _ids(generation.get("eos_token_id")) + token_id("eos_token")
+    eos_ids = eos_ids or _ids(model.get("eos_token_id"))
+    if not eos_ids:
+        raise DataError(
+            f"{path}: no end-of-sequence token; set eos_token_id in generation_config.json "
+            "or eos_token in tokenizer_config.json."
+        )
+    pad_ids = token_id("pad_token") + _ids(generation.get("pad_token_id"))
+    return Tokenizer(
+        backend=backend,
+        eos_ids=tuple(dict.fromkeys(eos_ids)),
+        pad_id=(pad_ids + _ids(model.get("pad_token_id")) + eos_ids)[0],
+        template=_read_template(path, settings),
+        specials=specials,
+        template_args=dict(template_args or {}),
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in `file`, or {} if there is no such file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: not valid JSON ({error}).") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: got a JSON {type(content).__name__}, wanted an object.")
+    return content
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    file = path / "tokenizer.json"
+    if file.is_file():
+        try:
+            return tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the Rust library raises bare Exception
+            raise DataError(f"{file}: not a tokenizer ({error}).") from None
+    if not (path / "tokenizer_config.json").is_file() and not (path / "vocab.json").is_file():
+        raise DataError(f"{path}: no tokenizer.json in this directory.")
+    from transformers import AutoTokenizer
+
+    try:
+        converted = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # whatever the conversion of foreign files may raise
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(
+            f"{path}: no tokenizer.json, and transformers cannot read this tokenizer ({reason})."
+        ) from None
+    backend = getattr(converted, "backend_tokenizer", None)
+    if backend is None:
+        raise DataError(
+            f"{path}: {type(converted).__name__} has no fast form; add a tokenizer.json."
+        )
+    return backend
+
+
+def _special_tokens(*sources: dict[str, Any]) -> dict[str, str]:
+    """`*_token` entries, each a string or an object with its "content"; earlier sources win."""
+    found: dict[str, str] = {}
+    for source in sources:
+        for name, value in source.items():
+            content = value.get("content") if isinstance(value, dict) else value
+            if name.endswith("_token") and isinstance(content, str):
+                found.setdefault(name, content)
+    return found
+
+
+def _ids(value: Any) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
+
+
+def _read_template(path: Path, settings: dict[str, Any]) -> ChatTemplate | None:
+    """chat_template.jinja, else `chat_template` of tokenizer_config.json, else None."""
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        return ChatTemplate(file.read_text(encoding="utf-8"), name=str(file))
+    source = settings.get("chat_template")
+    if isinstance(source, list):  # several named templates
+        named = {t["name"]: t["template"] for t in source}
+        source = named.get("default")
+    if source is None:
+        return None
+    return ChatTemplate(source, name=str(path / "tokenizer_config.json"))
