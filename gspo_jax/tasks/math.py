@@ -1,0 +1,108 @@
+"""Arithmetic made on the spot: problems, worked solutions, and splits that cannot overlap."""
+
+from random import Random
+
+from gspo_jax.batch import Problem
+from gspo_jax.errors import ConfigError
+from gspo_jax.tasks.task import SPLITS, Task, fraction
+from gspo_jax.tasks.verify import accuracy
+
+ARITHMETIC_SIZES = {"train": 20_000, "val": 512, "test": 1024}
+
+Terms = tuple[int, int, int]  # a, b, c of "a+b-c"
+
+
+def arithmetic(*, seed: int = 0, slip: float = 0.0, sizes: dict[str, int] | None = None) -> Task:
+    """Two-digit chains, "What is a+b-c?" with 10 <= a, b, c <= 99 and a+b-c >= 0.
+
+    Each problem carries a worked solution in `columns["completion"]`, to supervise a cold start:
+    the three lines ``47+25=72``, ``72-18=54`` and ``\\boxed{54}``.
+
+    A problem belongs to the split that the hash of its canonical key says (a+b-c and b+a-c are
+    the same problem), whatever the seed: no seed, size or slip can bring a held-out problem into
+    training. "val" and "test" do not depend on the seed either, so that runs with different
+    seeds are judged on the same problems.
+
+    Args:
+        seed: chooses the training problems.
+        slip: probability that a solution forgets its carry or its borrow; see `worked_solution`.
+        sizes: number of problems per split; what is not named keeps ARITHMETIC_SIZES.
+
+    Raises:
+        ConfigError: a slip outside [0, 1], an unknown split, or more problems than exist.
+    """
+    if not 0 <= slip <= 1:
+        raise ConfigError(f"slip={slip} is a probability; it must lie between 0 and 1.")
+    if unknown := sorted(set(sizes or {}) - set(SPLITS)):
+        raise ConfigError(f"sizes names the splits {unknown}; the splits are {list(SPLITS)}.")
+    size = ARITHMETIC_SIZES | (sizes or {})
+    terms = {
+        split: _draw(split, size[split], Random(seed if split == "train" else split))
+        for split in SPLITS
+    }
+
+    def problem(split: str, index: int) -> Problem:
+        a, b, c = terms[split][index]
+        return Problem(
+            id=f"{a}+{b}-{c}",
+            prompt=f"What is {a}+{b}-{c}?",
+            answer=str(a + b - c),
+            columns={"completion": worked_solution(a, b, c, slip=slip)},
+        )
+
+    return Task("arithmetic", size, problem, accuracy)
+
+
+def worked_solution(a: int, b: int, c: int, *, slip: float = 0.0) -> str:
+    """a+b-c step by step, ending in a boxed value.
+
+    With probability `slip` (decided by the hash of the problem, so always the same way) one step
+    forgets its carry, as in 47+25=62, or its borrow, as in 72-18=64: the step is wrong by ten
+    and the rest follows from it without a further error. A problem without carry and borrow,
+    or one whose wrong value would be negative, is always solved correctly.
+    """
+    total = a + b
+    slips = []
+    if a % 10 + b % 10 >= 10 and total - 10 >= c:
+        slips.append("carry")
+    if total % 10 < c % 10:
+        slips.append("borrow")
+    key = canonical_key(a, b, c)
+    kind = None
+    if slips and fraction(f"slip {key}") < slip:
+        kind = slips[int(fraction(f"kind {key}") * len(slips))]
+    total -= 10 * (kind == "carry")
+    result = total - c + 10 * (kind == "borrow")
+    return f"{a}+{b}={total}\n{total}-{c}={result}\n\\boxed{{{result}}}"
+
+
+def canonical_key(a: int, b: int, c: int) -> str:
+    """The same text for two problems exactly when they differ only in the order of the sum."""
+    return f"{min(a, b)}+{max(a, b)}-{c}"
+
+
+def split_of(key: str) -> str:
+    """The one split a problem can ever be in: 80 % train, 7 % val, 13 % test of all keys."""
+    u = fraction(f"split {key}")
+    return "train" if u < 0.80 else "val" if u < 0.87 else "test"
+
+
+def _draw(split: str, count: int, rng: Random) -> list[Terms]:
+    """The first `count` problems of `split` that `rng` comes upon, without repetition."""
+    found: dict[str, Terms] = {}
+    # 332,000 problems exist. Drawing finds nine tenths of a split within 60 draws each; a
+    # request beyond that is a mistake, and must not turn into an endless loop.
+    for _ in range(2_000_000 if count else 0):
+        a, b, c = (10 + int(90 * rng.random()) for _ in range(3))
+        if a + b < c:
+            continue
+        key = canonical_key(a, b, c)
+        if key not in found and split_of(key) == split:
+            found[key] = (a, b, c)
+            if len(found) == count:
+                break
+    if len(found) < count:
+        raise ConfigError(
+            f"sizes.{split}={count}: only about {len(found)} such problems exist; ask for fewer."
+        )
+    return list(found.values())
