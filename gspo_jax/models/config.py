@@ -4,7 +4,6 @@ Whatever would change the mathematics and is not implemented is refused by name.
 changes nothing for these families is ignored.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +33,7 @@ NEUTRAL = {
     "quantization_config": (None,),
     "mlp_bias": (None, False),
     "is_causal": (None, True),
+    "use_mrope": (None, False),
     "use_bidirectional_attention": (None, False),
 }
 
@@ -107,7 +107,7 @@ class QwenConfig:
             DataError: a key is missing, impossible, or asks for what is not implemented.
         """
         if not isinstance(hf, dict):
-            raise DataError(f"config.json holds a {type(hf).__name__}, not an object.")
+            raise DataError(f"wanted an object, got a {type(hf).__name__}.")
         family = hf.get("model_type")
         if family == "qwen3_moe":
             raise DataError("model_type='qwen3_moe': mixtures of experts are not supported yet.")
@@ -242,7 +242,8 @@ def _check_size(key: str, value: Any, limit: int) -> None:
 
 
 def _check_number(key: str, value: Any, *, low: float, high: float) -> None:
-    if type(value) is not float or not math.isfinite(value) or not low < value < high:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low < value < high:  # NaN fails the comparison
         raise DataError(f"{key}={_short(value)}: wanted a number between {low} and {high:g}.")
 
 

@@ -1,0 +1,277 @@
+"""Hugging Face directories in and out, through one table of names.
+
+Loading goes tensor by tensor from the file into its place, dtype and sharding; saving goes
+tensor by tensor from its place into the file. The model is never twice in memory. Reading
+weights with another dtype than the files' and writing them again loses no bit as long as the
+dtype in memory is the wider one.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import DTypeLike
+
+from gspo_jax.errors import ConfigError, DataError, NumericalError
+from gspo_jax.models import files
+from gspo_jax.models.config import DTYPES, QwenConfig
+from gspo_jax.models.qwen import Qwen
+from gspo_jax.sharding import sharding_for
+
+# Our attribute path -> the name on disk, and whether the matrix is transposed there: torch's
+# Linear keeps [out, in], our kernels are [in, out].
+NAMES = {
+    "embed": ("model.embed_tokens.weight", False),
+    "layers.{}.input_norm": ("model.layers.{}.input_layernorm.weight", False),
+    "layers.{}.q": ("model.layers.{}.self_attn.q_proj.weight", True),
+    "layers.{}.k": ("model.layers.{}.self_attn.k_proj.weight", True),
+    "layers.{}.v": ("model.layers.{}.self_attn.v_proj.weight", True),
+    "layers.{}.q_bias": ("model.layers.{}.self_attn.q_proj.bias", False),
+    "layers.{}.k_bias": ("model.layers.{}.self_attn.k_proj.bias", False),
+    "layers.{}.v_bias": ("model.layers.{}.self_attn.v_proj.bias", False),
+    "layers.{}.q_norm": ("model.layers.{}.self_attn.q_norm.weight", False),
+    "layers.{}.k_norm": ("model.layers.{}.self_attn.k_norm.weight", False),
+    "layers.{}.o": ("model.layers.{}.self_attn.o_proj.weight", True),
+    "layers.{}.post_norm": ("model.layers.{}.post_attention_layernorm.weight", False),
+    "layers.{}.gate": ("model.layers.{}.mlp.gate_proj.weight", True),
+    "layers.{}.up": ("model.layers.{}.mlp.up_proj.weight", True),
+    "layers.{}.down": ("model.layers.{}.mlp.down_proj.weight", True),
+    "final_norm": ("model.norm.weight", False),
+    "head": ("lm_head.weight", True),
+}
+EMBED, HEAD = NAMES["embed"][0], NAMES["head"][0]
+
+# What a directory lends to another model's export, byte for byte, where it has them.
+LENT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE",
+)
+LENT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SHARD_BYTES = 5 * 10**9
+
+
+class Slot(NamedTuple):
+    """One parameter of ours and its counterpart on disk."""
+
+    path: tuple[str | int, ...]
+    param: nnx.Param
+    name: str
+    shape: tuple[int, ...]  # on disk
+    transposed: bool
+
+
+def load_model(
+    path: str | os.PathLike, *, dtype: DTypeLike = "float32", mesh: Mesh | None = None
+) -> Qwen:
+    """Read a Qwen2, Qwen2.5 or Qwen3 model from a directory of safetensors.
+
+    Args:
+        path: a Hugging Face directory, or a hub id like `Qwen/Qwen3-0.6B`.
+        dtype: of the parameters in memory, and so of the computation.
+        mesh: where to put the parameters, each by its logical axes; None means one device.
+
+    Returns:
+        The model; `model.config.dtype` is the dtype of the files, in which `save_model` writes.
+
+    Raises:
+        DataError: config.json asks for what is not implemented, or the tensors are not those
+            that it describes, or not finite. Nothing outside the directory is read.
+        ConfigError: an unknown dtype.
+    """
+    target = _known_dtype(dtype)
+    directory = files.resolve(path)
+    config = _read_config(directory)
+    found = files.find_tensors(directory)
+    config = _with_dtype_of(found, config)
+    graphdef, state = nnx.split(
+        nnx.eval_shape(lambda: Qwen(config, rngs=nnx.Rngs(0), dtype=target))
+    )
+    slots = _slots(state)
+    _check_tensors(directory, found, slots)
+    if config.tie_word_embeddings and HEAD in found:
+        _check_tied(directory, found)
+    slots.sort(key=lambda slot: (found[slot.name].file, found[slot.name].offset))
+    filled = [(slot.path, _read(found[slot.name], slot, target, mesh)) for slot in slots]
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def save_model(
+    model: Qwen,
+    out_dir: str | os.PathLike,
+    *,
+    like: str | os.PathLike | None = None,
+    card: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a directory that transformers loads; it appears whole or not at all.
+
+    Args:
+        model: its weights are written in `model.config.dtype`.
+        out_dir: must not exist, or be empty.
+        like: a model directory or hub id that lends tokenizer, chat template, generation
+            settings and special token ids.
+        card: the text of README.md.
+        shard_bytes: tensors of one file, at most, unless one alone is larger.
+
+    Raises:
+        DataError: `out_dir` is in use, or `like` cannot be read.
+        NumericalError: a weight is not finite in the dtype of the files.
+        StorageError: the disk is full or not writable.
+    """
+    lender = None if like is None else files.resolve(like)
+    with files.appearing(out_dir) as partial:
+        _write_weights(partial, _slots(nnx.state(model)), model.config.dtype, shard_bytes)
+        ids = _lend(lender, partial) if lender else {}
+        _write_json(partial / "config.json", {**model.config.to_hf(), **ids})
+        if not (partial / "generation_config.json").exists():
+            _write_json(partial / "generation_config.json", ids)
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def _read_config(directory: Path) -> QwenConfig:
+    path = files.file_in(directory, "config.json")
+    content = files.read_json(path)
+    try:
+        return QwenConfig.from_hf(content)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def _slots(state: nnx.State) -> list[Slot]:
+    """Every parameter with its counterpart on disk, in the order of the tree."""
+    slots = []
+    for path, param in nnx.to_flat_state(state):
+        numbers = [part for part in path if isinstance(part, int)]
+        pattern = ".".join("{}" if isinstance(part, int) else part for part in path)
+        name, transposed = NAMES[pattern]
+        shape = tuple(reversed(param.shape)) if transposed else tuple(param.shape)
+        slots.append(Slot(path, param, name.format(*numbers), shape, transposed))
+    return slots
+
+
+def _check_tensors(directory: Path, found: dict[str, files.Tensor], slots: list[Slot]) -> None:
+    """Raise with the first offenders unless the files hold exactly the wanted tensors."""
+    wanted = {slot.name: slot.shape for slot in slots}
+    missing = [f"{n} {list(wanted[n])} is missing" for n in wanted if n not in found]
+    wrong = [
+        f"{n} has shape {list(found[n].shape)}, wanted {list(shape)}"
+        for n, shape in wanted.items()
+        if n in found and found[n].shape != shape
+    ]
+    # A copy of the embedding under the head's name is harmless: _check_tied compares them.
+    extra = [f"{files.short(n)} has no place in it" for n in found if n not in wanted and n != HEAD]
+    offenders = wrong + missing + extra
+    if offenders:
+        more = f"; and {len(offenders) - 4} more" if len(offenders) > 4 else ""
+        raise DataError(
+            f"{directory}: the tensors are not those of its config.json: "
+            f"{'; '.join(offenders[:4])}{more}."
+        )
+
+
+def _check_tied(directory: Path, found: dict[str, files.Tensor]) -> None:
+    """With tie_word_embeddings a stored head must be the embedding, or one of them is a lie."""
+    embed, head = found[EMBED], found[HEAD]
+    if embed.shape != head.shape or not np.array_equal(
+        files.read_tensor(embed).astype(np.float32), files.read_tensor(head).astype(np.float32)
+    ):
+        raise DataError(
+            f"{directory}: {HEAD} differs from {EMBED}, but config.json has "
+            "tie_word_embeddings=true; set it to false to keep the separate head."
+        )
+
+
+def _read(tensor: files.Tensor, slot: Slot, dtype: np.dtype, mesh: Mesh | None) -> nnx.Param:
+    """One tensor, from the file to its devices."""
+    values = files.read_tensor(tensor)
+    _check_finite(values, DataError(f"{tensor.file}: {slot.name}"))
+    values = (values.T if slot.transposed else values).astype(dtype, order="C", copy=False)
+    if tensor.dtype != dtype:  # float16 ends at 65504
+        _check_finite(values, DataError(f"{tensor.file}: {slot.name} in {dtype.name}"))
+    if mesh is None:
+        return slot.param.replace(jnp.asarray(values))
+    sharding = sharding_for(slot.param.axes, mesh, values.shape)
+    return slot.param.replace(jax.device_put(values, sharding))
+
+
+def _write_weights(directory: Path, slots: list[Slot], dtype: str, shard_bytes: int) -> None:
+    """All weights, in one file or in shards with an index."""
+    target = np.dtype(jnp.dtype(dtype))
+    sizes = {slot.name: slot.param.size * target.itemsize for slot in slots}
+    shards: list[list[Slot]] = [[]]
+    for slot in slots:
+        filled = sum(sizes[s.name] for s in shards[-1])
+        if shards[-1] and filled + sizes[slot.name] > shard_bytes:
+            shards.append([])
+        shards[-1].append(slot)
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        one = len(shards) == 1
+        name = files.SINGLE if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        shapes = {slot.name: slot.shape for slot in shard}
+        files.write_tensors(directory / name, shapes, target, (_host(s, target) for s in shard))
+        weight_map |= dict.fromkeys(shapes, name)
+    if len(shards) > 1:
+        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        _write_json(directory / files.INDEX, content)
+
+
+def _host(slot: Slot, dtype: np.dtype) -> np.ndarray:
+    """One parameter as it will lie on disk."""
+    values = np.asarray(jax.device_get(slot.param[...]))
+    values = (values.T if slot.transposed else values).astype(dtype, order="C", copy=False)
+    _check_finite(values, NumericalError(f"{slot.name} in {dtype.name}"))
+    return values
+
+
+def _lend(lender: Path, directory: Path) -> dict[str, Any]:
+    """Copy tokenizer, template and generation settings; return the special token ids."""
+    for name in LENT_FILES:
+        if os.path.lexists(lender / name):
+            (directory / name).write_bytes(files.file_in(lender, name).read_bytes())
+    if not os.path.lexists(lender / "config.json"):
+        return {}
+    hf = files.read_json(files.file_in(lender, "config.json"))
+    return {key: hf[key] for key in LENT_IDS if key in hf}
+
+
+def _with_dtype_of(found: dict[str, files.Tensor], config: QwenConfig) -> QwenConfig:
+    """The files know better than config.json; where they mix dtypes, float32 holds them all."""
+    names = {tensor.dtype.name for tensor in found.values()} or {config.dtype}
+    return dataclasses.replace(config, dtype=names.pop() if len(names) == 1 else "float32")
+
+
+def _check_finite(values: np.ndarray, error: Exception) -> None:
+    bad = values.size - np.count_nonzero(np.isfinite(values))
+    if bad:
+        raise type(error)(f"{error}: {bad} of {values.size} values are not finite.")
+
+
+def _known_dtype(dtype: DTypeLike) -> np.dtype:
+    try:
+        known = np.dtype(jnp.dtype(dtype))
+    except TypeError:
+        known = None
+    if known is None or known.name not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r}: wanted one of {', '.join(DTYPES)}.")
+    return known
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
