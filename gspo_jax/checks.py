@@ -1,0 +1,255 @@
+"""What must hold within and between settings, told before anything is loaded or compiled.
+
+A message says what was got, what is wanted and what to change, with the name that the user typed.
+"""
+
+import difflib
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+from gspo_jax import advantages
+from gspo_jax.errors import ConfigError
+from gspo_jax.losses import LOSSES, RATIO, loss_options
+from gspo_jax.settings import (
+    AlgoConfig,
+    EvalConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    RolloutConfig,
+    RunConfig,
+    TaskConfig,
+)
+from gspo_jax.tasks import SPLITS, TASKS
+
+ADVANTAGES = ("group_normalised", "group_centred", "leave_one_out")
+
+AT_LEAST = {
+    "task.max_prompt_length": 1,
+    "rollout.prompts": 1,
+    "rollout.group_size": 1,
+    "rollout.max_completion_length": 1,
+    "rollout.top_k": 0,
+    "algo.minibatches": 1,
+    "algo.epochs": 1,
+    "algo.microbatch": 0,
+    "algo.kl.coef": 0,
+    "optim.learning_rate": 0,
+    "optim.warmup": 0,
+    "optim.weight_decay": 0,
+    "mesh.fsdp": 1,
+    "eval.problems": 1,
+    "eval.samples": 0,
+    "eval.temperature": 0,
+    "eval.every": 0,
+    "eval.batch": 1,
+    "sft.batch_size": 1,
+    "run.seed": 0,
+    "run.steps": 1,
+    "run.save_every": 0,
+    "run.keep": 1,
+    "run.log_completions": 0,
+    "run.skip_budget": 0,
+}
+
+WIDEST_SEQUENCE_CLIP, NARROWEST_TOKEN_CLIP = 0.05, 0.01
+
+
+def check_numbers(values: dict[str, Any]) -> None:
+    """Single numbers by their dotted names: finite, and at least AT_LEAST."""
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value) and name != "optim.max_grad_norm":
+            raise ConfigError(f"{name}={value}: expected a finite number.")
+    for name, low in AT_LEAST.items():
+        if values[name] < low:
+            raise ConfigError(f"{name}={values[name]:g}: must be at least {low}.")
+
+
+def check_model(model: ModelConfig) -> None:
+    """A model is named; whether it is there is for the model's own loader to say."""
+    if not model.path:
+        raise ConfigError('model.path is empty; give a model directory, or "demo".')
+
+
+def check_task(task: TaskConfig, evaluation: EvalConfig) -> None:
+    """One source of problems, options that it takes, and reward functions by name."""
+    if (task.name is None) == (task.path is None):
+        raise ConfigError(
+            f"task.name={task.name or 'null'} with task.path={task.path or 'null'}: give one, "
+            "a built-in task or data of your own, and set the other to null."
+        )
+    if task.name is None and task.options:
+        raise ConfigError("task.options: these belong to a built-in task; task.path has none.")
+    if task.name is not None:
+        if task.name not in TASKS:
+            raise ConfigError(
+                f"task.name={task.name}: {_meant(task.name, TASKS)}the tasks are {sorted(TASKS)}."
+            )
+        taken = [name for name in inspect.signature(TASKS[task.name]).parameters if name != "seed"]
+        for key in task.options:
+            if key not in taken:
+                raise ConfigError(f"task.options.{key}: {task.name} takes {taken}.")
+    for spec in task.rewards:
+        if not all(spec.rpartition(":")[::2]):
+            raise ConfigError(f"task.rewards: {spec!r} is not module:function or file.py:function.")
+    functions = max(len(task.rewards), 1)
+    if task.reward_weights and len(task.reward_weights) != functions:
+        raise ConfigError(
+            f"task.reward_weights has {len(task.reward_weights)} numbers for {functions} reward "
+            "functions; give one each."
+        )
+    if evaluation.split not in SPLITS:
+        raise ConfigError(f"eval.split={evaluation.split}: the splits are {list(SPLITS)}.")
+
+
+def check_rollout(rollout: RolloutConfig) -> None:
+    """A group to compare within, and a distribution to sample from."""
+    if rollout.group_size < 2:
+        raise ConfigError(
+            f"rollout.group_size={rollout.group_size}: a group-relative advantage needs at least "
+            "2 responses per prompt; with 1 every advantage is zero."
+        )
+    if rollout.temperature <= 0:
+        raise ConfigError(
+            f"rollout.temperature={rollout.temperature:g}: must be above 0; training samples, and "
+            "at 0 a group would hold one response many times."
+        )
+    if not 0 < rollout.top_p <= 1:
+        raise ConfigError(f"rollout.top_p={rollout.top_p:g}: must be above 0 and at most 1.")
+
+
+def check_algo(algo: AlgoConfig, rollout: RolloutConfig) -> None:
+    """Known functions with options that they take, and a rollout that splits evenly."""
+    name = algo.loss.get("name")
+    if name not in LOSSES:
+        meant = _meant(str(name), LOSSES)
+        raise ConfigError(f"algo.loss.name={name}: {meant}the losses are {list(LOSSES)}.")
+    options = [p for p in inspect.signature(LOSSES[name]).parameters if p in loss_options(name)]
+    _check_options("algo.loss", algo.loss, options)
+    for key, value in algo.loss.items():
+        if key.startswith("clip") and value <= 0:
+            raise ConfigError(f"algo.loss.{key}={value:g}: must be above 0.")
+    name = algo.advantage.get("name")
+    if name not in ADVANTAGES:
+        meant = _meant(str(name), ADVANTAGES)
+        raise ConfigError(f"algo.advantage.name={name}: {meant}choose from {list(ADVANTAGES)}.")
+    parameters = inspect.signature(getattr(advantages, name)).parameters.values()
+    numbers = [p.name for p in parameters if isinstance(p.default, int | float)]
+    _check_options("algo.advantage", algo.advantage, numbers)
+    if rollout.prompts % algo.minibatches:
+        raise ConfigError(
+            f"rollout.prompts={rollout.prompts} do not split into algo.minibatches="
+            f"{algo.minibatches} equal parts; change one of them."
+        )
+    rows = rollout.prompts * rollout.group_size // algo.minibatches
+    if algo.microbatch and rows % algo.microbatch:
+        raise ConfigError(
+            f"algo.microbatch={algo.microbatch} does not divide the {rows} responses of a "
+            "minibatch (rollout.prompts * rollout.group_size / algo.minibatches)."
+        )
+
+
+def check_rest(optim: OptimConfig, mesh: MeshConfig, run: RunConfig) -> None:
+    """The optimizer's ranges, the mesh, and where the run is kept."""
+    for name in ("b1", "b2"):
+        if not 0 <= getattr(optim, name) < 1:
+            raise ConfigError(f"optim.{name}={getattr(optim, name):g}: must be in [0, 1).")
+    for name in ("eps", "max_grad_norm"):
+        if not getattr(optim, name) > 0:
+            raise ConfigError(f"optim.{name}={getattr(optim, name):g}: must be above 0.")
+    if mesh.data != -1 and mesh.data < 1:
+        raise ConfigError(f"mesh.data={mesh.data}: at least 1, or -1 for all that remain.")
+    if run.name in (".", "..") or Path(run.name).name != run.name:
+        raise ConfigError(f"run.name={run.name}: a folder's name; run.dir says where it lies.")
+    if not run.dir:
+        raise ConfigError('run.dir is empty; "." is the current directory.')
+    if not run.resume:
+        raise ConfigError('run.resume is empty; give "auto", "never" or a checkpoint.')
+    if unknown := sorted(set(run.report_to) - {"wandb"}):
+        raise ConfigError(f"run.report_to={unknown}: only ['wandb'] is known.")
+
+
+def algo_warnings(algo: AlgoConfig, rollout: RolloutConfig) -> list[str]:
+    """What is possible but probably not meant, one line each."""
+    name = algo.loss["name"]
+    clips = {key: algo.loss[key] for key in ("clip_low", "clip_high") if key in algo.loss}
+    given = ", ".join(f"algo.loss.{key}={value:g}" for key, value in clips.items())
+    out = []
+    if RATIO[name] == "sequence" and max(clips.values(), default=0) > WIDEST_SEQUENCE_CLIP:
+        out.append(
+            f"{given}: the size of a token-ratio clip, but {name} clips a mean over the response, "
+            "which moves far less; the paper has 3e-4 and 4e-4, short responses want some 3e-3."
+        )
+    if RATIO[name] == "token" and min(clips.values(), default=1) < NARROWEST_TOKEN_CLIP:
+        out.append(
+            f"{given}: the size of a sequence-ratio clip, but {name} clips each token's ratio; "
+            "0.2 is usual, and null takes the loss's own default."
+        )
+    if algo.minibatches * algo.epochs == 1 and "clip_low" in loss_options(name):
+        out.append(
+            "algo.minibatches=1 with algo.epochs=1: one update per rollout, at ratio 1, so "
+            "clipping can never act."
+        )
+    cut = [f"rollout.top_p={rollout.top_p:g}"] if rollout.top_p < 1 else []
+    cut += [f"rollout.top_k={rollout.top_k}"] if rollout.top_k else []
+    if cut:
+        out.append(
+            f"{' and '.join(cut)}: responses come from a truncated distribution, while the update "
+            "takes log-probabilities over the whole vocabulary."
+        )
+    return out
+
+
+# What the same thing is called elsewhere, TRL first.
+ELSEWHERE = {
+    "adam_beta1": "optim.b1",
+    "adam_beta2": "optim.b2",
+    "adam_epsilon": "optim.eps",
+    "beta": "algo.kl.coef",
+    "dataset": "task.path",
+    "dataset_name": "task.path",
+    "epsilon": "algo.loss.clip_low",
+    "epsilon_high": "algo.loss.clip_high",
+    "eval_steps": "eval.every",
+    "gradient_accumulation_steps": "algo.microbatch",
+    "gradient_checkpointing": "model.remat",
+    "importance_sampling_level": "algo.loss.name",
+    "kl_coef": "algo.kl.coef",
+    "loss_type": "algo.loss.name",
+    "lr": "optim.learning_rate",
+    "lr_scheduler_type": "optim.schedule",
+    "mask_truncated_completions": "algo.mask_truncated",
+    "max_new_tokens": "rollout.max_completion_length",
+    "max_steps": "run.steps",
+    "model_name_or_path": "model.path",
+    "num_iterations": "algo.epochs",
+    "output_dir": "run.dir",
+    "per_device_train_batch_size": "algo.microbatch",
+    "resume_from_checkpoint": "run.resume",
+    "reward_funcs": "task.rewards",
+    "save_steps": "run.save_every",
+    "save_total_limit": "run.keep",
+    "scale_rewards": "algo.advantage.name",
+    "steps_per_generation": "algo.minibatches",
+    "warmup_steps": "optim.warmup",
+}
+
+
+def _check_options(setting: str, given: dict[str, Any], options: list[str]) -> None:
+    for key, value in given.items():
+        if key == "name":
+            continue
+        if key not in options:
+            hint = f" Did you mean {ELSEWHERE[key]}?" if key in ELSEWHERE else ""
+            raise ConfigError(f"{setting}.{key}: {given['name']} takes {options}.{hint}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{setting}.{key}={value}: expected a number.")
+        if not math.isfinite(value):
+            raise ConfigError(f"{setting}.{key}={value}: expected a finite number.")
+
+
+def _meant(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f"did you mean {close[0]}? " if close else ""

@@ -1,0 +1,185 @@
+"""Every setting of a run: one frozen dataclass per YAML section, a sentence under every field.
+
+    YAML path  ==  dotted override  ==  attribute path        rollout.group_size
+
+`config` reads them from a file and the command line, `checks` says what must hold between them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network that is trained."""
+
+    path: str = "demo"
+    """A Hugging Face model directory; "demo" is the tiny model inside the package."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """Where the weights come from; "random" takes the architecture and tokenizer alone."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of activations and cache; "auto" is bfloat16 on accelerators and float32 on the CPU."""
+    remat: Literal["none", "full"] = "none"
+    """"full" recomputes each layer in the backward pass: less memory, a third more compute."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """Prompts, and what scores the responses."""
+
+    name: str | None = "arithmetic"
+    """A built-in task, from tasks.TASKS; null where `path` is set."""
+    path: str | None = None
+    """Data of your own: a JSONL file."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """Which columns of the data are meant: {prompt: question, answer: solution}."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the built-in task."""
+    max_prompt_length: int = 512
+    """Tokens, chat template included; longer prompts are left out and counted."""
+    rewards: list[str] = field(default_factory=list)
+    """Reward functions, "module:function" or "file.py:function"; empty is the task's own."""
+    reward_weights: list[float] = field(default_factory=list)
+    """One weight per reward function; empty is 1 each."""
+    seed: int = 0
+    """Chooses the problems of a task that makes them up; run.seed orders them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How responses are sampled. A step is one rollout and all of its updates."""
+
+    prompts: int = 16
+    """Prompts per step."""
+    group_size: int = 8
+    """Responses per prompt; TRL's num_generations."""
+    max_completion_length: int = 256
+    """Tokens, EOS included."""
+    temperature: float = 1.0
+    """Of the sampling distribution, and of the policy that is trained."""
+    top_p: float = 1.0
+    """Sample from the most likely tokens that hold this much probability; 1 is all of them."""
+    top_k: int = 0
+    """Sample from this many most likely tokens; 0 is all of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLConfig:
+    """A penalty for leaving the starting model."""
+
+    coef: float = 0.0
+    """Weight in the loss; above 0 a second copy of the starting weights stays in memory."""
+    kind: Literal["k1", "k2", "k3"] = "k3"
+    """The estimator, from losses.kl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgoConfig:
+    """What is optimised."""
+
+    loss: dict[str, Any] = field(default_factory=lambda: {"name": "gspo"})
+    """`name` from losses.LOSSES; the other keys are that function's keyword arguments."""
+    advantage: dict[str, Any] = field(default_factory=lambda: {"name": "group_normalised"})
+    """`name` of a function of advantages; the other keys are its keyword arguments."""
+    minibatches: int = 4
+    """Updates per pass over a rollout; 1 means on-policy, and clipping can never act."""
+    epochs: int = 1
+    """Passes over each rollout."""
+    microbatch: int = 0
+    """Responses per forward and backward pass; 0 is the whole minibatch. Changes memory alone."""
+    kl: KLConfig = field(default_factory=KLConfig)
+    """The pull back to the starting model."""
+    mask_truncated: bool = False
+    """Leave responses that hit the length limit out of the loss."""
+
+    def __post_init__(self):
+        # null means "the function's own default", so that an override can undo a file's choice.
+        for name in ("loss", "advantage"):
+            kept = {key: value for key, value in getattr(self, name).items() if value is not None}
+            object.__setattr__(self, name, kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW."""
+
+    learning_rate: float = 1e-6
+    """The peak."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up; the latter two end at 0."""
+    warmup: int = 0
+    """Updates of linear rise."""
+    weight_decay: float = 0.0
+    """Decoupled, on matrices alone."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.99
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: float = 1.0
+    """Longer gradients are scaled down to this length; inf never scales."""
+    state: Literal["8bit", "float32"] = "8bit"
+    """How the moments are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How devices share the work."""
+
+    data: int = -1
+    """Devices that split the batch and hold all weights; -1 is all that remain."""
+    fsdp: int = 1
+    """Devices that split both the batch and the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """The measurement on held-out problems."""
+
+    split: str = "test"
+    """Of the task."""
+    problems: int = 512
+    """Problems, from the start of the split; fewer if it has fewer."""
+    samples: int = 8
+    """Responses per problem: the k of avg@k."""
+    temperature: float = 1.0
+    """Of those samples; greedy accuracy is measured beside them."""
+    every: int = 0
+    """Steps between evaluations; 0 is before and after training alone."""
+    batch: int = 64
+    """Problems at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """Supervised training on worked solutions."""
+
+    batch_size: int = 64
+    """Solutions per update."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The run itself, and what it writes."""
+
+    name: str = ""
+    """Folder of the run; empty is the config file's name and the seed."""
+    dir: str = "runs"
+    """Where runs are kept."""
+    seed: int = 0
+    """Of sampling, of the order of problems and of random weights."""
+    steps: int = 100
+    """Rollouts; in supervised training, updates."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 is at the end alone."""
+    keep: int = 2
+    """Checkpoints kept, the newest."""
+    resume: str = "auto"
+    """"auto" continues the run if it has a checkpoint, "never" starts anew, or a checkpoint."""
+    report_to: list[str] = field(default_factory=list)
+    """["wandb"] sends the metrics there too."""
+    log_completions: int = 20
+    """Steps between tables of sample responses; 0 is never."""
+    skip_budget: int = 10
+    """Updates with non-finite gradients that are skipped before the run stops."""

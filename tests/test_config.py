@@ -1,0 +1,337 @@
+"""Configuration: layers, names, types, and what must hold between settings."""
+
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+
+import pytest
+
+from gspo_jax import config as module
+from gspo_jax.checks import ELSEWHERE
+from gspo_jax.config import (
+    SETTINGS,
+    Config,
+    diff,
+    load_config,
+    model_dir,
+    packaged_config,
+    run_dir,
+    to_yaml,
+    warnings,
+)
+from gspo_jax.errors import ConfigError
+from gspo_jax.settings import RolloutConfig, TaskConfig
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+# -------------------------------------------------------------------------------- layers
+
+
+def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    file = write(tmp_path / "x.yaml", "rollout: {prompts: 32, group_size: 4}\n")
+    config = load_config(file, ["rollout.group_size=6"])
+    assert (config.rollout.prompts, config.rollout.group_size) == (32, 6)
+    assert config.rollout.temperature == 1.0
+
+
+def test_an_empty_file_and_empty_sections_are_the_defaults(tmp_path):
+    named = ["run.name=a"]
+    assert load_config(write(tmp_path / "a.yaml", ""), named) == load_config(None, named)
+    assert load_config(write(tmp_path / "b.yaml", "algo:\noptim: {}\n"), named) == load_config(
+        None, named
+    )
+
+
+def test_numbers_may_be_written_with_an_exponent():
+    config = load_config(None, ["optim.learning_rate=3e-5", "algo.loss.clip_low=3e-3"])
+    assert config.optim.learning_rate == 3e-5
+    assert config.algo.loss == {"name": "gspo", "clip_low": 3e-3}
+
+
+def test_text_stays_as_typed_though_yaml_would_read_a_number():
+    config = load_config(None, ["run.name=007", "task.path=1e5"])
+    assert (config.run.name, config.task.path) == ("007", "1e5")
+
+
+def test_shorthands_for_a_loss_by_name_and_for_a_single_reward():
+    config = load_config(None, ["algo.loss=grpo", "task.rewards=my.py:f", "run.report_to=wandb"])
+    assert config.algo.loss == {"name": "grpo"}
+    assert config.task.rewards == ["my.py:f"]
+    assert config.run.report_to == ["wandb"]
+
+
+def test_null_gives_a_loss_its_own_default_back(tmp_path):
+    file = write(tmp_path / "x.yaml", "algo: {loss: {clip_low: 3e-3, clip_high: 4e-3}}\n")
+    config = load_config(file, ["algo.loss.name=grpo", "algo.loss.clip_low=null"])
+    assert config.algo.loss == {"name": "grpo", "clip_high": 4e-3}
+
+
+def test_num_generations_is_group_size(tmp_path):
+    file = write(tmp_path / "x.yaml", "rollout: {num_generations: 6}\n")
+    assert load_config(file).rollout.group_size == 6
+    assert load_config(None, ["num_generations=4"]).rollout.group_size == 4
+
+
+def test_one_setting_under_two_names_is_refused():
+    with pytest.raises(ConfigError, match=r"group_size is given twice, as 4 and as 6"):
+        load_config(None, ["rollout.group_size=4", "num_generations=6"])
+
+
+def test_a_data_path_replaces_the_built_in_task_and_the_reverse(tmp_path):
+    file = write(tmp_path / "x.yaml", "task: {name: arithmetic}\n")
+    task = load_config(file, ["task.path=rows.jsonl"]).task
+    assert (task.name, task.path) == (None, "rows.jsonl")
+    file = write(tmp_path / "y.yaml", "task: {path: rows.jsonl}\n")
+    task = load_config(file, ["task.name=arithmetic"]).task
+    assert (task.name, task.path) == ("arithmetic", None)
+
+
+def test_a_run_is_named_after_its_file_and_seed(tmp_path):
+    file = write(tmp_path / "chains.yaml", "run: {seed: 2}\n")
+    assert load_config(file).run.name == "chains-seed2"
+    assert load_config(file, ["run.seed=3"]).run.name == "chains-seed3"
+    assert load_config(file, ["run.name=mine"]).run.name == "mine"
+    assert run_dir(load_config(file, ["run.dir=out"])) == Path("out/chains-seed2")
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        load_config().run.steps = 3  # pyright: ignore
+
+
+# --------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("rollout.group_sze", "rollout.group_size"),
+        ("rolout.group_size", "rollout.group_size"),
+        ("group_size", "rollout.group_size"),
+        ("optim.lr", "optim.learning_rate"),
+        ("beta", "algo.kl.coef"),
+        ("algo.num_iterations", "algo.epochs"),
+        ("algo.kl.ceof", "algo.kl.coef"),
+        ("seed", "task.seed or run.seed"),
+    ],
+)
+def test_a_typo_is_refused_with_the_name_that_was_meant(typed, meant):
+    with pytest.raises(ConfigError) as error:
+        load_config(None, [f"{typed}=1"])
+    assert str(error.value) == f"unknown setting {typed}. Did you mean {meant}?"
+
+
+def test_a_typo_in_a_file_names_the_file(tmp_path):
+    file = write(tmp_path / "x.yaml", "rollout: {group_sze: 8}\n")
+    with pytest.raises(ConfigError, match=r"x\.yaml: unknown setting rollout\.group_sze\. Did"):
+        load_config(file)
+
+
+def test_a_name_like_no_other_is_answered_with_what_there_is():
+    with pytest.raises(ConfigError, match=r"unknown setting mesh\.wings\. mesh takes \['data'"):
+        load_config(None, ["mesh.wings=2"])
+    with pytest.raises(ConfigError, match=r"unknown setting wings\. The sections are \['model'"):
+        load_config(None, ["wings=2"])
+
+
+def test_names_of_elsewhere_point_at_settings_that_exist():
+    options = {"algo.loss.name", "algo.loss.clip_low", "algo.loss.clip_high", "algo.advantage.name"}
+    assert set(ELSEWHERE.values()) <= set(SETTINGS) | options
+    assert not set(ELSEWHERE) & {name.rpartition(".")[2] for name in SETTINGS}
+
+
+# ---------------------------------------------------------------------------------- types
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("rollout.group_size=eight", "a whole number"),
+        ("rollout.group_size=8.5", "a whole number"),
+        ("rollout.group_size=null", "a whole number"),
+        ("optim.learning_rate=fast", "a number"),
+        ("algo.mask_truncated=perhaps", "true or false"),
+        ("model.dtype=float8", "one of ['auto', 'float32', 'bfloat16']"),
+        ("algo.kl.kind=k4", "one of ['k1', 'k2', 'k3']"),
+        ("task.reward_weights=[a]", "a list of numbers"),
+        ("task.rewards.first=x", "a list of texts"),
+        ("algo.loss.clip_low=tight", "a number"),
+    ],
+)
+def test_a_wrong_type_is_one_line_with_the_name_the_value_and_what_is_wanted(override, wanted):
+    with pytest.raises(ConfigError) as error:
+        load_config(None, [override])
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.startswith(override.partition("=")[0]) and wanted in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1\n", "expected sections"),
+        ("rollout: 3\n", "rollout=3: a section, with"),
+        ("rollout: {prompts: 1\n", r"x\.yaml:2:1: not YAML"),
+        ("run: {seed: 1}\nrun: {seed: 2}\n", r"x\.yaml:2:1: not YAML: found duplicate key"),
+    ],
+)
+def test_a_broken_file_is_one_line(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(write(tmp_path / "x.yaml", text))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_a_shapeless_override_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"nope\.yaml: no such config file"):
+        load_config(tmp_path / "nope.yaml")
+    with pytest.raises(ConfigError, match=r"'--fast' is not an override; write section\.key=value"):
+        load_config(None, ["--fast"])
+
+
+# ----------------------------------------------------------------------------------- checks
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "rollout.group_size=1",
+            "rollout.group_size=1: a group-relative advantage needs at least 2 responses per "
+            "prompt; with 1 every advantage is zero.",
+        ),
+        ("rollout.temperature=0", "rollout.temperature=0: must be above 0"),
+        ("rollout.top_p=1.5", "rollout.top_p=1.5: must be above 0 and at most 1"),
+        ("rollout.prompts=0", "rollout.prompts=0: must be at least 1"),
+        ("algo.minibatches=3", "rollout.prompts=16 do not split into algo.minibatches=3"),
+        ("algo.microbatch=5", "algo.microbatch=5 does not divide the 32 responses"),
+        ("algo.loss.name=gspoo", "algo.loss.name=gspoo: did you mean gspo? the losses are"),
+        ("algo.loss.beta=0.1", "algo.loss.beta: gspo takes ['clip_low', 'clip_high'"),
+        ("algo.loss.beta=0.1", "Did you mean algo.kl.coef?"),
+        ("algo.loss.clip_low=-1", "algo.loss.clip_low=-1: must be above 0"),
+        ("algo.advantage.name=gae", "algo.advantage.name=gae: choose from ['group_normalised'"),
+        ("algo.advantage.std=1", "algo.advantage.std: group_normalised takes ['ddof', 'eps']"),
+        ("algo.kl.coef=-1", "algo.kl.coef=-1: must be at least 0"),
+        ("task.name=arithmetics", "task.name=arithmetics: did you mean arithmetic?"),
+        ("task.options.slp=0.5", "task.options.slp: arithmetic takes ['slip'"),
+        ("task.rewards=my.py", "task.rewards: 'my.py' is not module:function or file.py:function"),
+        ("task.reward_weights=[1,2]", "task.reward_weights has 2 numbers for 1 reward functions"),
+        ("optim.b2=1", "optim.b2=1: must be in [0, 1)"),
+        ("optim.learning_rate=nan", "optim.learning_rate=nan: expected a finite number"),
+        ("optim.max_grad_norm=0", "optim.max_grad_norm=0: must be above 0"),
+        ("mesh.data=0", "mesh.data=0: at least 1, or -1"),
+        ("eval.split=dev", "eval.split=dev: the splits are ['train', 'val', 'test']"),
+        ("run.name=../x", "run.name=../x: a folder's name; run.dir says where it lies"),
+        ("run.report_to=[tb]", "run.report_to=['tb']: only ['wandb'] is known"),
+        ("model.path=", "model.path is empty"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_got_wanted_and_the_name(override, message):
+    with pytest.raises(ConfigError) as error:
+        load_config(None, [override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_built_by_hand_is_checked_too():
+    with pytest.raises(ConfigError, match=r"rollout\.group_size=1"):
+        Config(rollout=RolloutConfig(group_size=1))
+    with pytest.raises(ConfigError, match=r"task\.name=arithmetic with task\.path=x: give one"):
+        Config(task=TaskConfig(path="x"))
+
+
+def test_an_endless_gradient_norm_means_no_clipping():
+    assert load_config(None, ["optim.max_grad_norm=inf"]).optim.max_grad_norm == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["algo.loss.clip_low=0.2"], "algo.loss.clip_low=0.2: the size of a token-ratio clip"),
+        (["algo.loss={name: grpo, clip_high: 4e-4}"], "the size of a sequence-ratio clip"),
+        (["algo.minibatches=1"], "clipping can never act"),
+        (["rollout.top_p=0.9", "rollout.top_k=5"], "rollout.top_p=0.9 and rollout.top_k=5"),
+    ],
+)
+def test_what_is_probably_not_meant_is_warned_of(overrides, text):
+    (warning,) = warnings(load_config(None, overrides))
+    assert text in warning
+
+
+def test_usual_settings_raise_no_warning():
+    for overrides in ([], ["algo.loss={name: grpo, clip_low: 0.2}"], ["algo.loss=reinforce"]):
+        assert warnings(load_config(None, overrides)) == []
+
+
+# ------------------------------------------------------------------------------ what it says
+
+
+def test_what_is_saved_loads_as_the_same_config(tmp_path):
+    overrides = ["algo.loss={name: gspo, clip_low: 1e-3}", "optim.learning_rate=1e-6"]
+    config = load_config(None, [*overrides, "task.path=a.jsonl", "task.rewards=[x:y]"])
+    assert load_config(write(tmp_path / "config.yaml", to_yaml(config))) == config
+
+
+def test_what_the_environment_holds_is_used_but_never_saved(tmp_path, monkeypatch):
+    monkeypatch.setenv("MODELS", "/secret/models")
+    text = "model: {path: '${oc.env:MODELS}/qwen'}\ntask: {rewards: ['${oc.env:MODELS}/r.py:f']}\n"
+    file = write(tmp_path / "x.yaml", text + "sft: {batch_size: '${rollout.prompts}'}\n")
+    config = load_config(file)
+    assert config.model.path == "/secret/models/qwen"
+    assert config.task.rewards == ["/secret/models/r.py:f"]
+    assert config.sft.batch_size == 16
+    saved = to_yaml(config)
+    assert "secret" not in saved and "${oc.env:MODELS}/qwen" in saved
+    assert load_config(write(tmp_path / "y.yaml", saved)) == config
+
+
+def test_a_value_replaced_after_loading_is_saved_as_it_is(monkeypatch):
+    monkeypatch.setenv("MODELS", "/models")
+    config = load_config(None, ["model.path=${oc.env:MODELS}/a"])
+    changed = replace(config, model=replace(config.model, path="/other"))
+    assert "path: /other" in to_yaml(changed)
+
+
+def test_a_variable_that_is_not_set_is_named(monkeypatch):
+    monkeypatch.delenv("NOPE", raising=False)
+    with pytest.raises(ConfigError, match=r"model\.path: .*'NOPE' not found"):
+        load_config(None, ["model.path=${oc.env:NOPE}"])
+
+
+def test_diff_names_what_changed_with_both_values():
+    a = load_config(None, ["algo.loss.clip_low=1e-3"])
+    b = load_config(None, ["rollout.group_size=4"])
+    assert diff(a, b) == {"rollout.group_size": (8, 4), "algo.loss.clip_low": (1e-3, None)}
+    assert diff(a, a) == {}
+
+
+def test_demo_means_the_model_inside_the_package(tmp_path):
+    assert (model_dir(load_config()) / "config.json").is_file()
+    assert model_dir(load_config(None, [f"model.path={tmp_path}"])) == tmp_path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_committed_config_loads_without_a_warning(path):
+    assert warnings(load_config(path)) == []
+
+
+def test_the_demo_config_is_found_beside_a_checkout_and_inside_a_wheel(tmp_path, monkeypatch):
+    assert packaged_config("demo.yaml").is_file()
+    (tmp_path / "configs").mkdir()
+    inside = write(tmp_path / "configs" / "demo.yaml", "")
+    monkeypatch.setattr(module, "PACKAGE", tmp_path)
+    assert packaged_config("demo.yaml") == inside
+
+
+def test_every_setting_says_what_it_means():
+    """A string under each field, and few enough fields to read."""
+    source = (Path(module.PACKAGE) / "settings.py").read_text().splitlines()
+    declared = [i for i, line in enumerate(source) if line.startswith("    ") and ": " in line]
+    declared = [i for i in declared if source[i].lstrip().split(":")[0].isidentifier()]
+    documented = [i for i in declared if source[i + 1].lstrip().startswith('"""')]
+    assert len(declared) == len(documented) == len(SETTINGS) + 1  # + algo.kl, a group itself
+    assert len(SETTINGS) <= 60
