@@ -4,7 +4,7 @@ from random import Random
 
 from gspo_jax.batch import Problem
 from gspo_jax.errors import ConfigError
-from gspo_jax.tasks.task import SPLITS, Task, fraction
+from gspo_jax.tasks.task import SPLITS, Task, fingerprint, fraction
 from gspo_jax.tasks.verify import accuracy
 
 ARITHMETIC_SIZES = {"train": 20_000, "val": 512, "test": 1024}
@@ -50,7 +50,8 @@ def arithmetic(*, seed: int = 0, slip: float = 0.0, sizes: dict[str, int] | None
             columns={"completion": worked_solution(a, b, c, slip=slip)},
         )
 
-    return Task("arithmetic", size, problem, accuracy)
+    made_of = fingerprint(["arithmetic", terms])
+    return Task("arithmetic", size, problem, accuracy, fingerprint=made_of)
 
 
 def worked_solution(a: int, b: int, c: int, *, slip: float = 0.0) -> str:

@@ -1,8 +1,10 @@
 """What a task is, and the order in which a run visits its problems."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +23,7 @@ class Task:
         problem: (split, index) -> Problem, for 0 <= index < size[split]; the same every time.
         reward: `reward(prompts=, completions=, answer=, **columns) -> list[float | None]`.
         warnings: what the user should be told before training, one line each.
+        fingerprint: differs where the problems or their order differ.
     """
 
     name: str
@@ -28,6 +31,7 @@ class Task:
     problem: Callable[[str, int], Problem]
     reward: Callable[..., list[float | None]]
     warnings: tuple[str, ...] = ()
+    fingerprint: str = ""
 
 
 def order(size: int, start: int, count: int, *, seed: int) -> list[int]:
@@ -58,3 +62,8 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
 def fraction(text: str) -> float:
     """A number in [0, 1) that depends on `text` alone: the same on every machine and run."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def fingerprint(content: Any) -> str:
+    """16 hexadecimal digits that depend on JSON-like `content` alone."""
+    return blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
