@@ -1,0 +1,262 @@
+"""The Qwen2 / Qwen2.5 / Qwen3 decoder in Flax NNX, one file from tokens to hidden states.
+
+    x = embed[tokens]
+    for each layer:  x += attention(rms_norm(x)) ;  x += swiglu(rms_norm(x))
+    hidden = rms_norm(x) ;  logits = hidden @ unembed
+
+Qwen2 adds biases to q, k, v; Qwen3 normalises each head of q and k instead. The network computes
+in the dtype of its parameters (cast them to choose), with norms, rotations and softmax in
+float32. Layers are unrolled: decoding copies nothing and XLA's CPU programs run faster.
+Projections work on [B * S, D]: the weight gradients of 3-D operands are slow on CPUs.
+
+Axes: B rows, S positions, D width, N query heads, K key/value heads, R = N // K, H head width,
+F MLP width, V vocabulary, W cache slots. Kernels are [in, out].
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+from gspo_jax.masked import float_dtype
+from gspo_jax.models.cache import Cache, LayerCache, write
+from gspo_jax.models.config import QwenConfig
+from gspo_jax.sharding import constrain
+
+Rope = tuple[Float[Array, "B 1 S H"], Float[Array, "B 1 S H"]]  # cos, sin
+
+
+class Layer(nnx.Module):
+    """One decoder block: pre-norm grouped-query attention, then a gated MLP."""
+
+    def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+        c = config
+        D, F, H = c.hidden_size, c.intermediate_size, c.head_dim
+        NH, KH = c.num_heads * H, c.num_kv_heads * H
+        self.config = c
+        self.input_norm = _constant(1, (D,), ("norm",), dtype)
+        self.q = _kernel(rngs, (D, NH), ("embed", "heads"), dtype)
+        self.k = _kernel(rngs, (D, KH), ("embed", "kv_heads"), dtype)
+        self.v = _kernel(rngs, (D, KH), ("embed", "kv_heads"), dtype)
+        self.o = _kernel(rngs, (NH, D), ("heads", "embed"), dtype)
+        if c.qkv_bias:
+            self.q_bias = _constant(0, (NH,), ("heads",), dtype)
+            self.k_bias = _constant(0, (KH,), ("kv_heads",), dtype)
+            self.v_bias = _constant(0, (KH,), ("kv_heads",), dtype)
+        if c.qk_norm:
+            self.q_norm = _constant(1, (H,), ("norm",), dtype)
+            self.k_norm = _constant(1, (H,), ("norm",), dtype)
+        self.post_norm = _constant(1, (D,), ("norm",), dtype)
+        self.gate = _kernel(rngs, (D, F), ("embed", "mlp"), dtype)
+        self.up = _kernel(rngs, (D, F), ("embed", "mlp"), dtype)
+        self.down = _kernel(rngs, (F, D), ("mlp", "embed"), dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        rope: Rope,
+        allowed: Bool[Array, "B S W"],
+        cache: LayerCache | None = None,
+        slot: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "B S D"], LayerCache]:
+        """The block's output and its keys and values: the written cache, or the new ones alone."""
+        eps = self.config.rms_norm_eps
+        q, k, v = self._qkv(rms_norm(x, self.input_norm[...], eps), rope)
+        cache = LayerCache(k, v) if cache is None else write(cache, k, v, jnp.int32(slot))
+        x = x + _dense(attend(q, cache.k, cache.v, allowed), self.o[...])
+        h = rms_norm(x, self.post_norm[...], eps)
+        gated = jax.nn.silu(_dense(h, self.gate[...])) * _dense(h, self.up[...])
+        x = x + _dense(gated, self.down[...])
+        return constrain(x, "batch", None, None), cache
+
+    def _qkv(self, h: Float[Array, "B S D"], rope: Rope):
+        """Queries [B, N, S, H], keys and values [B, K, S, H]; queries and keys rotated."""
+        c = self.config
+        q, k, v = (_dense(h, w[...]) for w in (self.q, self.k, self.v))
+        if c.qkv_bias:
+            biases = (self.q_bias[...], self.k_bias[...], self.v_bias[...])
+            q, k, v = (y + bias[None, None] for y, bias in zip((q, k, v), biases, strict=True))
+        B, S, _ = h.shape
+        q, k, v = (y.reshape(B, S, -1, c.head_dim) for y in (q, k, v))
+        if c.qk_norm:
+            q = rms_norm(q, self.q_norm[...], c.rms_norm_eps)
+            k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
+        q, k, v = (y.swapaxes(1, 2) for y in (q, k, v))
+        return rotate(q, rope), rotate(k, rope), v
+
+
+class Qwen(nnx.Module):
+    """A Qwen language model; calling it gives hidden states, from which `logps` takes the rest."""
+
+    def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+        V, D = config.vocab_size, config.hidden_size
+        self.config = config
+        self.embed = _kernel(rngs, (V, D), ("vocab", "embed"), dtype)
+        self.layers = nnx.List(
+            [Layer(config, rngs=rngs, dtype=dtype) for _ in range(config.num_layers)]
+        )
+        self.final_norm = _constant(1, (D,), ("norm",), dtype)
+        if not config.tie_word_embeddings:
+            self.head = _kernel(rngs, (D, V), ("embed", "vocab"), dtype)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B S"],
+        *,
+        mask: Bool[Array, "B S"] | None = None,
+        remat: bool = False,
+    ) -> Float[Array, "B S D"]:
+        """Hidden states after the last norm.
+
+        Args:
+            tokens: token ids.
+            mask: true on real tokens. Left- and right-padding both work; right-padded rows need
+                none, since no real token looks to its right.
+            remat: recompute each layer in the backward pass instead of keeping its activations.
+        """
+        rope = self._rope(_positions(tokens, mask))
+        allowed = _causal(tokens, mask)
+        x = self._embed(tokens)
+        for layer in self.layers:
+            if remat:
+                graphdef, state = nnx.split(layer)
+                x = jax.checkpoint(
+                    lambda state, x, graphdef=graphdef: nnx.merge(graphdef, state)(
+                        x, rope, allowed
+                    )[0]
+                )(state, x)
+            else:
+                x, _ = layer(x, rope, allowed)
+        return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
+
+    def prefill(
+        self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]
+    ) -> tuple[Float[Array, "B S D"], Cache]:
+        """Hidden states of left-padded prompts, and the cache they leave behind (S slots)."""
+        rope, allowed = self._rope(_positions(tokens, mask)), _causal(tokens, mask)
+        x, caches = self._embed(tokens), []
+        for layer in self.layers:
+            x, cache = layer(x, rope, allowed)
+            caches.append(cache)
+        return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), tuple(caches)
+
+    def decode(
+        self,
+        token: Int[Array, " B"],
+        cache: Cache,
+        *,
+        slot: Int[Array, ""],
+        position: Int[Array, " B"],
+        live: Bool[Array, "B W"],
+    ) -> tuple[Float[Array, "B D"], Cache]:
+        """One step: hidden state of one new token per row, and the cache with it written.
+
+        Args:
+            token: the new token of each row.
+            cache: W slots per layer.
+            slot: where the new token is written, the same for all rows.
+            position: the token's own position in its text, for the rotation.
+            live: slots that hold real tokens, the new one included.
+        """
+        rope = self._rope(position[:, None])
+        x, caches = self._embed(token[:, None]), []
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            x, written = layer(x, rope, live[:, None], layer_cache, slot)
+            caches.append(written)
+        x = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
+        return x[:, 0], tuple(caches)
+
+    def unembed(self) -> Float[Array, "D V"]:
+        """The output head: its own matrix, or the embedding transposed where they are tied."""
+        return self.embed[...].T if self.config.tie_word_embeddings else self.head[...]
+
+    def logits(
+        self, tokens: Int[Array, "B S"], *, mask: Bool[Array, "B S"] | None = None
+    ) -> Float[Array, "B S V"]:
+        """Logits of every position in float32: for small inputs and tests (see `logps`)."""
+        return head_logits(self(tokens, mask=mask), self.unembed())
+
+    def _embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        return constrain(self.embed[...][tokens], "batch", None, None)
+
+    def _rope(self, positions: Int[Array, "B S"]) -> Rope:
+        """cos and sin of position * theta^(-2i/H), each angle serving dimensions i and i + H/2."""
+        H = self.config.head_dim
+        inv_freq = self.config.rope_theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+        angle = positions[:, None, :, None].astype(jnp.float32) * inv_freq[None, None, None]
+        angle = jnp.concatenate([angle, angle], axis=-1)
+        return jnp.cos(angle), jnp.sin(angle)
+
+
+def rms_norm(
+    x: Float[Array, "*batch D"], scale: Float[Array, " D"], eps: float
+) -> Float[Array, "*batch D"]:
+    """x / sqrt(mean(x²) + eps) * scale, with the statistics in float32 at least."""
+    wide = x.astype(float_dtype(x))
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * jax.lax.broadcast_in_dim(scale, x.shape, (x.ndim - 1,))
+
+
+def rotate(x: Float[Array, "B N S H"], rope: Rope) -> Float[Array, "B N S H"]:
+    """Rotary position embedding; dimension i turns together with i + H/2, as in Llama and Qwen."""
+    cos, sin = rope
+    wide = x.astype(float_dtype(x))
+    half = x.shape[-1] // 2
+    turned = jnp.concatenate([-wide[..., half:], wide[..., :half]], axis=-1)
+    return (wide * cos.astype(wide.dtype) + turned * sin.astype(wide.dtype)).astype(x.dtype)
+
+
+def attend(
+    q: Float[Array, "B N S H"],
+    k: Float[Array, "B K W H"],
+    v: Float[Array, "B K W H"],
+    allowed: Bool[Array, "B S W"],
+) -> Float[Array, "B S NH"]:
+    """softmax(q kᵀ / sqrt(H)) v over allowed slots; R = N // K query heads share one key head."""
+    B, N, S, H = q.shape
+    K, W = k.shape[1], k.shape[2]
+    wide = float_dtype(q)
+    grouped = q.reshape(B, K, (N // K) * S, H)  # one matmul per key head
+    scores = jnp.einsum("bkqh,bkwh->bkqw", grouped, k, preferred_element_type=wide)
+    scores = scores.reshape(B, K, N // K, S, W) * H**-0.5
+    scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(wide).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, (N // K) * S, W)
+    out = jnp.einsum("bkqw,bkwh->bkqh", weights, v).reshape(B, N, S, H)
+    return out.swapaxes(1, 2).reshape(B, S, N * H)
+
+
+def head_logits(
+    hidden: Float[Array, "*batch D"], unembed: Float[Array, "D V"]
+) -> Float[Array, "*batch V"]:
+    """hidden @ unembed, accumulated and returned in float32 at least."""
+    wide = float_dtype(hidden)
+    return jnp.einsum("...d,dv->...v", hidden, unembed, preferred_element_type=wide)
+
+
+def _dense(x: Float[Array, "B S I"], kernel: Float[Array, "I O"]) -> Float[Array, "B S O"]:
+    """x @ kernel on flattened rows, whose weight gradient is one plain matmul."""
+    B, S, width = x.shape
+    return (x.reshape(B * S, width) @ kernel).reshape(B, S, -1)
+
+
+def _positions(tokens: Array, mask: Array | None) -> Int[Array, "B S"]:
+    """0, 1, 2, ... over real tokens, wherever the padding lies."""
+    if mask is None:
+        return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+    return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
+
+
+def _causal(tokens: Array, mask: Array | None) -> Bool[Array, "B S S"]:
+    """May position i look at position j? j <= i, and j a real token."""
+    B, S = tokens.shape
+    allowed = jnp.tril(jnp.ones((S, S), bool))[None]
+    return jnp.broadcast_to(allowed, (B, S, S)) if mask is None else allowed & mask[:, None]
+
+
+def _kernel(rngs: nnx.Rngs, shape: tuple[int, int], axes: tuple[str, str], dtype) -> nnx.Param:
+    """A matrix drawn as Qwen's own initialiser does: normal with standard deviation 0.02."""
+    return nnx.Param((jax.random.normal(rngs.params(), shape) * 0.02).astype(dtype), axes=axes)
+
+
+def _constant(value: float, shape: tuple[int], axes: tuple[str], dtype) -> nnx.Param:
+    return nnx.Param(jnp.full(shape, value, dtype), axes=axes)

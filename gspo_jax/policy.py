@@ -1,0 +1,126 @@
+"""What every command starts from: devices, network, tokenizer, problems and their scorer."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from gspo_jax import rewards
+from gspo_jax.batch import Problem
+from gspo_jax.config import Config, model_dir
+from gspo_jax.errors import DataError
+from gspo_jax.generate import PureModel
+from gspo_jax.models.config import QwenConfig, read_config
+from gspo_jax.models.hf import load_model
+from gspo_jax.models.qwen import Qwen
+from gspo_jax.rollout import Scorer, encode_prompts
+from gspo_jax.sharding import make_mesh, sharding_for
+from gspo_jax.tasks import Task, load_task
+from gspo_jax.tokenizer import Tokenizer, load_tokenizer
+
+
+class Policy(NamedTuple):
+    """A network in its pure view, with what is needed to talk to it.
+
+    Attributes:
+        graphdef, params: `nnx.split` of the network; float32 masters, sharded over `mesh`.
+        dtype: of activations and cache.
+        directory: the Hugging Face directory it came from.
+    """
+
+    graphdef: nnx.GraphDef
+    params: PyTree
+    tokenizer: Tokenizer
+    mesh: Mesh
+    dtype: str
+    directory: Path
+
+    def sampler(self, params: PyTree) -> PureModel:
+        """The pure model for sampling: `params` cast once to the computing dtype."""
+        return self.graphdef, _cast(params, self.dtype)
+
+
+class Problems(NamedTuple):
+    """The problems of a task whose prompts fit, and the function that scores their answers."""
+
+    task: Task
+    indices: dict[str, list[int]]  # split -> indices of the problems that fit
+    too_long: int  # problems left out
+    scorer: Scorer
+
+    def get(self, split: str, positions: Sequence[int]) -> list[Problem]:
+        """Problems by their position among those that fit."""
+        kept = self.indices[split]
+        return [self.task.problem(split, kept[i]) for i in positions]
+
+
+def load_policy(config: Config) -> Policy:
+    """Read (or draw at random) the network that `config.model` names."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    directory = model_dir(config)
+    tokenizer = load_tokenizer(directory)
+    if config.model.init == "random":
+        model = random_model(read_config(directory), config.run.seed, mesh)
+    else:
+        model = load_model(directory, mesh=mesh)
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "float32" if on_cpu else "bfloat16"
+    return Policy(*nnx.split(model), tokenizer, mesh, dtype, directory)
+
+
+def random_model(config: QwenConfig, seed: int, mesh: Mesh) -> Qwen:
+    """A network of this shape with Qwen's own initialisation, sharded over `mesh`."""
+    model = Qwen(config, rngs=nnx.Rngs(seed))
+    graphdef, params = nnx.split(model)
+    return nnx.merge(graphdef, jax.device_put(params, param_shardings(params, mesh)))
+
+
+def param_shardings(params: PyTree, mesh: Mesh) -> PyTree:
+    """The sharding of each parameter, from the logical axes that the model gave it."""
+    return jax.tree.map(
+        lambda p: p.replace(sharding_for(p.axes, mesh, p[...].shape)),
+        params,
+        is_leaf=lambda x: isinstance(x, nnx.Param),
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def load_problems(config: Config, tokenizer: Tokenizer) -> Problems:
+    """The task's problems with prompts of at most `task.max_prompt_length` tokens.
+
+    Raises:
+        DataError: a split that is needed has no problem left.
+    """
+    c = config.task
+    task = load_task(c.name, c.path, seed=c.seed, fields=c.fields, **c.options)
+    functions = rewards.load_rewards(c.rewards) if c.rewards else {task.name: task.reward}
+    weights = list(c.reward_weights) or [1.0] * len(functions)
+    indices, too_long = {}, 0
+    for split, size in task.size.items():
+        prompts = encode_prompts(tokenizer, [task.problem(split, i) for i in range(size)])
+        kept = [i for i, ids in enumerate(prompts) if 0 < len(ids) <= c.max_prompt_length]
+        too_long += size - len(kept)
+        indices[split] = kept
+    if not indices["train"]:
+        raise DataError(
+            f"no training problem of {c.path or c.name} has a prompt of at most "
+            f"{c.max_prompt_length} tokens; raise task.max_prompt_length."
+        )
+    return Problems(task, indices, too_long, partial(rewards.score, functions, weights))
+
+
+@partial(jax.jit, static_argnums=1)
+def _cast(params: PyTree, dtype: str) -> PyTree:
+    return jax.tree.map(lambda p: p.astype(jnp.dtype(dtype)), params)

@@ -1,0 +1,84 @@
+"""Blockwise 8-bit logarithmic codes: floats of any spread in one byte each.
+
+A linear 8-bit code sends the small second moments of a block to 0, and Adam then divides by
+epsilon: updates a thousand times too large. A logarithmic code keeps the relative error constant
+over many octaves instead, and never maps a nonzero number to 0.
+
+    unsigned   code = 255 + round(254/24 * log2(x / max))      24 octaves, relative step 6.8 %
+    signed     code = ±(127 + round(126/16 * log2(|x| / max))) 16 octaves, relative step 9.2 %
+
+where `max` is the largest magnitude of the block, code 0 means exactly 0, and whatever lies below
+the range takes code ±1 (over-estimating a tiny second moment is safe).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+UNSIGNED_OCTAVES, SIGNED_OCTAVES = 24.0, 16.0
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=["signed"])
+@dataclass(frozen=True)
+class Quantised:
+    """An array in 8 bits: a pytree node, so its leaves may also be shapes or shardings.
+
+    Attributes:
+        codes: uint8, one per element, in the array's own shape.
+        scale: float32, one per block of the last axis: its largest magnitude.
+        signed: which of the two codes.
+    """
+
+    codes: Any
+    scale: Any
+    signed: bool
+
+
+def block_size(last_axis: int, largest: int = 256) -> int:
+    """The largest divisor of `last_axis` up to `largest`: blocks never cross a row."""
+    return max(n for n in range(1, min(largest, last_axis) + 1) if last_axis % n == 0)
+
+
+def quantise(x: Float[Array, "*shape"], *, signed: bool, block: int = 256) -> Quantised:
+    """`x` as 8-bit codes with one scale per `block` elements of the last axis.
+
+    The relative error of an element is at most half a step: 3.3 % unsigned, 4.5 % signed, while
+    it lies within 24 or 16 octaves of its block's largest magnitude. Zeros stay exact.
+
+    Args:
+        x: any float array with at least one axis; non-negative if `signed` is false.
+        signed: keep signs, at the price of one bit.
+        block: elements per scale; must divide the last axis (see `block_size`).
+    """
+    if x.shape[-1] % block:
+        raise ValueError(f"{x.shape[-1]=} does not split into {block=}; take block_size(n).")
+    wide = x.astype(jnp.float32)
+    magnitude = jnp.abs(wide)
+    blocks = magnitude.reshape(*x.shape[:-1], -1, block)
+    scale = jnp.max(blocks, axis=-1)
+    # Empty blocks divide by 1; a magnitude of 0 is set apart before the logarithm.
+    ratio = (blocks / jnp.where(scale > 0, scale, 1.0)[..., None]).reshape(x.shape)
+    log2 = jnp.log2(jnp.where(magnitude > 0, ratio, 1.0))
+    top, octaves = (127.0, SIGNED_OCTAVES) if signed else (255.0, UNSIGNED_OCTAVES)
+    code = jnp.clip(top + jnp.round(log2 * ((top - 1) / octaves)), 1, top)
+    if signed:
+        code = jnp.where(wide < 0, code + 128, code)
+    code = jnp.where(magnitude > 0, code, 0.0)
+    return Quantised(code.astype(jnp.uint8), scale, signed)
+
+
+def dequantise(q: Quantised) -> Float[Array, "*shape"]:
+    """The float32 array that `q` stands for."""
+    code = q.codes.astype(jnp.float32)
+    top, octaves = (127.0, SIGNED_OCTAVES) if q.signed else (255.0, UNSIGNED_OCTAVES)
+    sign = 1.0
+    if q.signed:
+        sign = jnp.where(code > 128, -1.0, 1.0)
+        code = jnp.where(code > 128, code - 128, code)
+    ratio = jnp.exp2((code - top) * (octaves / (top - 1)))
+    blocks = ratio.reshape(*q.scale.shape, -1) * q.scale[..., None]
+    return jnp.where(code > 0, sign * blocks.reshape(q.codes.shape), 0.0)
