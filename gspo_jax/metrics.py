@@ -1,0 +1,342 @@
+"""The run directory's writer: one JSON object per step, samples, status, environment, lock.
+
+    config.yaml  env.json  status.json  metrics.jsonl  samples.jsonl  lock
+
+Nothing here can fail a run that trains well: a full disk costs lines, a dead tracker a warning.
+Only a directory that cannot be used at all, or that another run uses, is refused at the start.
+"""
+
+import fcntl
+import json
+import math
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+from rich.console import Console
+
+from gspo_jax.console import Display
+from gspo_jax.errors import StorageError
+
+PACKAGES = ("gspo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+VARIABLES = (  # that change what a run computes; no others are recorded
+    "CUDA_VISIBLE_DEVICES",
+    "JAX_PLATFORMS",
+    "XLA_FLAGS",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+)
+SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+SECRET_TEXT = re.compile(r"\bhf_\w{16,}|\bsk-[\w-]{16,}|(?<=://)[^/\s@]+:[^/\s@]+(?=@)")
+
+
+class RunLog:
+    """Everything that a run writes and shows, but for its checkpoints and export.
+
+    Construction takes the lock; `start` opens the files. Use it as a context manager: leaving it
+    by an exception records the state "failed".
+
+    Args:
+        directory: the run directory; made if it is not there.
+        of: steps of the whole run.
+        config: the configuration as YAML text, saved as it is.
+        report_to: trackers besides the files: ["wandb"] or nothing.
+        devices: descriptions of the devices, for env.json.
+        console: where to show progress; standard output by default.
+
+    Raises:
+        StorageError: another run uses the directory, or it cannot be written.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        of: int,
+        config: str = "",
+        report_to: Sequence[str] = (),
+        devices: Sequence[str] = (),
+        console: Console | None = None,
+    ):
+        self.directory, self.of = Path(directory), of
+        self.display = Display(console or Console(), of)
+        self._config, self._devices = config, list(devices)
+        self._step, self._state = 0, "running"
+        self._files: dict[str, TextIO] = {}
+        self._warned: set[str] = set()
+        self._lock = lock(self.directory)
+        self._tracker = _Wandb(self._warn) if "wandb" in report_to else None
+
+    def start(self, step: int | None = None) -> None:
+        """Open the files for a new run, or for one that resumes after `step`.
+
+        A resumed run forgets the lines after `step`: it writes them again. A new run in a used
+        directory keeps the earlier lines as `*.jsonl.old`.
+        """
+        self._step = step or 0
+        try:
+            write_whole(self.directory / "config.yaml", self._config)
+            env = json.dumps(environment(self._devices), indent=1)
+            write_whole(self.directory / "env.json", redact(env) + "\n")
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                path = self.directory / name
+                keep_until(path, step)
+                self._files[name] = path.open("a", buffering=1, encoding="utf-8")
+        except OSError as error:
+            raise StorageError(
+                f"{self.directory}: cannot be written ({error.strerror}); set run.dir elsewhere."
+            ) from error
+        self.status("running")
+        if self._tracker:
+            self._tracker.start(self.directory, self._config)
+        self.display.begin(self._step)
+
+    def step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl; show it, and pass it on. NaN and infinity become null."""
+        self._step = max(self._step, step)
+        record = plain({"step": step, **metrics})
+        self._append("metrics.jsonl", record)
+        if self._tracker:
+            self._tracker.log(step, record)
+        self.status("running")
+        if step:
+            self.display.step(step, record)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]], *, show: bool = True) -> None:
+        """Responses with their scores: `prompt`, `completion`, `answer`, `reward`, and the like."""
+        for row in rows:
+            self._append("samples.jsonl", plain({"step": step, **row}))
+        if show:
+            self.display.samples(step, rows)
+
+    def doing(self, phase: str) -> None:
+        """What the run is busy with, for the live line."""
+        self.display.doing(phase)
+
+    def say(self, text: str, style: str = "") -> None:
+        """One line for the user."""
+        self.display.say(text, style)
+
+    def status(self, state: str) -> None:
+        """Write status.json: running, finished, preempted, interrupted or failed."""
+        self._state = state
+        record = {
+            "state": state,
+            "step": self._step,
+            "of": self.of,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "updated": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        try:
+            write_whole(self.directory / "status.json", json.dumps(record) + "\n")
+        except OSError as error:
+            self._warn(f"status.json was not written ({error.strerror}).")
+
+    def close(self) -> None:
+        """Give the terminal, the files and the lock back."""
+        self.display.end()
+        for file in self._files.values():
+            try:
+                file.close()
+            except OSError as error:
+                self._warn(f"{file.name} is not complete ({error.strerror}).")
+        self._files = {}
+        if self._tracker:
+            self._tracker.finish()
+        unlock(self._lock)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is not None and self._state == "running" and self._files:
+            self.status("interrupted" if issubclass(kind, KeyboardInterrupt) else "failed")
+        self.close()
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        try:
+            self._files[name].write(json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:
+            self._warn(f"{name} is missing lines ({error.strerror}); the run goes on.")
+
+    def _warn(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            self.display.say(f"warning: {text}", style="yellow")
+
+
+class _Wandb:
+    """Weights & Biases. Whatever goes wrong there is told in one line and goes no further."""
+
+    def __init__(self, warn):
+        self._warn, self._run = warn, None
+
+    def start(self, directory: Path, config: str) -> None:
+        def begin():
+            import wandb
+
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "gspo_jax"),
+                name=directory.name,
+                dir=str(directory),
+                config=yaml.safe_load(config) or {},
+                settings=wandb.Settings(init_timeout=30, login_timeout=15, silent=True),
+            )
+
+        self._try(begin)
+
+    def log(self, step: int, record: dict[str, Any]) -> None:
+        if self._run is not None:
+            flat = {}
+            for name, value in record.items():
+                items = enumerate(value) if isinstance(value, list) else [(None, value)]
+                flat |= {name if i is None else f"{name}/{i}": item for i, item in items}
+            self._try(self._run.log, flat, step=step)
+
+    def finish(self) -> None:
+        if self._run is not None:
+            self._try(self._run.finish)
+
+    def _try(self, action, *args, **kwargs) -> None:
+        try:
+            action(*args, **kwargs)
+        except Exception as error:  # a foreign service: it may raise anything, and must not matter
+            self._run = None
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self._warn(f"wandb is left out from here on ({redact(reason)[:200]}).")
+
+
+def lock(directory: Path) -> TextIO:
+    """Make the directory and claim it for this process, until `unlock` or the process's end.
+
+    The kernel holds the claim (flock), so a killed run leaves none behind.
+
+    Raises:
+        StorageError: another run holds it, or the directory cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / "lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise StorageError(
+            f"{directory}: cannot be written ({error.strerror}); set run.dir elsewhere."
+        ) from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise StorageError(
+            f"{directory} is in use by another run ({holder}); wait for it to end, or choose "
+            "another run.name."
+        ) from None
+    except OSError:
+        pass  # a file system without locks: nothing to hold on to
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def unlock(file: TextIO) -> None:
+    """Give a claim back; the file stays, because removing it would race with the next claim."""
+    if not file.closed:
+        file.truncate(0)
+        file.close()
+
+
+def keep_until(path: Path, step: int | None) -> None:
+    """Drop the lines after `step`, torn ones too; None starts anew and keeps the old file aside."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    if step is None:
+        os.replace(path, path.with_name(f"{path.name}.old"))
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_whole(path, "".join(kept))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file at once: readers, and a crash, see the old one or the new one."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON has it: arrays as numbers and lists, NaN and infinity as None."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def environment(devices: Sequence[str] = ()) -> dict[str, Any]:
+    """What a run's numbers may depend on besides its configuration: versions, machine, command."""
+    return {
+        "command": sys.argv,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "commit": _commit(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "cpus": os.cpu_count(),
+        "devices": list(devices),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def redact(text: str) -> str:
+    """`text` without what looks like a credential, or is one in this process's environment."""
+    for name, value in os.environ.items():
+        if SECRET_NAME.search(name) and len(value) >= 8:
+            text = text.replace(value, "***")
+    return SECRET_TEXT.sub("***", text)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Of the checkout that the package is imported from; "+changes" where files differ from it."""
+    try:
+        if _git("ls-files", Path(__file__).name) != Path(__file__).name:
+            return None  # installed into something that happens to be a repository
+        return _git("rev-parse", "HEAD") + ("+changes" if _git("status", "--short", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
