@@ -5,6 +5,8 @@ rewards are all equal gives exactly 0, not the rounding error of its mean divide
 Half precision is computed in float32; float64 stays float64.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -16,6 +18,7 @@ def group_normalised(
     *,
     ddof: int = 1,
     eps: float = 1e-4,
+    scale: str = "group",
     groups: Int[Array, " B"] | None = None,
 ) -> Float[Array, " B"]:
     """Âᵢ = (rᵢ - mean_group(r)) / (std_group(r) + eps), the advantage of GRPO and GSPO.
@@ -28,15 +31,21 @@ def group_normalised(
         group_size: G; row b belongs to group b // G.
         ddof: 1 for the sample standard deviation, 0 for that of the population.
         eps: added to the standard deviation, in units of reward.
+        scale: whose standard deviation: "group", "batch" (of all rewards), or "none" for 1.
         groups: the group of each row as any integers, instead of `group_size`.
 
     Raises:
-        ValueError: B is not a multiple of `group_size`.
+        ValueError: B is not a multiple of `group_size`, or `scale` is none of the three.
     """
     centred, count, over_group = _centre(reward, group_size, groups)
-    variance = over_group(jnp.sum, centred**2) / jnp.maximum(count - ddof, 1)
-    # Where a group has no spread `centred` is 0; the 1 keeps eps = 0 from making it 0 / 0.
-    return centred / jnp.where(variance > 0, jnp.sqrt(variance) + eps, 1)
+    match scale:
+        case "group":
+            return _scaled(centred, centred, count, over_group, ddof, eps)
+        case "batch":
+            return _scaled(centred, *_centre(reward, reward.size, None), ddof, eps)
+        case "none":
+            return centred
+    raise ValueError(f"scale={scale!r} is not known; choose group, batch or none.")
 
 
 def group_centred(
@@ -62,6 +71,72 @@ def leave_one_out(
     """
     centred, count, _ = _centre(reward, group_size, groups)
     return centred * count / jnp.maximum(count - 1, 1)
+
+
+def reinforce_pp(
+    reward: Float[Array, " B"],
+    group_size: int | None,
+    *,
+    eps: float = 1e-8,
+    groups: Int[Array, " B"] | None = None,
+) -> Float[Array, " B"]:
+    """REINFORCE++ with baseline: the group's mean is subtracted, the batch's spread divides.
+
+    Hu et al., 2025, https://arxiv.org/abs/2501.03262. Without a baseline it is `batch_whitened`.
+    """
+    centred = _centre(reward, group_size, groups)[0]
+    whitened = batch_whitened(jnp.where(jnp.isnan(reward), jnp.nan, centred), eps=eps)
+    return jnp.where(centred == 0, 0, whitened)  # no spread, no signal: not even rounding
+
+
+def batch_whitened(
+    x: Float[Array, " B"] | Float[Array, "B T"],
+    mask: Bool[Array, "B T"] | None = None,
+    *,
+    eps: float = 1e-8,
+) -> Float[Array, " B"] | Float[Array, "B T"]:
+    """(x - mean) / √(var + eps) over all that is true in `mask` and not NaN; 0 elsewhere.
+
+    Of rewards [B] it is the advantage of REINFORCE++, of advantages per token [B, T] the
+    whitening of PPO. The variance is the sample's, as in TRL and verl.
+    """
+    x = x.astype(_float_dtype(x))
+    valid = ~jnp.isnan(x) if mask is None else mask & ~jnp.isnan(x)
+    count = valid.sum(dtype=x.dtype)
+    centred = x - jnp.sum(x, where=valid) / jnp.maximum(count, 1)
+    spread = jnp.max(x, where=valid, initial=-jnp.inf) > jnp.min(x, where=valid, initial=jnp.inf)
+    variance = jnp.sum(centred**2, where=valid) / jnp.maximum(count - 1, 1)
+    return jnp.where(valid & spread, centred * jax.lax.rsqrt(variance + eps), 0)
+
+
+def weighted_sum(rewards: Float[Array, "B F"], weights: Float[Array, " F"]) -> Float[Array, " B"]:
+    """Σ_f w_f r_f over the functions that scored; NaN where none did."""
+    scored = ~jnp.isnan(rewards)
+    total = jnp.sum(rewards * weights[None, :].astype(rewards.dtype), axis=1, where=scored)
+    return jnp.where(scored.any(axis=1), total, jnp.nan)
+
+
+def sum_then_normalise(
+    rewards: Float[Array, "B F"], weights: Float[Array, " F"], group_size: int, **options: Any
+) -> Float[Array, " B"]:
+    """`group_normalised` of the weighted sum: one reward function's spread can drown another's."""
+    return group_normalised(weighted_sum(rewards, weights), group_size, **options)
+
+
+def normalise_then_sum(
+    rewards: Float[Array, "B F"], weights: Float[Array, " F"], group_size: int, **options: Any
+) -> Float[Array, " B"]:
+    """The weighted sum of each function's `group_normalised`, normalised over the batch (GDPO).
+
+    So that each function counts by its weight, whatever its units. Liu et al., 2026,
+    https://arxiv.org/abs/2601.05242; TRL's `multi_objective_aggregation="normalize_then_sum"`.
+    """
+    by_function = jnp.stack(
+        [group_normalised(column, group_size, **options) for column in rewards.T], axis=1
+    )
+    total = weighted_sum(jnp.where(jnp.isnan(rewards), jnp.nan, by_function), weights)
+    options = {name: options[name] for name in ("ddof", "eps") if name in options}
+    return group_normalised(total, total.size, **options)
 
 
 def gae(
@@ -99,6 +174,45 @@ def gae(
     return adv, adv + value
 
 
+def token_rewards(
+    reward: Float[Array, " B"],
+    kl: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    coef: float,
+) -> Float[Array, "B T"]:
+    """rₜ = -coef klₜ, plus the response's reward on its last token: the KL inside the reward.
+
+    For `gae`; its sum over t is the penalised reward per response for the group advantages. `kl`
+    is `penalties.token_kl(old_logp, ref_logp, mask, "k1")`. A response that is not scored gets 0.
+    """
+    penalty = jnp.where(mask, kl.astype(_float_dtype(reward)), 0)
+    last = mask & (jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1] == 1)
+    score = jnp.where(last, reward[:, None].astype(penalty.dtype), 0)
+    return jnp.where(jnp.isnan(reward)[:, None], 0, score - coef * penalty)
+
+
+def adapted_coef(coef: float, kl: float, *, target: float, horizon: float, count: int) -> float:
+    """β (1 + clip(KL / target - 1, ±0.2) count / horizon): drives the KL to its target.
+
+    Ziegler et al., 2019, https://arxiv.org/abs/1909.08593; `count` is the responses since the
+    last change.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return coef * (1 + error * count / horizon)
+
+
+def soft_overlong(length: Int[Array, " B"], *, max_length: int, buffer: int) -> Float[Array, " B"]:
+    """DAPO's punishment of long responses, in tokens: 0, then falling to -1 over the buffer.
+
+        0 up to L_max - L_buffer,    (L_max - L_buffer - |y|) / L_buffer up to L_max,    -1 beyond
+
+    Equation (13) of https://arxiv.org/abs/2503.14476. To be added to the reward.
+    """
+    over = (max_length - buffer - length).astype(jnp.float32)
+    return jnp.clip(over / max(buffer, 1), -1, 0)
+
+
 def _centre(reward, group_size, groups):
     """Reward minus the mean of its group, how many rows of the group are scored, and the group sum.
 
@@ -133,3 +247,19 @@ def _centre(reward, group_size, groups):
 
 def _float_dtype(x):
     return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+
+
+def _scaled(adv, centred, count, over_group, ddof, eps):
+    """`adv` over the standard deviation of what `_centre` returned."""
+    variance = over_group(jnp.sum, centred**2) / jnp.maximum(count - ddof, 1)
+    # Where there is no spread `adv` is 0; the 1 keeps eps = 0 from making it 0 / 0.
+    return adv / jnp.where(variance > 0, jnp.sqrt(variance) + eps, 1)
+
+
+ADVANTAGES = {
+    "group_normalised": group_normalised,
+    "group_centred": group_centred,
+    "leave_one_out": leave_one_out,
+    "reinforce_pp": reinforce_pp,
+}
+"""What makes advantages [B] of rewards [B] and `group_size`, by its name in the configuration."""

@@ -21,41 +21,54 @@ Every policy loss is called as `loss(logp, old_logp, adv, mask, *, weight=None, 
     adv       Âᵢ, one number per response; or Âᵢₜ per token where the ratio is per token.
     mask      true on response tokens up to and including EOS. What lies elsewhere, NaN included,
               reaches neither the value nor the gradient.
-    weight    optional fixed factor on each response's or each token's term, for example
-              `mismatch_weight`. It does not change what the mean divides by.
+    clip_low, clip_high    ε_low and ε_high: the ratio is clipped to [1 - ε_low, 1 + ε_high].
+    delta     bound above 1 + ε_high for ratios where Â < 0, which are otherwise unbounded: the
+              dual clip of Ye et al., 2019, https://arxiv.org/abs/1912.09729 (`clip_ratio_c` in
+              verl, `delta` in TRL). None is no bound.
+    weight    fixed factor on each response's or token's term, for example one of `mismatch`. It
+              does not change what the mean divides by.
 
 and returns -J as a `Mean` with its diagnostics. `Mean.weight` depends on the mask alone. A response
 without tokens adds nothing and is not counted, so rows of padding are free (verl's choice; TRL
-counts them). Half precision is computed in float32; float64 stays float64.
+counts them). Half precision is computed in float32; float64 stays float64. What may be added to a
+policy loss (`kl`, `entropy_bonus`, `value`) is in `penalties` and can be imported from here too.
 """
 
 import inspect
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
 
+import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
-from jaxtyping import Array, Bool, Float
 
-# exp(±20) is far outside every clip range and far inside float32.
-_LOG_RATIO_LIMIT = 20.0
-
-Metrics = dict[str, Float[Array, ""]]
-PerRowOrToken = Float[Array, " B"] | Float[Array, "B T"]
-
-
-class Mean(NamedTuple):
-    """A mean kept as its two halves, so that microbatches add up to exactly one big batch."""
-
-    total: Float[Array, ""]
-    weight: Float[Array, ""]
+from gspo_jax.masked import (
+    Mask,
+    Mean,
+    Metrics,
+    PerRowOrToken,
+    PerToken,
+    diagnostics,
+    float_dtype,
+    log_ratio,
+    mean_over_constant,
+    mean_over_responses,
+    mean_over_rows,
+    mean_over_tokens,
+    on_mask,
+    row_mean,
+    saturated,
+)
+from gspo_jax.penalties import entropy_bonus as entropy_bonus
+from gspo_jax.penalties import kl as kl
+from gspo_jax.penalties import token_kl as token_kl
+from gspo_jax.penalties import value as value
 
 
 def gspo(
-    logp: Float[Array, "B T"],
-    old_logp: Float[Array, "B T"] | None,
+    logp: PerToken,
+    old_logp: PerToken | None,
     adv: PerRowOrToken,
-    mask: Bool[Array, "B T"],
+    mask: Mask,
     *,
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
@@ -67,26 +80,21 @@ def gspo(
         sᵢ(θ) = exp( 1/|yᵢ| Σₜ log [π_θ(yᵢₜ|·) / π_old(yᵢₜ|·)] )            (7)
         J(θ)  = E[ min( sᵢ Âᵢ, clip(sᵢ, 1 - ε_low, 1 + ε_high) Âᵢ ) ]       (5)
 
-    Zheng et al., 2025, https://arxiv.org/abs/2507.18071; default clip range from §5.1. There is
-    no other mean to choose: weighting responses by their length is `luspo`.
-
-    Args:
-        clip_low: ε_low. About 1000x smaller than in GRPO, because sᵢ is a geometric mean.
-        clip_high: ε_high.
-        delta: upper bound of sᵢ where Âᵢ < 0, which (5) leaves unbounded; above 1 + ε_high.
+    Zheng et al., 2025, https://arxiv.org/abs/2507.18071; clip range from §5.1, 1000x smaller than
+    GRPO's because sᵢ is a geometric mean. There is no other mean to choose: `luspo` is the loss
+    that weighs responses by their length.
     """
-    _, log_ratio = _on_mask(logp, old_logp, mask)
-    adv = _per_row(adv, mask, log_ratio.dtype)
-    log_s = _row_mean(log_ratio, mask)  # (7)
+    adv = _one_per_row(adv, mask, logp)
+    log_s = saturated(row_mean(log_ratio(logp, old_logp, mask), mask))  # (7)
     s, clipped = _clip(log_s, adv, clip_low, clip_high, delta)
-    return _mean_over_rows(s * adv, mask, weight), _diagnostics(log_s, clipped, mask)  # (5)
+    return mean_over_rows(-s * adv, mask, weight), diagnostics(log_s, mask, **clipped)  # (5)
 
 
 def gspo_token(
-    logp: Float[Array, "B T"],
-    old_logp: Float[Array, "B T"] | None,
+    logp: PerToken,
+    old_logp: PerToken | None,
     adv: PerRowOrToken,
-    mask: Bool[Array, "B T"],
+    mask: Mask,
     *,
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
@@ -101,19 +109,70 @@ def gspo_token(
     The stop-gradients make it differ from finite differences of its own value when Âᵢₜ varies
     within a response; that is the paper's (17), not an error. Zheng et al., 2025, §4.3.
     """
-    logp, log_ratio = _on_mask(logp, old_logp, mask)
-    adv = _per_token(adv, mask, log_ratio.dtype)
-    log_s = stop_gradient(_row_mean(log_ratio, mask))
+    adv, logp = _one_per_token(adv, mask, logp), on_mask(logp, mask)
+    log_s = stop_gradient(saturated(row_mean(log_ratio(logp, old_logp, mask), mask)))
     log_s_token = log_s[:, None] + (logp - stop_gradient(logp))  # (14)
     s, clipped = _clip(log_s_token, adv, clip_low, clip_high, delta)
-    return _mean_over_responses(s * adv, mask, weight), _diagnostics(log_s, clipped, mask)  # (13)
+    return mean_over_responses(-s * adv, mask, weight), diagnostics(log_s, mask, **clipped)  # (13)
+
+
+def luspo(
+    logp: PerToken,
+    old_logp: PerToken | None,
+    adv: PerRowOrToken,
+    mask: Mask,
+    *,
+    clip_low: float = 2e-3,
+    clip_high: float = 2.5e-3,
+    delta: float | None = None,
+    weight: PerRowOrToken | None = None,
+) -> tuple[Mean, Metrics]:
+    """Length-Unbiased Sequence Policy Optimization: GSPO with each response weighted by |yᵢ|.
+
+        J(θ) = E[ |yᵢ| min( sᵢ Âᵢ, clip(sᵢ, 1 - ε_low, 1 + ε_high) Âᵢ ) ],    sᵢ as in `gspo`
+
+    So the gradient of a token no longer has the factor 1/|yᵢ| that favours short good responses.
+    Liu et al., 2026, https://arxiv.org/abs/2602.05261.
+    """
+    adv = _one_per_row(adv, mask, logp)
+    log_s = saturated(row_mean(log_ratio(logp, old_logp, mask), mask))
+    s, clipped = _clip(log_s, adv, clip_low, clip_high, delta)
+    length = mask.sum(-1, dtype=s.dtype)
+    return mean_over_rows(-length * s * adv, mask, weight), diagnostics(log_s, mask, **clipped)
+
+
+def gmpo(
+    logp: PerToken,
+    old_logp: PerToken | None,
+    adv: PerRowOrToken,
+    mask: Mask,
+    *,
+    log_clip_low: float = 0.4,
+    log_clip_high: float = 0.4,
+    weight: PerRowOrToken | None = None,
+) -> tuple[Mean, Metrics]:
+    """Geometric-Mean Policy Optimization: token ratios clipped, then multiplied.
+
+        lᵢₜ  = log [π_θ(yᵢₜ|·) / π_old(yᵢₜ|·)],  ≤ ε_high where Âᵢ > 0, ≥ -ε_low where Âᵢ < 0
+        J(θ) = E[ Âᵢ exp( 1/|yᵢ| Σₜ lᵢₜ ) ]
+
+    The range is one of log-ratios: ±0.4 lets wᵢₜ go from 0.67 to 1.49. Without it the loss is
+    `gspo` unclipped. Zhao et al., 2025, https://arxiv.org/abs/2507.20673.
+    """
+    adv = _one_per_row(adv, mask, logp)
+    log_w, sign = log_ratio(logp, old_logp, mask), adv[:, None]
+    above, below = (sign > 0) & (log_w > log_clip_high), (sign < 0) & (log_w < -log_clip_low)
+    log_w = jnp.where(above, log_clip_high, jnp.where(below, -log_clip_low, log_w))
+    log_s = saturated(row_mean(log_w, mask))
+    loss = mean_over_rows(-jnp.exp(log_s) * adv, mask, weight)
+    return loss, diagnostics(log_s, mask, low=below, high=above)
 
 
 def grpo(
-    logp: Float[Array, "B T"],
-    old_logp: Float[Array, "B T"] | None,
+    logp: PerToken,
+    old_logp: PerToken | None,
     adv: PerRowOrToken,
-    mask: Bool[Array, "B T"],
+    mask: Mask,
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
@@ -126,22 +185,63 @@ def grpo(
         J(θ)   = E[ 1/|yᵢ| Σₜ min( wᵢₜ Âᵢₜ, clip(wᵢₜ, 1 - ε_low, 1 + ε_high) Âᵢₜ ) ]      (3)
 
     Shao et al., 2024, https://arxiv.org/abs/2402.03300, without its KL term, which is `kl`.
+    """
+    objective, metrics = _surrogate(logp, old_logp, adv, mask, clip_low, clip_high, delta)
+    return mean_over_responses(-objective, mask, weight), metrics  # (3)
+
+
+def dr_grpo(
+    logp: PerToken,
+    old_logp: PerToken | None,
+    adv: PerRowOrToken,
+    mask: Mask,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    delta: float | None = None,
+    max_length: int | None = None,
+    weight: PerRowOrToken | None = None,
+) -> tuple[Mean, Metrics]:
+    """GRPO done right: the sum over tokens divided by a constant, so that length has no effect.
+
+        J(θ) = 1/(B L_max) Σᵢ Σₜ min( wᵢₜ Âᵢₜ, clip(wᵢₜ, 1 - ε_low, 1 + ε_high) Âᵢₜ )
+
+    Meant for `group_centred` advantages. Liu et al., 2025, https://arxiv.org/abs/2503.20783.
 
     Args:
-        delta: upper bound of wᵢₜ where Âᵢₜ < 0, above 1 + ε_high: the "dual clip" of Ye et al.,
-            2019 (https://arxiv.org/abs/1912.09729), verl's `clip_ratio_c`, TRL's `delta`.
+        max_length: L_max, the longest response that the sampler may give; None is T, the width of
+            the arrays, which makes the loss depend on padding.
     """
-    objective, metrics = _token_surrogate(
-        logp, old_logp, adv, mask, clip_low=clip_low, clip_high=clip_high, delta=delta
-    )
-    return _mean_over_responses(objective, mask, weight), metrics  # (3)
+    objective, metrics = _surrogate(logp, old_logp, adv, mask, clip_low, clip_high, delta)
+    return mean_over_constant(-objective, mask, weight, max_length), metrics
+
+
+def dapo(
+    logp: PerToken,
+    old_logp: PerToken | None,
+    adv: PerRowOrToken,
+    mask: Mask,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    delta: float | None = None,
+    weight: PerRowOrToken | None = None,
+) -> tuple[Mean, Metrics]:
+    """DAPO: GRPO's surrogate with the upper clip raised, each token of the batch weighing the same.
+
+        J(θ) = E[ 1/Σᵢ|yᵢ| Σᵢ Σₜ min( wᵢₜ Âᵢₜ, clip(wᵢₜ, 1 - ε_low, 1 + ε_high) Âᵢₜ ) ]      (8)
+
+    Yu et al., 2025, https://arxiv.org/abs/2503.14476; the rest of its recipe is in the data.
+    """
+    objective, metrics = _surrogate(logp, old_logp, adv, mask, clip_low, clip_high, delta)
+    return mean_over_tokens(-objective, mask, weight), metrics  # (8)
 
 
 def ppo(
-    logp: Float[Array, "B T"],
-    old_logp: Float[Array, "B T"] | None,
+    logp: PerToken,
+    old_logp: PerToken | None,
     adv: PerRowOrToken,
-    mask: Bool[Array, "B T"],
+    mask: Mask,
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
@@ -154,17 +254,63 @@ def ppo(
 
     Schulman et al., 2017, https://arxiv.org/abs/1707.06347. The critic's term is `value`.
     """
-    objective, metrics = _token_surrogate(
-        logp, old_logp, adv, mask, clip_low=clip_low, clip_high=clip_high, delta=delta
-    )
-    return _mean_over_tokens(objective, mask, weight), metrics  # (7)
+    objective, metrics = _surrogate(logp, old_logp, adv, mask, clip_low, clip_high, delta)
+    return mean_over_tokens(-objective, mask, weight), metrics  # (7)
+
+
+def cispo(
+    logp: PerToken,
+    old_logp: PerToken | None,
+    adv: PerRowOrToken,
+    mask: Mask,
+    *,
+    cap: float = 5.0,
+    floor: float = 0.0,
+    weight: PerRowOrToken | None = None,
+) -> tuple[Mean, Metrics]:
+    """CISPO: the likelihood weighted by a truncated ratio, so that no token loses its gradient.
+
+        J(θ) = E[ 1/Σᵢ|yᵢ| Σᵢ Σₜ sg[ clip(wᵢₜ, floor, cap) ] Âᵢₜ log π_θ(yᵢₜ|·) ]
+
+    MiniMax, 2025, https://arxiv.org/abs/2506.13585. The bounds are those of the ratio itself: TRL
+    calls the cap `epsilon_high`; verl has floor = 1 - ε_low and cap = 1 + ε_high.
+    """
+    log_w = stop_gradient(saturated(log_ratio(logp, old_logp, mask)))
+    adv, w = _one_per_token(adv, mask, logp), jnp.exp(log_w)
+    objective = jnp.clip(w, floor, cap) * adv * on_mask(logp, mask)
+    metrics = diagnostics(log_w, mask, low=(adv != 0) & (w < floor), high=(adv != 0) & (w > cap))
+    return mean_over_tokens(-objective, mask, weight), metrics
+
+
+def sapo(
+    logp: PerToken,
+    old_logp: PerToken | None,
+    adv: PerRowOrToken,
+    mask: Mask,
+    *,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
+    weight: PerRowOrToken | None = None,
+) -> tuple[Mean, Metrics]:
+    """Soft Adaptive Policy Optimization: a smooth gate instead of a clip.
+
+        f(w) = 4/τ sigmoid( τ (w - 1) ),    τ = τ_pos where Âᵢₜ > 0, else τ_neg
+        J(θ) = E[ 1/|yᵢ| Σₜ f(wᵢₜ) Âᵢₜ ]
+
+    f'(1) = 1 whatever τ, so the gradient on-policy is GRPO's; away from 1 it fades in both
+    directions. Gao et al., 2025, https://arxiv.org/abs/2511.20347.
+    """
+    log_w, adv = saturated(log_ratio(logp, old_logp, mask)), _one_per_token(adv, mask, logp)
+    tau = jnp.where(adv > 0, tau_pos, tau_neg).astype(log_w.dtype)
+    gate = 4 / tau * jax.nn.sigmoid(tau * (jnp.exp(log_w) - 1))
+    return mean_over_responses(-gate * adv, mask, weight), diagnostics(log_w, mask)
 
 
 def reinforce(
-    logp: Float[Array, "B T"],
-    old_logp: Float[Array, "B T"] | None,
+    logp: PerToken,
+    old_logp: PerToken | None,
     adv: PerRowOrToken,
-    mask: Bool[Array, "B T"],
+    mask: Mask,
     *,
     weight: PerRowOrToken | None = None,
 ) -> tuple[Mean, Metrics]:
@@ -173,204 +319,60 @@ def reinforce(
     With Â = 1 its value is the negative log-likelihood of supervised fine-tuning. `old_logp` is
     used for the diagnostics alone. Williams, 1992, https://doi.org/10.1007/BF00992696.
     """
-    logp, log_ratio = _on_mask(logp, old_logp, mask)
-    objective = _per_token(adv, mask, logp.dtype) * logp
-    return _mean_over_tokens(objective, mask, weight), _diagnostics(log_ratio, None, mask)
-
-
-def kl(
-    logp: Float[Array, "B T"],
-    ref_logp: Float[Array, "B T"],
-    mask: Bool[Array, "B T"],
-    kind: str = "k3",
-) -> tuple[Mean, Metrics]:
-    """KL(π_θ ‖ π_ref) estimated from the sampled tokens; mean over responses of their token mean.
-
-        d = log π_ref - log π_θ;    k1 = -d,    k2 = d²/2,    k3 = exp(d) - 1 - d
-
-    k1 and k3 are unbiased as values. As a *loss* over fixed samples, k2 has the gradient of
-    KL(π_θ ‖ π_ref), k3 that of KL(π_ref ‖ π_θ), and k1 has none in expectation: use k1 in the
-    reward. Schulman, 2020, http://joschu.net/blog/kl-approx.html.
-    """
-    per_token = token_kl(logp, ref_logp, mask, kind)
-    mean = _mean_over_responses(-per_token, mask, None)
-    tokens = jnp.maximum(mask.sum(dtype=per_token.dtype), 1)
-    return mean, {"kl": stop_gradient(jnp.sum(per_token)) / tokens}
-
-
-def token_kl(
-    logp: Float[Array, "B T"],
-    ref_logp: Float[Array, "B T"],
-    mask: Bool[Array, "B T"],
-    kind: str = "k3",
-) -> Float[Array, "B T"]:
-    """The estimate of `kl` at every token, 0 outside the mask."""
-    _, log_ratio = _on_mask(logp, ref_logp, mask)
-    d = _saturated(-log_ratio)
-    match kind:
-        case "k1":
-            return -d
-        case "k2":
-            return d * d / 2
-        case "k3":
-            return jnp.expm1(d) - d
-    raise ValueError(f"kl kind={kind!r} is not known; choose k1, k2 or k3.")
-
-
-# --- Shared parts. Everything that meets the mask happens here. ---
-
-
-def _on_mask(logp, old_logp, mask):
-    """`logp` and the log-ratio in float32 or float64, and 0 where `mask` is false."""
-    dtype = jnp.float64 if logp.dtype == jnp.float64 else jnp.float32
-    logp = jnp.where(mask, logp.astype(dtype), 0)
-    old_logp = logp if old_logp is None else jnp.where(mask, old_logp.astype(dtype), 0)
-    return logp, logp - stop_gradient(old_logp)
-
-
-def _per_row(x, mask, dtype):
-    """[B] as it is, 0 for empty responses."""
-    if x.ndim != 1:
-        raise ValueError(
-            f"adv has shape {x.shape}; a loss with one ratio per response takes one advantage per "
-            "response [B]. For one per token use gspo_token."
-        )
-    return stop_gradient(jnp.where(mask.any(-1), x.astype(dtype), 0))
-
-
-def _per_token(x, mask, dtype):
-    """[B] or [B, T] as [B, T], 0 where `mask` is false."""
-    x = x[:, None] if x.ndim == 1 else x
-    return stop_gradient(jnp.where(mask, x.astype(dtype), 0))
-
-
-def _saturated(log_ratio):
-    """Bounded to ±20 in value only: beyond, the gradient is that of the bound, not 0."""
-    bounded = jnp.clip(log_ratio, -_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
-    return log_ratio + stop_gradient(bounded - log_ratio)
-
-
-def _row_mean(log_ratio, mask):
-    """1/|y| Σₜ; bounded after the mean, because bounding single tokens would move it."""
-    length = mask.sum(-1, dtype=log_ratio.dtype)
-    return _saturated(jnp.sum(log_ratio, -1) / jnp.maximum(length, 1))
+    log_w = saturated(log_ratio(logp, old_logp, mask))
+    objective = _one_per_token(adv, mask, logp) * on_mask(logp, mask)
+    return mean_over_tokens(-objective, mask, weight), diagnostics(log_w, mask)
 
 
 def _clip(log_ratio, adv, clip_low, clip_high, delta):
-    """The ratio that min(ratio Â, clip(ratio) Â) selects, and the masks (below, above, capped).
+    """The ratio that min(ratio Â, clip(ratio) Â) selects, and where it is a bound, by metric name.
 
-    Decided in log space, where a band of 3e-4 keeps its resolution. Where a bound is selected it
-    is a constant, so the gradient is exactly 0 there.
+    Decided in log space, where a band of 3e-4 keeps its resolution. A selected bound is a
+    constant, so the gradient is exactly 0 there.
     """
     low, high = jnp.asarray(clip_low, log_ratio.dtype), jnp.asarray(clip_high, log_ratio.dtype)
     below = (adv < 0) & (log_ratio < jnp.log1p(-jnp.minimum(low, 1)))
     above = (adv > 0) & (log_ratio > jnp.log1p(high))
     ratio = jnp.where(above, 1 + high, jnp.where(below, 1 - low, jnp.exp(log_ratio)))
-    if delta is None:
-        return ratio, (below, above)
-    if delta <= 1 + clip_high:
-        raise ValueError(f"delta={delta} must be above 1 + clip_high = {1 + clip_high}.")
-    capped = (adv < 0) & (log_ratio > jnp.log(jnp.asarray(delta, log_ratio.dtype)))
-    return jnp.where(capped, delta, ratio), (below, above, capped)
+    clipped = {"low": below, "high": above}
+    if delta is not None:
+        if delta <= 1 + clip_high:
+            raise ValueError(f"delta={delta} must be above 1 + clip_high = {1 + clip_high}.")
+        clipped["delta"] = (adv < 0) & (log_ratio > jnp.log(jnp.asarray(delta, log_ratio.dtype)))
+        ratio = jnp.where(clipped["delta"], delta, ratio)
+    return ratio, clipped
 
 
-def _token_surrogate(logp, old_logp, adv, mask, *, clip_low, clip_high, delta):
+def _surrogate(logp, old_logp, adv, mask, clip_low, clip_high, delta):
     """min( wᵢₜ Âᵢₜ, clip(wᵢₜ) Âᵢₜ ) at every token, and its diagnostics."""
-    _, log_ratio = _on_mask(logp, old_logp, mask)
-    adv = _per_token(adv, mask, log_ratio.dtype)
-    log_w = _saturated(log_ratio)
+    log_w, adv = saturated(log_ratio(logp, old_logp, mask)), _one_per_token(adv, mask, logp)
     w, clipped = _clip(log_w, adv, clip_low, clip_high, delta)
-    return w * adv, _diagnostics(log_w, clipped, mask)
+    return w * adv, diagnostics(log_w, mask, **clipped)
 
 
-def _mean_over_rows(objective, mask, weight):
-    """-J for one term per response; a weight per token counts with its mean."""
-    real = mask.any(-1)
-    if weight is not None:
-        weight = _per_token(weight, mask, objective.dtype)
-        objective *= jnp.sum(weight, -1) / jnp.maximum(mask.sum(-1, dtype=weight.dtype), 1)
-    return Mean(-jnp.sum(objective, where=real), real.sum(dtype=objective.dtype))
+def _one_per_token(adv, mask, logp):
+    """Âᵢₜ, fixed; 0 where `mask` is false."""
+    return stop_gradient(on_mask(adv, mask, float_dtype(logp)))
 
 
-def _mean_over_responses(objective, mask, weight):
-    """-J for one term per token: the mean over responses of each one's token mean."""
-    if weight is not None:
-        objective *= _per_token(weight, mask, objective.dtype)
-    length = mask.sum(-1, dtype=objective.dtype)
-    row = jnp.sum(objective, -1, where=mask) / jnp.maximum(length, 1)
-    return Mean(-jnp.sum(row), mask.any(-1).sum(dtype=objective.dtype))
-
-
-def _mean_over_tokens(objective, mask, weight):
-    """-J for one term per token, all tokens of the batch alike."""
-    if weight is not None:
-        objective *= _per_token(weight, mask, objective.dtype)
-    return Mean(-jnp.sum(objective, where=mask), mask.sum(dtype=objective.dtype))
-
-
-def _diagnostics(log_ratio, clipped, mask):
-    """Ratios over responses ([B]) or tokens ([B, T]); the shares that are clipped.
-
-    `clip_frac*` are shares of tokens; `clip_frac_seq` is the mean over responses of the share of
-    their tokens. Without a single token the ratios are 1 and the shares 0.
-    """
-    log_ratio = stop_gradient(log_ratio)
-    dtype, length = log_ratio.dtype, mask.sum(-1, dtype=log_ratio.dtype)
-    tokens, rows = jnp.maximum(length.sum(), 1), jnp.maximum(mask.any(-1).sum(dtype=dtype), 1)
-
-    valid = mask if log_ratio.ndim == 2 else mask.any(-1)
-    count = jnp.maximum(valid.sum(dtype=dtype), 1)
-    ratio = jnp.where(valid, jnp.exp(log_ratio), 1)
-    mean = jnp.where(valid.any(), jnp.sum(ratio, where=valid) / count, 1)
-    largest = jnp.where(valid.any(), jnp.max(ratio, where=valid, initial=0), 1)
-    smallest = jnp.min(ratio, where=valid, initial=jnp.inf)
-    in_order = jnp.sort(jnp.where(valid, ratio, largest), axis=None)  # padding last
-    metrics = {
-        "ratio_mean": mean,
-        "ratio_min": jnp.where(valid.any(), smallest, 1),
-        "ratio_max": largest,
-        "ratio_std": jnp.sqrt(jnp.sum((ratio - mean) ** 2, where=valid) / count),
-    }
-    for percent in (5, 50, 95):
-        at = (percent / 100) * (count - 1)
-        left = at.astype(jnp.int32)
-        right = jnp.minimum(left + 1, in_order.size - 1)
-        value = in_order[left] + (at - left.astype(dtype)) * (in_order[right] - in_order[left])
-        metrics[f"ratio_q{percent:02d}"] = value
-
-    def share(hit):
-        return jnp.sum(hit, where=mask, dtype=dtype) / tokens
-
-    none = jnp.zeros(mask.shape, bool)
-    below, above, *capped = (
-        hit[:, None] & mask if hit.ndim == 1 else hit & mask for hit in clipped or (none, none)
-    )
-    per_row = jnp.sum(below | above, -1, dtype=dtype) / jnp.maximum(length, 1)
-    metrics |= {
-        "clip_frac": share(below | above),
-        "clip_frac_low": share(below),
-        "clip_frac_high": share(above),
-        "clip_frac_seq": per_row.sum() / rows,
-    }
-    return metrics | ({"clip_frac_delta": share(capped[0])} if capped else {})
+def _one_per_row(adv, mask, logp):
+    """Âᵢ, fixed; 0 for a response without tokens."""
+    if adv.ndim != 1:
+        raise ValueError(
+            f"adv has shape {adv.shape}; gspo, luspo and gmpo take one advantage per response, "
+            "[B]. For one per token use gspo_token."
+        )
+    return stop_gradient(jnp.where(mask.any(-1), adv.astype(float_dtype(logp)), 0))
 
 
 LOSSES: dict[str, Callable[..., tuple[Mean, Metrics]]] = {
-    "gspo": gspo,
-    "gspo_token": gspo_token,
-    "grpo": grpo,
-    "ppo": ppo,
-    "reinforce": reinforce,
+    loss.__name__: loss
+    for loss in (gspo, gspo_token, luspo, gmpo, grpo, sapo, dr_grpo, dapo, ppo, cispo, reinforce)
 }
 """Every policy loss by its name in the configuration."""
 
-RATIO = {
-    "gspo": "sequence",
-    "gspo_token": "sequence",
-    "grpo": "token",
-    "ppo": "token",
-    "reinforce": "token",
-}
+RATIO = dict.fromkeys(LOSSES, "token")
+RATIO |= dict.fromkeys(("gspo", "gspo_token", "luspo", "gmpo"), "sequence")
 """What one importance ratio covers. Clip ranges of the two kinds differ by three decades."""
 
 
@@ -378,3 +380,14 @@ def loss_options(name: str) -> set[str]:
     """The settings of a loss: its keyword arguments that are numbers, not arrays."""
     parameters = inspect.signature(LOSSES[name]).parameters.values()
     return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"weight"}
+
+
+def check_options(name: str, options: Iterable[str]) -> None:
+    """Raise a ValueError that names the first of `options` that the loss does not take."""
+    for option in sorted(set(options) - loss_options(name)):
+        advice = f"{name} takes {sorted(loss_options(name))}"
+        if option in ("aggregation", "loss_agg_mode", "loss_type", "mean", "over", "reduction"):
+            advice = f"each loss has one mean, {name} that of its paper"
+            if RATIO[name] == "sequence":
+                advice += "; luspo is the one that weighs responses by their tokens"
+        raise ValueError(f"algo.loss.{option}: {advice}.")
