@@ -9,9 +9,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from gspo_jax import advantages
+from gspo_jax.advantages import ADVANTAGES
 from gspo_jax.errors import ConfigError
-from gspo_jax.losses import LOSSES, RATIO, loss_options
+from gspo_jax.losses import LOSSES, check_options, loss_options
 from gspo_jax.settings import (
     AlgoConfig,
     EvalConfig,
@@ -22,9 +22,7 @@ from gspo_jax.settings import (
     RunConfig,
     TaskConfig,
 )
-from gspo_jax.tasks import SPLITS, TASKS
-
-ADVANTAGES = ("group_normalised", "group_centred", "leave_one_out")
+from gspo_jax.tasks import SPLITS, TASKS, user_data
 
 AT_LEAST = {
     "task.max_prompt_length": 1,
@@ -54,7 +52,7 @@ AT_LEAST = {
     "run.skip_budget": 0,
 }
 
-WIDEST_SEQUENCE_CLIP, NARROWEST_TOKEN_CLIP = 0.05, 0.01
+UNUSUAL = 30  # times a loss's own clip range; token and sequence ratios differ by 1000
 
 
 def check_numbers(values: dict[str, Any]) -> None:
@@ -80,17 +78,16 @@ def check_task(task: TaskConfig, evaluation: EvalConfig) -> None:
             f"task.name={task.name or 'null'} with task.path={task.path or 'null'}: give one, "
             "a built-in task or data of your own, and set the other to null."
         )
-    if task.name is None and task.options:
-        raise ConfigError("task.options: these belong to a built-in task; task.path has none.")
-    if task.name is not None:
-        if task.name not in TASKS:
-            raise ConfigError(
-                f"task.name={task.name}: {_meant(task.name, TASKS)}the tasks are {sorted(TASKS)}."
-            )
-        taken = [name for name in inspect.signature(TASKS[task.name]).parameters if name != "seed"]
-        for key in task.options:
-            if key not in taken:
-                raise ConfigError(f"task.options.{key}: {task.name} takes {taken}.")
+    if task.name is not None and task.name not in TASKS:
+        meant = _meant(task.name, TASKS)
+        raise ConfigError(f"task.name={task.name}: {meant}the tasks are {sorted(TASKS)}.")
+    if task.name is not None and task.fields:
+        raise ConfigError(f"task.fields: columns of task.path; {task.name} has none.")
+    source = user_data if task.name is None else TASKS[task.name]
+    taken = [name for name in _defaults(source) if name not in ("seed", "fields")]
+    for key in task.options:
+        if key not in taken:
+            raise ConfigError(f"task.options.{key}: {task.name or 'task.path'} takes {taken}.")
     for spec in task.rewards:
         if not all(spec.rpartition(":")[::2]):
             raise ConfigError(f"task.rewards: {spec!r} is not module:function or file.py:function.")
@@ -126,8 +123,14 @@ def check_algo(algo: AlgoConfig, rollout: RolloutConfig) -> None:
     if name not in LOSSES:
         meant = _meant(str(name), LOSSES)
         raise ConfigError(f"algo.loss.name={name}: {meant}the losses are {list(LOSSES)}.")
-    options = [p for p in inspect.signature(LOSSES[name]).parameters if p in loss_options(name)]
-    _check_options("algo.loss", algo.loss, options)
+    for key in algo.loss:
+        if key in ELSEWHERE and key not in loss_options(name):
+            raise ConfigError(f"algo.loss.{key}: {name} has none. Did you mean {ELSEWHERE[key]}?")
+    try:
+        check_options(name, algo.loss.keys() - {"name"})
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    _check_types("algo.loss", algo.loss, _defaults(LOSSES[name]))
     for key, value in algo.loss.items():
         if key.startswith("clip") and value <= 0:
             raise ConfigError(f"algo.loss.{key}={value:g}: must be above 0.")
@@ -135,9 +138,11 @@ def check_algo(algo: AlgoConfig, rollout: RolloutConfig) -> None:
     if name not in ADVANTAGES:
         meant = _meant(str(name), ADVANTAGES)
         raise ConfigError(f"algo.advantage.name={name}: {meant}choose from {list(ADVANTAGES)}.")
-    parameters = inspect.signature(getattr(advantages, name)).parameters.values()
-    numbers = [p.name for p in parameters if isinstance(p.default, int | float)]
-    _check_options("algo.advantage", algo.advantage, numbers)
+    defaults = _defaults(ADVANTAGES[name])
+    taken = [key for key in defaults if key != "groups"]
+    for key in algo.advantage.keys() - {"name", *taken}:
+        raise ConfigError(f"algo.advantage.{key}: {name} takes {taken}.")
+    _check_types("algo.advantage", algo.advantage, defaults)
     if rollout.prompts % algo.minibatches:
         raise ConfigError(
             f"rollout.prompts={rollout.prompts} do not split into algo.minibatches="
@@ -174,19 +179,13 @@ def check_rest(optim: OptimConfig, mesh: MeshConfig, run: RunConfig) -> None:
 def algo_warnings(algo: AlgoConfig, rollout: RolloutConfig) -> list[str]:
     """What is possible but probably not meant, one line each."""
     name = algo.loss["name"]
-    clips = {key: algo.loss[key] for key in ("clip_low", "clip_high") if key in algo.loss}
-    given = ", ".join(f"algo.loss.{key}={value:g}" for key, value in clips.items())
-    out = []
-    if RATIO[name] == "sequence" and max(clips.values(), default=0) > WIDEST_SEQUENCE_CLIP:
-        out.append(
-            f"{given}: the size of a token-ratio clip, but {name} clips a mean over the response, "
-            "which moves far less; the paper has 3e-4 and 4e-4, short responses want some 3e-3."
-        )
-    if RATIO[name] == "token" and min(clips.values(), default=1) < NARROWEST_TOKEN_CLIP:
-        out.append(
-            f"{given}: the size of a sequence-ratio clip, but {name} clips each token's ratio; "
-            "0.2 is usual, and null takes the loss's own default."
-        )
+    own = _defaults(LOSSES[name])
+    out = [
+        f"algo.loss.{key}={algo.loss[key]:g}: far from {name}'s own {own[key]:g}; the ratio of a "
+        "whole response strays some 1000 times less than that of a token. null takes the default."
+        for key in ("clip_low", "clip_high")
+        if key in algo.loss and not 1 / UNUSUAL < algo.loss[key] / own[key] < UNUSUAL
+    ]
     if algo.minibatches * algo.epochs == 1 and "clip_low" in loss_options(name):
         out.append(
             "algo.minibatches=1 with algo.epochs=1: one update per rollout, at ratio 1, so "
@@ -237,16 +236,19 @@ ELSEWHERE = {
 }
 
 
-def _check_options(setting: str, given: dict[str, Any], options: list[str]) -> None:
+def _defaults(function: Any) -> dict[str, Any]:
+    """The keyword-only arguments of a function and their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _check_types(setting: str, given: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Texts where the default is a text, finite numbers elsewhere."""
     for key, value in given.items():
-        if key == "name":
+        if isinstance(defaults.get(key), str) or key == "name":
             continue
-        if key not in options:
-            hint = f" Did you mean {ELSEWHERE[key]}?" if key in ELSEWHERE else ""
-            raise ConfigError(f"{setting}.{key}: {given['name']} takes {options}.{hint}")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"{setting}.{key}={value}: expected a number.")
-        if not math.isfinite(value):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
             raise ConfigError(f"{setting}.{key}={value}: expected a finite number.")
 
 

@@ -69,7 +69,7 @@ class RunLog:
         self.directory, self.of = Path(directory), of
         self.display = Display(console or Console(), of)
         self._config, self._devices = config, list(devices)
-        self._step, self._state = 0, "running"
+        self._step, self._written, self._state = 0, -1, "running"
         self._files: dict[str, TextIO] = {}
         self._warned: set[str] = set()
         self._lock = lock(self.directory)
@@ -81,15 +81,13 @@ class RunLog:
         A resumed run forgets the lines after `step`: it writes them again. A new run in a used
         directory keeps the earlier lines as `*.jsonl.old`.
         """
-        self._step = step or 0
+        self._step, self._written = step or 0, -1 if step is None else step
         try:
             write_whole(self.directory / "config.yaml", self._config)
             env = json.dumps(environment(self._devices), indent=1)
             write_whole(self.directory / "env.json", redact(env) + "\n")
             for name in ("metrics.jsonl", "samples.jsonl"):
-                path = self.directory / name
-                keep_until(path, step)
-                self._files[name] = path.open("a", buffering=1, encoding="utf-8")
+                self._reopen(name, step)
         except OSError as error:
             raise StorageError(
                 f"{self.directory}: cannot be written ({error.strerror}); set run.dir elsewhere."
@@ -100,14 +98,20 @@ class RunLog:
         self.display.begin(self._step)
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl; show it, and pass it on. NaN and infinity become null."""
-        self._step = max(self._step, step)
+        """One line of metrics.jsonl; show it, and pass it on. NaN and infinity become null.
+
+        A step that is written again (because its evaluation came later) replaces its line.
+        """
         record = plain({"step": step, **metrics})
+        again = step == self._written
+        if again:
+            self._reopen("metrics.jsonl", step - 1)
+        self._step = self._written = step
         self._append("metrics.jsonl", record)
         if self._tracker:
             self._tracker.log(step, record)
         self.status("running")
-        if step:
+        if step and not again:
             self.display.step(step, record)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]], *, show: bool = True) -> None:
@@ -161,6 +165,12 @@ class RunLog:
         if kind is not None and self._state == "running" and self._files:
             self.status("interrupted" if issubclass(kind, KeyboardInterrupt) else "failed")
         self.close()
+
+    def _reopen(self, name: str, step: int | None) -> None:
+        if name in self._files:
+            self._files[name].close()
+        keep_until(self.directory / name, step)
+        self._files[name] = (self.directory / name).open("a", buffering=1, encoding="utf-8")
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         try:

@@ -30,11 +30,11 @@ class TaskConfig:
     name: str | None = "arithmetic"
     """A built-in task, from tasks.TASKS; null where `path` is set."""
     path: str | None = None
-    """Data of your own: a JSONL file."""
+    """Data of your own: a JSONL, JSON or parquet file, a directory, or a hub dataset."""
     fields: dict[str, str] = field(default_factory=dict)
     """Which columns of the data are meant: {prompt: question, answer: solution}."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the built-in task."""
+    """Keyword arguments of the built-in task, or of tasks.user_data."""
     max_prompt_length: int = 512
     """Tokens, chat template included; longer prompts are left out and counted."""
     rewards: list[str] = field(default_factory=list)

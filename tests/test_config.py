@@ -160,7 +160,7 @@ def test_names_of_elsewhere_point_at_settings_that_exist():
         ("algo.kl.kind=k4", "one of ['k1', 'k2', 'k3']"),
         ("task.reward_weights=[a]", "a list of numbers"),
         ("task.rewards.first=x", "a list of texts"),
-        ("algo.loss.clip_low=tight", "a number"),
+        ("algo.loss.clip_low=tight", "a finite number"),
     ],
 )
 def test_a_wrong_type_is_one_line_with_the_name_the_value_and_what_is_wanted(override, wanted):
@@ -210,11 +210,14 @@ def test_a_missing_file_and_a_shapeless_override_are_refused(tmp_path):
         ("algo.minibatches=3", "rollout.prompts=16 do not split into algo.minibatches=3"),
         ("algo.microbatch=5", "algo.microbatch=5 does not divide the 32 responses"),
         ("algo.loss.name=gspoo", "algo.loss.name=gspoo: did you mean gspo? the losses are"),
-        ("algo.loss.beta=0.1", "algo.loss.beta: gspo takes ['clip_low', 'clip_high'"),
-        ("algo.loss.beta=0.1", "Did you mean algo.kl.coef?"),
+        ("algo.loss.clip=0.1", "algo.loss.clip: gspo takes ['clip_high', 'clip_low'"),
+        ("algo.loss.beta=0.1", "algo.loss.beta: gspo has none. Did you mean algo.kl.coef?"),
+        ("algo.loss.epsilon=0.1", "Did you mean algo.loss.clip_low?"),
         ("algo.loss.clip_low=-1", "algo.loss.clip_low=-1: must be above 0"),
         ("algo.advantage.name=gae", "algo.advantage.name=gae: choose from ['group_normalised'"),
-        ("algo.advantage.std=1", "algo.advantage.std: group_normalised takes ['ddof', 'eps']"),
+        ("algo.advantage.std=1", "algo.advantage.std: group_normalised takes ['ddof', 'eps'"),
+        ("algo.advantage.eps=tiny", "algo.advantage.eps=tiny: expected a finite number"),
+        ("task.fields={answer: a}", "task.fields: columns of task.path; arithmetic has none"),
         ("algo.kl.coef=-1", "algo.kl.coef=-1: must be at least 0"),
         ("task.name=arithmetics", "task.name=arithmetics: did you mean arithmetic?"),
         ("task.options.slp=0.5", "task.options.slp: arithmetic takes ['slip'"),
@@ -251,8 +254,8 @@ def test_an_endless_gradient_norm_means_no_clipping():
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        (["algo.loss.clip_low=0.2"], "algo.loss.clip_low=0.2: the size of a token-ratio clip"),
-        (["algo.loss={name: grpo, clip_high: 4e-4}"], "the size of a sequence-ratio clip"),
+        (["algo.loss.clip_low=0.2"], "algo.loss.clip_low=0.2: far from gspo's own 0.0003"),
+        (["algo.loss={name: grpo, clip_high: 4e-4}"], "clip_high=0.0004: far from grpo's own 0.2"),
         (["algo.minibatches=1"], "clipping can never act"),
         (["rollout.top_p=0.9", "rollout.top_k=5"], "rollout.top_p=0.9 and rollout.top_k=5"),
     ],

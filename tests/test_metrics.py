@@ -62,6 +62,23 @@ def test_a_line_is_on_disk_before_the_next_step(tmp_path):
         assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "reward": 0.5}]
 
 
+def test_a_step_that_is_written_again_replaces_its_line_and_is_shown_once(tmp_path):
+    console = quiet()
+    with open_log(tmp_path, console=console, of=2) as log:
+        log.step(0, {"eval/avg@8": 0.25})
+        log.step(1, {"reward": 0.5})
+        log.step(2, {"reward": 0.75})
+        log.step(2, {"reward": 0.75, "eval/avg@8": 0.5})
+    with open_log(tmp_path, step=2, console=console, of=2) as log:
+        log.step(2, {"reward": 0.75, "eval/avg@8": 0.625})  # evaluated after a resume at the end
+    assert [(row["step"], row.get("eval/avg@8")) for row in lines(tmp_path / "metrics.jsonl")] == [
+        (0, 0.25),
+        (1, None),
+        (2, 0.625),
+    ]
+    assert shown(console).count("step 2/2") == 1
+
+
 def test_numbers_are_lossless_and_what_is_not_finite_is_null():
     third = np.float32(1) / np.float32(3)
     record = plain({"a": third, "b": float("nan"), "c": [np.inf, np.int32(4)], "d": np.arange(2)})
