@@ -3,11 +3,15 @@
 import math
 from collections.abc import Sequence
 
+import jax
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 from gspo_jax.batch import Problem
+from gspo_jax.config import Config
+from gspo_jax.errors import DataError
 from gspo_jax.generate import PureModel
+from gspo_jax.policy import Policy, Problems, load_policy, load_problems
 from gspo_jax.rollout import Scorer, encode_prompts, sample_completions
 from gspo_jax.tasks.verify import boxed
 from gspo_jax.tokenizer import Tokenizer
@@ -76,6 +80,41 @@ def evaluate(
         "eval/no_answer": float(np.mean(blank)),
         "eval/mean_length": float(np.mean(lengths)),
     }
+
+
+def evaluate_policy(
+    config: Config, policy: Policy, problems: Problems, params: PyTree
+) -> dict[str, float]:
+    """`evaluate` as `config.eval` says; an empty dict if its split has no problems."""
+    e = config.eval
+    count = min(e.problems, len(problems.indices.get(e.split, ())))
+    if not count:
+        return {}
+    return evaluate(
+        policy.sampler(params),
+        policy.tokenizer,
+        problems.get(e.split, range(count)),
+        problems.scorer,
+        samples=e.samples,
+        temperature=e.temperature,
+        max_new_tokens=config.rollout.max_completion_length,
+        # Steps are numbered from 1: key 0 is free, and the same at every evaluation.
+        key=jax.random.fold_in(jax.random.key(config.run.seed), 0),
+        batch=e.batch,
+    )
+
+
+def evaluate_path(config: Config) -> dict[str, float]:
+    """Evaluate the model directory that `config.model.path` names, as it stands."""
+    policy = load_policy(config)
+    problems = load_problems(config, policy.tokenizer)
+    with jax.set_mesh(policy.mesh):
+        result = evaluate_policy(config, policy, problems, policy.params)
+    if not result:
+        raise DataError(
+            f"eval.split={config.eval.split} has no problems; it has {problems.task.size}."
+        )
+    return result
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:

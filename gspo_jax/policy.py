@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from gspo_jax import rewards
@@ -16,8 +16,8 @@ from gspo_jax.batch import Problem
 from gspo_jax.config import Config, model_dir
 from gspo_jax.errors import DataError
 from gspo_jax.generate import PureModel
-from gspo_jax.models.config import QwenConfig, read_config
-from gspo_jax.models.hf import load_model
+from gspo_jax.models.config import QwenConfig
+from gspo_jax.models.hf import load_model, read_config
 from gspo_jax.models.qwen import Qwen
 from gspo_jax.rollout import Scorer, encode_prompts
 from gspo_jax.sharding import make_mesh, sharding_for
@@ -90,11 +90,6 @@ def param_shardings(params: PyTree, mesh: Mesh) -> PyTree:
         params,
         is_leaf=lambda x: isinstance(x, nnx.Param),
     )
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """A copy on every device."""
-    return NamedSharding(mesh, PartitionSpec())
 
 
 def load_problems(config: Config, tokenizer: Tokenizer) -> Problems:

@@ -65,13 +65,16 @@ def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> Train
 
 
 def make_programs(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, objective: Objective
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    shardings: TrainState | None = None,
 ) -> Programs:
     """Bind the network, the optimizer and the objective into `score` and `update`.
 
     score(params, batch) -> log-probabilities [B, T] of the response tokens.
-    update(state, batch, old_logp, ref_logp) -> (state, metrics); donates `state`. `old_logp`
-    None means on-policy, `ref_logp` is None unless the objective has a KL term.
+    update(state, batch, old_logp, ref_logp) -> (state, metrics, logp [B, T] before the update);
+    donates `state`. `old_logp` None means on-policy; `ref_logp` is None without a KL term.
     """
 
     @jax.jit
@@ -82,7 +85,8 @@ def make_programs(
         _, logp = jax.lax.scan(one, None, _split(batch, objective.microbatch))
         return _merge(logp)
 
-    @partial(jax.jit, donate_argnums=0)
+    # The new state lives where the old one did, so that its buffers can be donated.
+    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None, None))
     def update(state: TrainState, batch: TrainBatch, old_logp=None, ref_logp=None):
         grads, logp, entropy = accumulate(
             graphdef, state.params, batch, old_logp, ref_logp, objective
@@ -100,7 +104,8 @@ def make_programs(
             "grad_norm": grad_norm,
             "entropy": jnp.sum(entropy, where=batch.mask) / tokens,
         }
-        return apply_if_finite(state, grads, optimizer, jnp.isfinite(loss + grad_norm)), metrics
+        finite = jnp.isfinite(loss + grad_norm)
+        return apply_if_finite(state, grads, optimizer, finite), metrics, logp
 
     return Programs(score, update)
 
@@ -188,8 +193,8 @@ def update_on_rollout(
     epochs: int = 1,
     ref_logp: Float[Array, "B T"] | None = None,
     place: Callable[[PyTree], PyTree] = lambda x: x,
-) -> tuple[TrainState, list[Metrics]]:
-    """All updates of one rollout, in order, with the metrics of each.
+) -> tuple[TrainState, list[Metrics], Float[np.ndarray, "B T"]]:
+    """All updates of one rollout in order, the metrics of each, and log π_old of all rows.
 
     Args:
         programs: from `make_programs`; `state` is donated.
@@ -201,19 +206,18 @@ def update_on_rollout(
     """
     parts = [place(part) for part in _blocks(batch, minibatches)]
     refs = [None] * minibatches if ref_logp is None else _blocks(ref_logp, minibatches)
-    # What the first update sees is on-policy by construction; all others need π_old now.
-    first_unscored = 0 if epochs > 1 else 1
-    old = [
-        programs.score(state.params, part) if i >= first_unscored else None
-        for i, part in enumerate(parts)
-    ]
+    # The first update is on-policy by construction, and tells its own π_old; the others' is needed
+    # before the policy moves.
+    old = [None] + [programs.score(state.params, part) for part in parts[1:]]
     metrics = []
     for epoch in range(epochs):
         for i, part in enumerate(parts):
             first = epoch == 0 and i == 0
-            state, stats = programs.update(state, part, None if first else old[i], refs[i])
+            state, stats, logp = programs.update(state, part, None if first else old[i], refs[i])
             metrics.append(stats)
-    return state._replace(step=state.step + 1), metrics
+            if first:
+                old[0] = logp
+    return state._replace(step=state.step + 1), metrics, np.concatenate(jax.device_get(old))
 
 
 def _blocks(tree: PyTree, count: int) -> list[PyTree]:
@@ -243,10 +247,13 @@ def _merge(tree: PyTree) -> PyTree:
 
 
 def summarise(per_update: list[Metrics]) -> Metrics:
-    """Means over a step's updates, and what differs between them as lists."""
+    """A step's metrics from those of its updates: means, extremes, and lists of what differs."""
     host = jax.device_get(per_update)
-    means = {name: float(np.mean([m[name] for m in host])) for name in host[0]}
-    for name in ("clip_frac", "ratio_std", "loss"):
-        if name in means:
-            means[f"{name}_by_update"] = [float(m[name]) for m in host]
-    return means
+    summary: Metrics = {}
+    for name in host[0]:
+        values = [float(m[name]) for m in host]
+        combine = min if name.endswith("_min") else max if name.endswith("_max") else np.mean
+        summary[name] = float(combine(values))
+        if name in ("clip_frac", "ratio_std", "loss"):
+            summary[f"{name}_by_update"] = values
+    return summary

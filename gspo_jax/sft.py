@@ -1,0 +1,86 @@
+"""Supervised fine-tuning on worked solutions, with the update stage of reinforcement learning.
+
+The negative log-likelihood is REINFORCE with advantage 1 on given tokens, averaged over tokens:
+the same programs, the same optimizer, the same checkpoints.
+"""
+
+import jax
+import numpy as np
+
+from gspo_jax.batch import Problem, TrainBatch
+from gspo_jax.config import Config
+from gspo_jax.errors import DataError
+from gspo_jax.losses import LOSSES
+from gspo_jax.policy import load_policy, load_problems
+from gspo_jax.rollout import encode_prompts
+from gspo_jax.run import Result, make_state, open_run
+from gspo_jax.sharding import shard_batch
+from gspo_jax.tasks import order
+from gspo_jax.tokenizer import Tokenizer
+from gspo_jax.update import Objective, make_programs
+
+
+def sft(config: Config) -> Result:
+    """Train `config.model` on the "completion" column of `config.task`, one update per step.
+
+    Raises:
+        DataError: a problem without a completion, or with one that does not fit.
+    """
+    c = config
+    policy = load_policy(config)
+    problems = load_problems(config, policy.tokenizer)
+    optimizer, schedule, state = make_state(config, policy, updates=c.run.steps)
+    objective = Objective(
+        loss=LOSSES["reinforce"],
+        dtype=policy.dtype,
+        remat=c.model.remat == "full",
+        microbatch=c.algo.microbatch,
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    programs = make_programs(policy.graphdef, optimizer, objective, shardings)
+    size = len(problems.indices["train"])
+
+    with open_run(config, policy, problems) as run:
+        state = run.start(state)
+        for step in run.steps(state):
+            with run.phase("update"):
+                first = (step - 1) * c.sft.batch_size
+                chosen = order(size, first, c.sft.batch_size, seed=c.run.seed)
+                shown = problems.get("train", chosen)
+                batch = solutions(shown, policy.tokenizer, config)
+                rate = float(schedule(int(state.updates)))
+                state, stats, _ = programs.update(state, shard_batch(batch, policy.mesh))
+                state = state._replace(step=state.step + 1)
+                metrics = {name: float(stats[name]) for name in ("loss", "grad_norm", "entropy")}
+            tokens = int(batch.prompt_length.sum() + batch.mask.sum())
+            run.record(state, metrics | {"learning_rate": rate}, tokens=tokens)
+            run.save(state)
+        return run.finish(state)
+
+
+def solutions(problems: list[Problem], tokenizer: Tokenizer, config: Config) -> TrainBatch:
+    """Prompts with their worked solutions and an end of sequence, advantage 1 on each.
+
+    Shapes depend on the length limits alone, so that one program serves every batch.
+    """
+    limit = config.rollout.max_completion_length
+    longest = config.task.max_prompt_length
+    rows = len(problems)
+    tokens = np.full((rows, longest + limit), tokenizer.pad_id, np.int32)
+    lengths, mask = np.zeros(rows, np.int32), np.zeros((rows, limit), bool)
+    for row, (problem, prompt) in enumerate(
+        zip(problems, encode_prompts(tokenizer, problems), strict=True)
+    ):
+        text = problem.columns.get("completion")
+        if not isinstance(text, str):
+            raise DataError(f'problem {problem.id}: no "completion" to learn from, got {text!r}.')
+        answer = [*tokenizer.encode(text), tokenizer.eos_ids[0]]
+        if len(answer) > limit:
+            raise DataError(
+                f"problem {problem.id}: its completion has {len(answer)} tokens; raise "
+                f"rollout.max_completion_length={limit}."
+            )
+        lengths[row] = len(prompt)
+        tokens[row, : len(prompt) + len(answer)] = [*prompt, *answer]
+        mask[row, : len(answer)] = True
+    return TrainBatch(tokens, lengths, mask, np.ones(rows, np.float32))
