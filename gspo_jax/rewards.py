@@ -39,6 +39,8 @@ from gspo_jax.tasks.verify import boxed
 _TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _RESERVED = {"prompt", "prompts", "completion", "completions", "completion_ids"}
 
+LARGEST = float(np.finfo(np.float32).max)  # of a reward
+
 logger = logging.getLogger(__name__)
 
 
@@ -67,7 +69,7 @@ def load_rewards(specs: Sequence[str | Callable]) -> dict[str, Callable]:
 
 def score(
     functions: Mapping[str, Callable],
-    weights: Sequence[float] | None,
+    weights: Sequence[float | int] | None,
     problems: Sequence[Problem],
     texts: Sequence[str],
     token_ids: Sequence[Sequence[int]],
@@ -146,7 +148,7 @@ class _Batch:
             return self.texts[b]
         return [{"role": "assistant", "content": self.texts[b]}]
 
-    def log(self, name: str, value: float) -> None:
+    def log(self, name: str, value: Any) -> None:
         self.logged[name].append(float(value))
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
@@ -326,7 +328,7 @@ def _checked(name: str, values: Any, batch: _Batch) -> Float[np.ndarray, " B"]:
         value = value.item() if getattr(value, "shape", None) == () else value
         if value is None:
             continue
-        if not _is_number(value) or abs(value) > np.finfo(np.float32).max:
+        if not _is_number(value) or abs(value) > LARGEST:
             raise DataError(
                 f"reward {name} returned {_shown(value)} for response {b} of {B} (to problem "
                 f"{batch.problems[b].id}); wanted a finite number, or None for no score."

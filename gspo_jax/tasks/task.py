@@ -55,7 +55,8 @@ def order(size: int, start: int, count: int, *, seed: int) -> list[int]:
 def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     # Sorting raw Philox words, not Generator.permutation: NumPy may change the latter between
     # versions, and a resumed run must not change its order with it.
-    words = np.random.Philox(key=[seed % 2**64, epoch]).random_raw(size)
+    key = np.array([seed % 2**64, epoch], np.uint64)
+    words = np.random.Philox(key=key).random_raw(size)
     return np.argsort(words, kind="stable")
 
 

@@ -1,0 +1,71 @@
+"""The table of tasks, and the order in which problems are visited."""
+
+import numpy as np
+import pytest
+
+from gspo_jax.errors import ConfigError
+from gspo_jax.tasks import TASKS, load_task, order
+from gspo_jax.tasks.task import fingerprint, fraction
+
+
+def test_every_epoch_visits_every_problem_once():
+    visited = order(7, 0, 21, seed=3)
+    for epoch in range(3):
+        assert sorted(visited[7 * epoch : 7 * epoch + 7]) == list(range(7))
+
+
+def test_epochs_and_seeds_differ_in_their_permutation():
+    first, second = order(50, 0, 50, seed=0), order(50, 50, 50, seed=0)
+    assert first != second != list(range(50))
+    assert order(50, 0, 50, seed=1) != first
+
+
+@pytest.mark.parametrize("start, count", [(0, 3), (5, 4), (6, 9), (30, 1), (13, 0)])
+def test_any_window_is_that_window_of_the_whole(start, count):
+    """A resumed run, which starts in the middle, sees what an uninterrupted one sees."""
+    assert order(7, start, count, seed=2) == order(7, 0, 40, seed=2)[start : start + count]
+
+
+def test_order_is_the_same_in_every_version():
+    # Philox's raw words are specified; these numbers must never change, or resume breaks.
+    assert order(6, 4, 6, seed=11) == [2, 1, 3, 5, 1, 0]
+
+
+def test_order_takes_a_negative_seed_and_refuses_an_empty_split():
+    assert sorted(order(4, 0, 4, seed=-1)) == [0, 1, 2, 3]
+    assert order(50, 0, 50, seed=2**60) != order(50, 0, 50, seed=2**60 + 1)  # not rounded
+    with pytest.raises(ValueError, match="0 problems"):
+        order(0, 0, 1, seed=0)
+
+
+def test_hash_fractions_are_spread_evenly():
+    u = np.array([fraction(str(i)) for i in range(4000)])
+    # Four standard errors of a uniform mean: 4 * sqrt(1/12 / 4000) = 0.018.
+    assert abs(u.mean() - 0.5) < 0.018
+    assert u.min() >= 0 and u.max() < 1
+    assert abs((u < 0.1).mean() - 0.1) < 0.02
+
+
+def test_fingerprint_sees_order_and_content():
+    assert len({fingerprint(c) for c in ([1, 2], [2, 1], [1, "2"], [[1], 2])}) == 4
+    assert fingerprint([1, 2]) == fingerprint([1, 2])
+
+
+def test_load_task_by_name_passes_seed_and_options():
+    task = load_task("arithmetic", seed=5, slip=0.5, sizes={"train": 10, "val": 3, "test": 4})
+    assert task.size == {"train": 10, "val": 3, "test": 4}
+    same = TASKS["arithmetic"](seed=5, slip=0.5, sizes=task.size)
+    assert [task.problem("train", i) for i in range(10)] == [
+        same.problem("train", i) for i in range(10)
+    ]
+
+
+def test_load_task_wants_exactly_one_source():
+    with pytest.raises(ConfigError, match="one of the two"):
+        load_task()
+    with pytest.raises(ConfigError, match="one of the two"):
+        load_task("arithmetic", "rows.jsonl")
+    with pytest.raises(ConfigError, match=r"task\.name=arithmetics: the tasks are"):
+        load_task("arithmetics")
+    with pytest.raises(ConfigError, match=r"task\.fields"):
+        load_task("arithmetic", fields={"prompt": "q"})
