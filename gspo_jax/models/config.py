@@ -77,30 +77,10 @@ class QwenConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
-        _one_of("model_type", self.family, tuple(FAMILIES))
-        _one_of("dtype", self.dtype, DTYPES)
-        for name, (key, limit) in SIZES.items():
-            _check_size(key, getattr(self, name), limit)
-        for name in ("tie_word_embeddings", "qkv_bias", "qk_norm"):
-            _one_of(name, getattr(self, name), (False, True))
-        _check_number("rope_theta", self.rope_theta, low=0, high=1e15)
-        _check_number("rms_norm_eps", self.rms_norm_eps, low=0, high=1)
-        if self.num_heads % self.num_kv_heads:
-            raise DataError(
-                f"num_attention_heads={self.num_heads} is not a multiple of "
-                f"num_key_value_heads={self.num_kv_heads}; each key/value head serves equally "
-                "many query heads."
-            )
-        if self.head_dim % 2:
-            raise DataError(f"head_dim={self.head_dim} is odd; rotary positions turn pairs.")
-        if (self.qkv_bias, self.qk_norm) != (self.family == "qwen2", self.family == "qwen3"):
-            raise DataError(
-                f"qkv_bias={self.qkv_bias} with qk_norm={self.qk_norm}: qwen2 has the biases and "
-                f"no norms, qwen3 the norms and no biases; model_type is {self.family}."
-            )
+        _check(vars(self))
 
     @classmethod
-    def from_hf(cls, hf: dict[str, Any]) -> "QwenConfig":
+    def from_hf(cls, hf: Any) -> "QwenConfig":
         """Read the content of a `config.json`, in the form of transformers 4 or 5.
 
         Raises:
@@ -113,20 +93,21 @@ class QwenConfig:
             raise DataError("model_type='qwen3_moe': mixtures of experts are not supported yet.")
         _one_of("model_type", family, tuple(FAMILIES))
         _refuse_unimplemented(hf, family)
-        sizes = {name: hf.get(key) for name, (key, _) in SIZES.items()}
-        sizes["num_kv_heads"] = _either(sizes["num_kv_heads"], sizes["num_heads"])
-        sizes["head_dim"] = _either(sizes["head_dim"], _default_head_dim(hf, family))
-        sizes["max_position_embeddings"] = hf.get("max_position_embeddings", 32768)
-        return cls(
-            family=family,
-            **sizes,
-            rope_theta=_rope_theta(hf),
-            rms_norm_eps=_as_float(hf.get("rms_norm_eps", 1e-6)),
-            tie_word_embeddings=hf.get("tie_word_embeddings", False),
-            qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
-            dtype=_dtype(hf),
-        )
+        settings = {name: hf.get(key) for name, (key, _) in SIZES.items()}
+        settings |= {
+            "family": family,
+            "num_kv_heads": _either(settings["num_kv_heads"], settings["num_heads"]),
+            "head_dim": _either(settings["head_dim"], _default_head_dim(hf, family)),
+            "max_position_embeddings": hf.get("max_position_embeddings", 32768),
+            "rope_theta": _rope_theta(hf),
+            "rms_norm_eps": _as_float(hf.get("rms_norm_eps", 1e-6)),
+            "tie_word_embeddings": hf.get("tie_word_embeddings", False),
+            "qkv_bias": family == "qwen2",
+            "qk_norm": family == "qwen3",
+            "dtype": _dtype(hf),
+        }
+        _check(settings)
+        return cls(**settings)
 
     def to_hf(self) -> dict[str, Any]:
         """The content of a `config.json` that transformers 4 and 5 both read.
@@ -153,6 +134,32 @@ class QwenConfig:
         elif self.head_dim * self.num_heads == self.hidden_size:
             del hf["head_dim"]  # Qwen2 directories do not have the key
         return hf
+
+
+def _check(settings: dict[str, Any]) -> None:
+    """Raise unless these are fields of a `QwenConfig`: each of its type, and possible together."""
+    c = settings
+    _one_of("model_type", c["family"], tuple(FAMILIES))
+    _one_of("dtype", c["dtype"], DTYPES)
+    for name, (key, limit) in SIZES.items():
+        _check_size(key, c[name], limit)
+    for name in ("tie_word_embeddings", "qkv_bias", "qk_norm"):
+        _one_of(name, c[name], (False, True))
+    _check_number("rope_theta", c["rope_theta"], high=1e15)
+    _check_number("rms_norm_eps", c["rms_norm_eps"], high=1.0)
+    if c["num_heads"] % c["num_kv_heads"]:
+        raise DataError(
+            f"num_attention_heads={c['num_heads']} is not a multiple of "
+            f"num_key_value_heads={c['num_kv_heads']}; each key/value head serves equally many "
+            "query heads."
+        )
+    if c["head_dim"] % 2:
+        raise DataError(f"head_dim={c['head_dim']} is odd; rotary positions turn pairs.")
+    if (c["qkv_bias"], c["qk_norm"]) != (c["family"] == "qwen2", c["family"] == "qwen3"):
+        raise DataError(
+            f"qkv_bias={c['qkv_bias']} with qk_norm={c['qk_norm']}: qwen2 has the biases and no "
+            f"norms, qwen3 the norms and no biases; model_type is {c['family']}."
+        )
 
 
 def _refuse_unimplemented(hf: dict[str, Any], family: str) -> None:
@@ -241,10 +248,10 @@ def _check_size(key: str, value: Any, limit: int) -> None:
         raise DataError(f"{key}={_short(value)}: wanted 1 to {limit}.")
 
 
-def _check_number(key: str, value: Any, *, low: float, high: float) -> None:
+def _check_number(key: str, value: Any, *, high: float) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not low < value < high:  # NaN fails the comparison
-        raise DataError(f"{key}={_short(value)}: wanted a number between {low} and {high:g}.")
+    if not number or not 0 < value < high:  # NaN fails the comparison
+        raise DataError(f"{key}={_short(value)}: wanted a number between 0 and {high:g}.")
 
 
 def _one_of(key: str, value: Any, allowed: tuple) -> None:

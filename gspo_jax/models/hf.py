@@ -95,7 +95,7 @@ def load_model(
     """
     target = _known_dtype(dtype)
     directory = files.resolve(path)
-    config = _read_config(directory)
+    config = read_config(directory)
     found = files.find_tensors(directory)
     config = _with_dtype_of(found, config)
     graphdef, state = nnx.split(
@@ -144,7 +144,8 @@ def save_model(
             (partial / "README.md").write_text(card, encoding="utf-8")
 
 
-def _read_config(directory: Path) -> QwenConfig:
+def read_config(directory: Path) -> QwenConfig:
+    """The shape of the model in a directory, without a look at its weights."""
     path = files.file_in(directory, "config.json")
     content = files.read_json(path)
     try:
@@ -200,10 +201,10 @@ def _check_tied(directory: Path, found: dict[str, files.Tensor]) -> None:
 def _read(tensor: files.Tensor, slot: Slot, dtype: np.dtype, mesh: Mesh | None) -> nnx.Param:
     """One tensor, from the file to its devices."""
     values = files.read_tensor(tensor)
-    _check_finite(values, DataError(f"{tensor.file}: {slot.name}"))
-    values = (values.T if slot.transposed else values).astype(dtype, order="C", copy=False)
+    _check_finite(values, DataError, f"{tensor.file}: {slot.name}")
+    values = _turned(values, slot, dtype)
     if tensor.dtype != dtype:  # float16 ends at 65504
-        _check_finite(values, DataError(f"{tensor.file}: {slot.name} in {dtype.name}"))
+        _check_finite(values, DataError, f"{tensor.file}: {slot.name} in {dtype.name}")
     if mesh is None:
         return slot.param.replace(jnp.asarray(values))
     sharding = sharding_for(slot.param.axes, mesh, values.shape)
@@ -234,10 +235,15 @@ def _write_weights(directory: Path, slots: list[Slot], dtype: str, shard_bytes: 
 
 def _host(slot: Slot, dtype: np.dtype) -> np.ndarray:
     """One parameter as it will lie on disk."""
-    values = np.asarray(jax.device_get(slot.param[...]))
-    values = (values.T if slot.transposed else values).astype(dtype, order="C", copy=False)
-    _check_finite(values, NumericalError(f"{slot.name} in {dtype.name}"))
+    values = _turned(np.asarray(jax.device_get(slot.param[...])), slot, dtype)
+    _check_finite(values, NumericalError, f"{slot.name} in {dtype.name}")
     return values
+
+
+def _turned(values: np.ndarray, slot: Slot, dtype: np.dtype) -> np.ndarray:
+    """From the layout on disk to ours, or back: transposing is its own inverse."""
+    with np.errstate(over="ignore"):  # what becomes infinite is refused, not warned about
+        return (values.T if slot.transposed else values).astype(dtype, order="C", copy=False)
 
 
 def _lend(lender: Path, directory: Path) -> dict[str, Any]:
@@ -257,10 +263,10 @@ def _with_dtype_of(found: dict[str, files.Tensor], config: QwenConfig) -> QwenCo
     return dataclasses.replace(config, dtype=names.pop() if len(names) == 1 else "float32")
 
 
-def _check_finite(values: np.ndarray, error: Exception) -> None:
+def _check_finite(values: np.ndarray, error: type[Exception], name: str) -> None:
     bad = values.size - np.count_nonzero(np.isfinite(values))
     if bad:
-        raise type(error)(f"{error}: {bad} of {values.size} values are not finite.")
+        raise error(f"{name}: {bad} of {values.size} values are not finite.")
 
 
 def _known_dtype(dtype: DTypeLike) -> np.dtype:

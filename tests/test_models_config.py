@@ -1,0 +1,252 @@
+"""What config.json may say, and what is refused."""
+
+import pytest
+
+from gspo_jax.errors import DataError
+from gspo_jax.models.config import QwenConfig
+
+# As published with DeepSeek-R1-Distill-Qwen-1.5B (older keys) ...
+R1_DISTILL = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+    "hidden_act": "silu",
+    "hidden_size": 1536,
+    "initializer_range": 0.02,
+    "intermediate_size": 8960,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 21,
+    "model_type": "qwen2",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.44.0",
+    "use_cache": True,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+# ... and a Qwen3 of 0.6 B, in the form that transformers 5 writes.
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "dtype": "bfloat16",
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "layer_types": ["full_attention"] * 28,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+def without(hf, *keys):
+    return {key: value for key, value in hf.items() if key not in keys}
+
+
+def test_published_qwen2_with_the_keys_of_transformers_4():
+    assert QwenConfig.from_hf(R1_DISTILL) == QwenConfig(
+        family="qwen2",
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_layers=28,
+        num_heads=12,
+        num_kv_heads=2,
+        head_dim=128,  # 1536 / 12
+        rope_theta=10000.0,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+        qkv_bias=True,
+        qk_norm=False,
+        max_position_embeddings=131072,
+        dtype="bfloat16",
+    )
+
+
+def test_published_qwen3_with_the_keys_of_transformers_5():
+    assert QwenConfig.from_hf(QWEN3) == QwenConfig(
+        family="qwen3",
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_layers=28,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=128,  # given: 1024 / 16 would be 64
+        rope_theta=1000000.0,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        qkv_bias=False,
+        qk_norm=True,
+        max_position_embeddings=40960,
+        dtype="bfloat16",
+    )
+
+
+def test_qwen3_head_dim_is_128_unless_given_and_never_derived():
+    assert QwenConfig.from_hf(without(QWEN3, "head_dim")).head_dim == 128
+    assert QwenConfig.from_hf(QWEN3 | {"head_dim": 96}).head_dim == 96
+
+
+def test_qwen2_head_dim_is_derived_unless_given():
+    assert QwenConfig.from_hf(R1_DISTILL | {"num_attention_heads": 24}).head_dim == 64
+    assert QwenConfig.from_hf(R1_DISTILL | {"head_dim": 32}).head_dim == 32
+
+
+def test_without_kv_heads_every_query_head_has_its_own():
+    assert QwenConfig.from_hf(without(R1_DISTILL, "num_key_value_heads")).num_kv_heads == 12
+
+
+def test_without_a_dtype_float32_is_assumed():
+    assert QwenConfig.from_hf(without(R1_DISTILL, "torch_dtype")).dtype == "float32"
+    assert QwenConfig.from_hf(QWEN3 | {"dtype": "torch.float16"}).dtype == "float16"
+
+
+def test_rope_scaling_that_scales_nothing_is_accepted():
+    plain = QwenConfig.from_hf(R1_DISTILL)
+    assert QwenConfig.from_hf(R1_DISTILL | {"rope_scaling": None}) == plain
+    assert QwenConfig.from_hf(R1_DISTILL | {"rope_scaling": {"type": "default"}}) == plain
+
+
+def test_a_sliding_window_that_no_layer_uses_is_accepted():
+    plain = QwenConfig.from_hf(R1_DISTILL)
+    unused = {"use_sliding_window": True, "max_window_layers": 28}
+    assert QwenConfig.from_hf(R1_DISTILL | unused) == plain
+    assert QwenConfig.from_hf(R1_DISTILL | {"use_sliding_window": True, "sliding_window": None})
+
+
+def test_unknown_keys_and_remote_code_are_ignored():
+    extra = {"auto_map": {"AutoModel": "evil.Model"}, "pretraining_tp": 1, "some_new_key": [1]}
+    assert QwenConfig.from_hf(R1_DISTILL | extra) == QwenConfig.from_hf(R1_DISTILL)
+
+
+@pytest.mark.parametrize("hf", [R1_DISTILL, QWEN3, R1_DISTILL | {"head_dim": 32}])
+def test_what_is_written_reads_back_as_the_same(hf):
+    config = QwenConfig.from_hf(hf)
+    assert QwenConfig.from_hf(config.to_hf()) == config
+
+
+@pytest.mark.parametrize("hf", [R1_DISTILL, QWEN3])
+def test_both_generations_of_readers_find_their_keys(hf):
+    written = QwenConfig.from_hf(hf).to_hf()
+    theta = float(hf.get("rope_theta") or hf["rope_parameters"]["rope_theta"])
+    assert written["rope_theta"] == theta
+    assert written["rope_parameters"] == {"rope_theta": theta, "rope_type": "default"}
+    assert written["torch_dtype"] == written["dtype"] == "bfloat16"
+    assert written["architectures"] == hf["architectures"]
+    for key in set(hf) & set(written) - {"rope_parameters", "torch_dtype", "dtype"}:
+        assert written[key] == hf[key], key
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type='llama': wanted one of 'qwen2', 'qwen3'"),
+        ({"model_type": None}, "model_type=None: wanted one of"),
+        ({"model_type": ["qwen2"]}, r"model_type=\[...\]: wanted one of"),
+        ({"model_type": "qwen3_moe"}, "qwen3_moe.*not supported yet"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not implemented; wanted 'silu'"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not implemented"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config={...} is not implemented"),
+        ({"is_causal": False}, "is_causal=False is not implemented"),
+        ({"attention_bias": False}, "attention_bias=False is not implemented for qwen2"),
+        ({"mlp_bias": True}, "mlp_bias=True is not implemented"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not implemented"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "rope_scaling.rope_type='yarn' is not implemented",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+            "rope_parameters.rope_type='linear' is not implemented",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "rope_parameters.partial_rotary_factor is not implemented",
+        ),
+        ({"rope_parameters": {"rope_theta": 5e5}}, "rope_theta=10000, but .*=500000.0"),
+        ({"rope_scaling": "yarn"}, "rope_scaling='yarn': wanted an object"),
+        ({"use_sliding_window": True}, "use_sliding_window=true from layer 21 on"),
+        ({"layer_types": ["full_attention"] * 27}, "layer_types=.*wanted a list of 28"),
+        (
+            {"layer_types": ["full_attention"] * 27 + ["sliding_attention"]},
+            "layer_types has 'sliding_attention'",
+        ),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no': wanted one of False, True"),
+        ({"torch_dtype": "int8"}, "dtype='int8': wanted one of 'float32'"),
+        ({"torch_dtype": 16}, "dtype=16: wanted one of"),
+    ],
+)
+def test_other_mathematics_is_refused_by_name(change, message):
+    with pytest.raises(DataError, match=message):
+        QwenConfig.from_hf(R1_DISTILL | change)
+
+
+def test_qwen3_with_a_bias_on_the_output_projection_is_refused():
+    with pytest.raises(DataError, match="attention_bias=True is not implemented for qwen3"):
+        QwenConfig.from_hf(QWEN3 | {"attention_bias": True})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: wanted 1 to 1000"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0: wanted 1 to"),
+        ({"hidden_size": -1536}, "hidden_size=-1536: wanted 1 to"),
+        ({"hidden_size": "1536"}, "hidden_size='1536': wanted an integer"),
+        ({"hidden_size": 1536.0}, "hidden_size=1536.0: wanted an integer"),
+        ({"hidden_size": True}, "hidden_size=True: wanted an integer"),
+        ({"hidden_size": 1540}, "hidden_size=1540 does not split into num_attention_heads=12"),
+        ({"vocab_size": 10**30}, "vocab_size=10+.*: wanted 1 to"),
+        ({"intermediate_size": [8960]}, r"intermediate_size=\[...\]: wanted an integer"),
+        ({"num_key_value_heads": 5}, "num_attention_heads=12 is not a multiple of .*=5"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0: wanted 1 to"),
+        ({"head_dim": 33}, "head_dim=33 is odd"),
+        ({"max_position_embeddings": None}, "max_position_embeddings is missing"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps=-1e-06: wanted a number between 0 and 1"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6': wanted a number"),
+        ({"rope_theta": float("nan")}, "rope_theta=nan: wanted a number"),
+        ({"rope_theta": 10**400}, "rope_theta=10+...: wanted a number"),
+        ({"hidden_size": "x" * 10_000}, "hidden_size='x{59}...: wanted"),
+    ],
+)
+def test_impossible_sizes_are_refused_before_any_allocation(change, message):
+    with pytest.raises(DataError, match=message) as refusal:
+        QwenConfig.from_hf(R1_DISTILL | change)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers"])
+def test_a_missing_size_is_named(key):
+    with pytest.raises(DataError, match=f"{key} is missing; wanted an integer"):
+        QwenConfig.from_hf(without(R1_DISTILL, key))
+
+
+def test_a_config_that_is_no_object_is_refused():
+    with pytest.raises(DataError, match="wanted an object, got a list"):
+        QwenConfig.from_hf([R1_DISTILL])
+
+
+def test_biases_and_norms_that_the_family_does_not_have_are_refused():
+    settings = {f: getattr(QwenConfig.from_hf(QWEN3), f) for f in QwenConfig.__dataclass_fields__}
+    with pytest.raises(DataError, match="qkv_bias=True with qk_norm=True"):
+        QwenConfig(**settings | {"qkv_bias": True})

@@ -1,0 +1,200 @@
+"""The network against transformers (recorded in tests/fixtures), and its own identities."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gspo_jax.models import Qwen, QwenConfig, load_model
+from gspo_jax.models.cache import share
+from gspo_jax.models.qwen import head_logits
+
+FIXTURES = sorted(p for p in (Path(__file__).parent / "fixtures").iterdir() if p.is_dir())
+
+
+class Case(NamedTuple):
+    """A model and what transformers says of it; `mask` and `left_mask` are true on real tokens."""
+
+    model: Qwen
+    tokens: np.ndarray
+    mask: np.ndarray
+    left_tokens: np.ndarray
+    left_mask: np.ndarray
+    expected: dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module", params=FIXTURES, ids=lambda path: path.name)
+def case(request):
+    expected = dict(np.load(request.param / "expected.npz"))
+    tokens, length = expected["tokens"], expected["length"]
+    mask = np.arange(tokens.shape[1]) < length[:, None]
+    rolled = [np.roll(row, len(row) - n) for row, n in zip(tokens, length, strict=True)]
+    return Case(
+        load_model(request.param), tokens, mask, np.stack(rolled), np.flip(mask, 1), expected
+    )
+
+
+@nnx.jit
+def forward(model, tokens, mask):
+    return model.logits(tokens, mask=mask)
+
+
+def logits(model, tokens, mask=None):
+    return np.asarray(forward(model, tokens, mask))
+
+
+def test_fixtures_cover_both_families_and_every_option():
+    names = [path.name for path in FIXTURES]
+    assert names == [
+        "qwen2_tied",
+        "qwen2_untied",
+        "qwen3_tied",
+        "qwen3_untied",
+        "qwen3_wide_heads",
+    ]
+
+
+def test_logits_equal_transformers_on_a_right_padded_batch(case):
+    ours = logits(case.model, case.tokens, case.mask)
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(
+        ours[case.mask], case.expected["logits"][case.mask], atol=1e-4, rtol=0
+    )
+
+
+def test_logits_equal_transformers_on_a_left_padded_batch(case):
+    ours = logits(case.model, case.left_tokens, case.left_mask)
+    theirs = case.expected["left_logits"]
+    np.testing.assert_allclose(ours[case.left_mask], theirs[case.left_mask], atol=1e-4, rtol=0)
+
+
+def test_right_padded_rows_need_no_mask(case):
+    plain, masked = (logits(case.model, case.tokens, mask) for mask in (None, case.mask))
+    np.testing.assert_allclose(plain[case.mask], masked[case.mask], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_what_stands_on_padding_has_no_effect(case, side):
+    tokens, mask = (
+        (case.tokens, case.mask) if side == "right" else (case.left_tokens, case.left_mask)
+    )
+    poisoned = np.where(mask, tokens, 95)  # the padding of the fixtures is 0
+    assert not np.array_equal(poisoned, tokens)
+    np.testing.assert_array_equal(
+        logits(case.model, poisoned, mask)[mask], logits(case.model, tokens, mask)[mask]
+    )
+
+
+def test_a_token_changes_its_own_and_later_logits_and_no_earlier_ones(case):
+    changed = case.tokens.copy()
+    changed[0, 5] = (changed[0, 5] + 1) % 96
+    before, after = (logits(case.model, tokens)[0] for tokens in (case.tokens, changed))
+    np.testing.assert_array_equal(after[:5], before[:5])
+    assert (np.abs(after[5:] - before[5:]).max(axis=-1) > 1e-3).all()
+
+
+def test_every_parameter_has_an_effect(case):
+    """A gradient that is zero for a whole parameter would mean that it is not used."""
+    graphdef, params = nnx.split(case.model)
+
+    def loss(params):
+        out = nnx.merge(graphdef, params).logits(jnp.array(case.tokens), mask=jnp.array(case.mask))
+        # The first row alone is without padding; a fixed direction stands for a loss.
+        return jnp.sum(jnp.sin(jnp.arange(out[0].size).reshape(out[0].shape)) * out[0])
+
+    for path, gradient in nnx.to_flat_state(jax.jit(jax.grad(loss))(params)):
+        assert np.abs(gradient[...]).max() > 1e-3, path
+
+
+def test_greedy_tokens_equal_transformers_by_full_forwards(case):
+    """Token by token, each from a forward pass over the whole text so far."""
+    rows, new = case.expected["greedy"].shape
+    length = case.expected["length"].copy()
+    text = np.pad(case.tokens, ((0, 0), (0, new)))
+    for _ in range(new):
+        out = logits(case.model, text)
+        text[np.arange(rows), length] = out[np.arange(rows), length - 1].argmax(-1)
+        length += 1
+    ours = [row[n - new : n] for row, n in zip(text, length, strict=True)]
+    np.testing.assert_array_equal(ours, case.expected["greedy"])
+
+
+def test_cached_decoding_equals_the_full_forward(case):
+    """Prefill of left-padded prompts, shared by groups of 2, then token by token."""
+    greedy, length = case.expected["greedy"], case.expected["length"]
+    S, T, G = case.tokens.shape[1], greedy.shape[1], 2
+    tokens, mask = jnp.array(case.left_tokens), jnp.array(case.left_mask)
+    _, cache = case.model.prefill(tokens, mask)
+    cache = share(cache, G, S + T)
+    answers = np.repeat(greedy, G, axis=0)
+    answers[1::G] = answers[1::G, ::-1]  # the group's second member says something else
+    live = np.repeat(np.pad(case.left_mask, ((0, 0), (0, T))), G, axis=0)
+    decode = nnx.jit(
+        lambda model, token, cache, slot, position, live: model.decode(
+            token, cache, slot=slot, position=position, live=live
+        )
+    )
+    steps = []
+    for t in range(T):
+        live[:, S + t] = True
+        position = jnp.array(np.repeat(length, G) + t)
+        token = jnp.array(answers[:, t])
+        hidden, cache = decode(
+            case.model, token, cache, jnp.int32(S + t), position, jnp.array(live)
+        )
+        steps.append(np.asarray(head_logits(hidden, case.model.unembed())))
+    prompts = np.repeat(case.left_tokens, G, axis=0)
+    full = logits(case.model, np.concatenate([prompts, answers], axis=1), live)
+    np.testing.assert_allclose(np.stack(steps, axis=1), full[:, S:], atol=1e-4, rtol=0)
+
+
+def test_rematerialised_layers_give_the_same_gradients(case):
+    graphdef, params = nnx.split(case.model)
+
+    def loss(params, remat):
+        hidden = nnx.merge(graphdef, params)(jnp.array(case.tokens), remat=remat)
+        return jnp.sum(jnp.cos(hidden))
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    plain, remat = (gradient(params, remat) for remat in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, remat)
+
+
+def test_tied_models_unembed_with_the_embedding_itself():
+    """No copy: a change of the embedding is a change of the head."""
+    model = load_model(FIXTURES[0])
+    assert model.config.tie_word_embeddings and not hasattr(model, "head")
+    model.embed[...] = model.embed[...] + 1
+    np.testing.assert_array_equal(model.unembed(), model.embed[...].T)
+
+
+def test_half_precision_parameters_compute_in_half_precision_and_end_in_float32():
+    model = load_model(FIXTURES[0], dtype="bfloat16")
+    tokens = jnp.arange(6)[None]
+    assert model(tokens).dtype == jnp.bfloat16
+    assert model.logits(tokens).dtype == jnp.float32
+
+
+def test_a_new_model_is_random_by_its_seed():
+    config = QwenConfig(
+        family="qwen3",
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        qkv_bias=False,
+        qk_norm=True,
+    )
+    first, same, other = (
+        nnx.state(Qwen(config, rngs=nnx.Rngs(seed)), nnx.Param) for seed in (0, 0, 1)
+    )
+    jax.tree.map(np.testing.assert_array_equal, first, same)
+    assert not np.array_equal(first["head"][...], other["head"][...])
+    assert not np.array_equal(first["layers"][0]["q"][...], first["layers"][1]["q"][...])
