@@ -142,3 +142,11 @@ def test_impossible_requests_are_refused():
         arithmetic(sizes={"tset": 5})
     with pytest.raises(ConfigError, match=r"sizes\.val=100000: must lie between 0 and 18000"):
         arithmetic(sizes={"val": 100_000})
+
+
+def test_carrying_problems_are_those_that_every_slip_spoils():
+    task = arithmetic(slip=1.0, carrying=True, sizes={"train": 300, "val": 0, "test": 200})
+    for split in ("train", "test"):
+        for i in range(task.size[split]):
+            problem = task.problem(split, i)
+            assert not problem.columns["completion"].endswith(f"{{{problem.answer}}}")

@@ -16,7 +16,11 @@ Terms = tuple[int, int, int]  # a, b, c of "a+b-c"
 
 
 def arithmetic(
-    *, seed: int = 0, slip: float | int = 0.0, sizes: dict[str, int] | None = None
+    *,
+    seed: int = 0,
+    slip: float | int = 0.0,
+    carrying: bool = False,
+    sizes: dict[str, int] | None = None,
 ) -> Task:
     """Two-digit chains, "What is a+b-c?" with 10 <= a, b, c <= 99 and a+b-c >= 0.
 
@@ -31,6 +35,7 @@ def arithmetic(
     Args:
         seed: chooses the training problems.
         slip: probability that a solution forgets its carry or its borrow; see `worked_solution`.
+        carrying: only problems whose solution has a carry or a borrow to forget.
         sizes: number of problems per split; what is not named keeps ARITHMETIC_SIZES.
 
     Raises:
@@ -42,10 +47,11 @@ def arithmetic(
         raise ConfigError(f"sizes names the splits {unknown}; the splits are {list(SPLITS)}.")
     size = ARITHMETIC_SIZES | (sizes or {})
     for split, largest in ARITHMETIC_LARGEST.items():
+        largest //= 2 if carrying else 1
         if not 0 <= size[split] <= largest:
             raise ConfigError(f"sizes.{split}={size[split]}: must lie between 0 and {largest}.")
     terms = {
-        split: _draw(split, size[split], Random(seed if split == "train" else split))
+        split: _draw(split, size[split], Random(seed if split == "train" else split), carrying)
         for split in SPLITS
     }
 
@@ -71,11 +77,7 @@ def worked_solution(a: int, b: int, c: int, *, slip: float | int = 0.0) -> str:
     or one whose wrong value would be negative, is always solved correctly.
     """
     total = a + b
-    slips = []
-    if a % 10 + b % 10 >= 10 and total - 10 >= c:
-        slips.append("carry")
-    if total % 10 < c % 10:
-        slips.append("borrow")
+    slips = possible_slips(a, b, c)
     key = canonical_key(a, b, c)
     kind = None
     if slips and fraction(f"slip {key}") < slip:
@@ -83,6 +85,16 @@ def worked_solution(a: int, b: int, c: int, *, slip: float | int = 0.0) -> str:
     total -= 10 * (kind == "carry")
     result = total - c + 10 * (kind == "borrow")
     return f"{a}+{b}={total}\n{total}-{c}={result}\n\\boxed{{{result}}}"
+
+
+def possible_slips(a: int, b: int, c: int) -> list[str]:
+    """What a+b-c gives to forget: "carry", "borrow", both or neither."""
+    total, slips = a + b, []
+    if a % 10 + b % 10 >= 10 and total - 10 >= c:
+        slips.append("carry")
+    if total % 10 < c % 10:
+        slips.append("borrow")
+    return slips
 
 
 def canonical_key(a: int, b: int, c: int) -> str:
@@ -96,12 +108,13 @@ def split_of(key: str) -> str:
     return "train" if u < 0.80 else "val" if u < 0.87 else "test"
 
 
-def _draw(split: str, count: int, rng: Random) -> list[Terms]:
+def _draw(split: str, count: int, rng: Random, carrying: bool) -> list[Terms]:
     """The first `count` problems of `split` that `rng` comes upon, without repetition."""
     found: dict[str, Terms] = {}
     while len(found) < count:
         a, b, c = (10 + int(90 * rng.random()) for _ in range(3))
         key = canonical_key(a, b, c)
-        if a + b >= c and split_of(key) == split:
+        wanted = a + b >= c and (not carrying or possible_slips(a, b, c))
+        if wanted and split_of(key) == split:
             found.setdefault(key, (a, b, c))
     return list(found.values())
