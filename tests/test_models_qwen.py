@@ -13,6 +13,7 @@ from gspo_jax.models import Qwen, QwenConfig, load_model
 from gspo_jax.models.cache import share
 from gspo_jax.models.qwen import head_logits
 
+WIDTH = 24  # of the longest text: 12 tokens of prompt and 12 of answer
 FIXTURES = sorted(p for p in (Path(__file__).parent / "fixtures").iterdir() if p.is_dir())
 
 
@@ -44,7 +45,11 @@ def forward(model, tokens, mask):
 
 
 def logits(model, tokens, mask=None):
-    return np.asarray(forward(model, tokens, mask))
+    """Of [3, S] tokens, padded on the right to one width, so that a model compiles once."""
+    S = tokens.shape[1]
+    pad = ((0, 0), (0, WIDTH - S))
+    mask = np.ones_like(tokens, bool) if mask is None else mask
+    return np.asarray(forward(model, np.pad(tokens, pad), np.pad(mask, pad)))[:, :S]
 
 
 def test_fixtures_cover_both_families_and_every_option():
@@ -73,8 +78,9 @@ def test_logits_equal_transformers_on_a_left_padded_batch(case):
 
 
 def test_right_padded_rows_need_no_mask(case):
-    plain, masked = (logits(case.model, case.tokens, mask) for mask in (None, case.mask))
-    np.testing.assert_allclose(plain[case.mask], masked[case.mask], atol=1e-5, rtol=0)
+    plain = nnx.jit(lambda model, tokens: model.logits(tokens))(case.model, case.tokens)
+    masked = logits(case.model, case.tokens, case.mask)
+    np.testing.assert_allclose(np.asarray(plain)[case.mask], masked[case.mask], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -97,19 +103,6 @@ def test_a_token_changes_its_own_and_later_logits_and_no_earlier_ones(case):
     assert (np.abs(after[5:] - before[5:]).max(axis=-1) > 1e-3).all()
 
 
-def test_every_parameter_has_an_effect(case):
-    """A gradient that is zero for a whole parameter would mean that it is not used."""
-    graphdef, params = nnx.split(case.model)
-
-    def loss(params):
-        out = nnx.merge(graphdef, params).logits(jnp.array(case.tokens), mask=jnp.array(case.mask))
-        # The first row alone is without padding; a fixed direction stands for a loss.
-        return jnp.sum(jnp.sin(jnp.arange(out[0].size).reshape(out[0].shape)) * out[0])
-
-    for path, gradient in nnx.to_flat_state(jax.jit(jax.grad(loss))(params)):
-        assert np.abs(gradient[...]).max() > 1e-3, path
-
-
 def test_greedy_tokens_equal_transformers_by_full_forwards(case):
     """Token by token, each from a forward pass over the whole text so far."""
     rows, new = case.expected["greedy"].shape
@@ -128,7 +121,7 @@ def test_cached_decoding_equals_the_full_forward(case):
     greedy, length = case.expected["greedy"], case.expected["length"]
     S, T, G = case.tokens.shape[1], greedy.shape[1], 2
     tokens, mask = jnp.array(case.left_tokens), jnp.array(case.left_mask)
-    _, cache = case.model.prefill(tokens, mask)
+    _, cache = nnx.jit(lambda model, *args: model.prefill(*args))(case.model, tokens, mask)
     cache = share(cache, G, S + T)
     answers = np.repeat(greedy, G, axis=0)
     answers[1::G] = answers[1::G, ::-1]  # the group's second member says something else
@@ -147,20 +140,32 @@ def test_cached_decoding_equals_the_full_forward(case):
             case.model, token, cache, jnp.int32(S + t), position, jnp.array(live)
         )
         steps.append(np.asarray(head_logits(hidden, case.model.unembed())))
-    prompts = np.repeat(case.left_tokens, G, axis=0)
-    full = logits(case.model, np.concatenate([prompts, answers], axis=1), live)
-    np.testing.assert_allclose(np.stack(steps, axis=1), full[:, S:], atol=1e-4, rtol=0)
+    for member in range(G):
+        rows = slice(member, None, G)
+        text = np.concatenate([case.left_tokens, answers[rows]], axis=1)
+        full = logits(case.model, text, live[rows])[:, S:]
+        np.testing.assert_allclose(np.stack(steps, axis=1)[rows], full, atol=1e-4, rtol=0)
 
 
-def test_rematerialised_layers_give_the_same_gradients(case):
-    graphdef, params = nnx.split(case.model)
+@pytest.mark.parametrize("name", ["qwen2_untied", "qwen3_untied"])
+def test_every_parameter_has_a_gradient_and_rematerialised_layers_give_the_same(name):
+    """A gradient that is zero for a whole parameter would mean that it is not used."""
+    graphdef, params = nnx.split(load_model(FIXTURES[0].parent / name))
+    tokens = np.arange(20, 32)[None]
+    direction = jnp.sin(jnp.arange(12 * 96, dtype=jnp.float32)).reshape(1, 12, 96)
 
-    def loss(params, remat):
-        hidden = nnx.merge(graphdef, params)(jnp.array(case.tokens), remat=remat)
-        return jnp.sum(jnp.cos(hidden))
+    @jax.jit
+    def gradients(params):
+        def loss(params, remat):
+            model = nnx.merge(graphdef, params)
+            hidden = model(jnp.array(tokens), remat=remat)
+            return jnp.sum(direction * head_logits(hidden, model.unembed()))
 
-    gradient = jax.jit(jax.grad(loss), static_argnums=1)
-    plain, remat = (gradient(params, remat) for remat in (False, True))
+        return jax.grad(loss)(params, False), jax.grad(loss)(params, True)
+
+    plain, remat = gradients(params)
+    for path, gradient in nnx.to_flat_state(plain):
+        assert np.abs(gradient[...]).max() > 1e-3, path
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, remat)
 
 
@@ -175,8 +180,8 @@ def test_tied_models_unembed_with_the_embedding_itself():
 def test_half_precision_parameters_compute_in_half_precision_and_end_in_float32():
     model = load_model(FIXTURES[0], dtype="bfloat16")
     tokens = jnp.arange(6)[None]
-    assert model(tokens).dtype == jnp.bfloat16
-    assert model.logits(tokens).dtype == jnp.float32
+    assert nnx.eval_shape(lambda model: model(tokens), model).dtype == jnp.bfloat16
+    assert nnx.eval_shape(lambda model: model.logits(tokens), model).dtype == jnp.float32
 
 
 def test_a_new_model_is_random_by_its_seed():
@@ -192,9 +197,8 @@ def test_a_new_model_is_random_by_its_seed():
         qkv_bias=False,
         qk_norm=True,
     )
-    first, same, other = (
-        nnx.state(Qwen(config, rngs=nnx.Rngs(seed)), nnx.Param) for seed in (0, 0, 1)
-    )
+    new = nnx.jit(lambda key: Qwen(config, rngs=nnx.Rngs(key)))
+    first, same, other = (nnx.state(new(jax.random.key(seed)), nnx.Param) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, first, same)
     assert not np.array_equal(first["head"][...], other["head"][...])
     assert not np.array_equal(first["layers"][0]["q"][...], first["layers"][1]["q"][...])

@@ -1,0 +1,192 @@
+"""Live against transformers and torch: fresh random models, other shapes than the fixtures'.
+
+torch is imported inside the tests, so that a machine without it can still collect this file.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gspo_jax.logps import token_logps
+from gspo_jax.models import load_model, save_model
+
+pytestmark = pytest.mark.parity
+
+SHAPE = {"vocab_size": 120, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3}
+MODELS = {
+    "qwen2_grouped_by_3": {
+        "model_type": "qwen2",
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+    },
+    "qwen2_ungrouped_untied": {
+        "model_type": "qwen2",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    },
+    "qwen3_wide_heads_grouped_by_4": {
+        "model_type": "qwen3",
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 20,
+        "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    },
+    "qwen3_default_head_dim": {
+        "model_type": "qwen3",
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_theta": 100000.0,
+        "rms_norm_eps": 1e-4,
+        "tie_word_embeddings": True,
+    },
+}
+LENGTHS, S, NEW = (14, 9, 2), 14, 16
+
+
+def make(name, seed, directory):
+    """A random model of transformers, and the same in ours through a directory."""
+    from fixtures.make_fixtures import random_model
+
+    theirs = random_model({**SHAPE, **MODELS[name]}, seed)
+    theirs.save_pretrained(directory)
+    return theirs, load_model(directory)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request, tmp_path_factory):
+    return make(request.param, 7, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def batch():
+    """Right-padded tokens and their mask."""
+    mask = np.arange(S) < np.array(LENGTHS)[:, None]
+    tokens = np.random.default_rng(3).integers(1, SHAPE["vocab_size"], mask.shape)
+    return np.where(mask, tokens, 0).astype(np.int32), mask
+
+
+@nnx.jit
+def forward(model, tokens, mask):
+    return model.logits(tokens, mask=mask)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_logits_agree_on_padded_batches(pair, batch, side):
+    from fixtures.make_fixtures import left_padded, reference_logits
+
+    theirs, ours = pair
+    tokens, mask = batch
+    if side == "left":
+        tokens, mask = left_padded(tokens, np.array(LENGTHS)), np.flip(mask, 1).copy()
+    expected = reference_logits(theirs, tokens, mask)
+    got = np.asarray(forward(ours, jnp.array(tokens), jnp.array(mask)))
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(got[mask], expected[mask], atol=1e-4, rtol=0)
+
+
+def test_our_export_loads_in_transformers_with_the_same_logits(pair, batch, tmp_path):
+    import torch
+    from fixtures.make_fixtures import reference_logits
+    from transformers import AutoModelForCausalLM
+
+    theirs, ours = pair
+    save_model(ours, tmp_path / "out", shard_bytes=40_000)
+    again, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype="auto", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    assert type(again) is type(theirs)
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, theirs.state_dict()[key]), key
+    tokens, mask = batch
+    np.testing.assert_array_equal(
+        reference_logits(again.eval(), tokens, mask), reference_logits(theirs, tokens, mask)
+    )
+
+
+def test_greedy_tokens_agree(pair, batch):
+    from fixtures.make_fixtures import leads, reference_greedy
+
+    theirs, ours = pair
+    prompt = batch[0][0]
+    expected = reference_greedy(theirs, prompt, NEW)
+    # A tie would be decided by rounding: compare up to the first close call.
+    close = np.flatnonzero(leads(theirs, prompt, expected) < 1e-3)
+    sure = close[0] if close.size else NEW
+    assert sure >= 8
+    text = np.pad(prompt, (0, NEW))[None]
+    for position in range(S, S + NEW):
+        logits = forward(ours, jnp.array(text), jnp.ones(text.shape, bool))
+        text[0, position] = np.asarray(logits)[0, position - 1].argmax()
+    np.testing.assert_array_equal(text[0, S : S + sure], expected[:sure])
+
+
+@pytest.mark.parametrize("name", ["qwen2_grouped_by_3", "qwen3_wide_heads_grouped_by_4"])
+def test_gradients_of_the_mean_log_probability_agree(name, batch, tmp_path):
+    """Through logps on our side, through a dense log-softmax on theirs; 1e-4 of the norm."""
+    import torch
+
+    theirs, ours = make(name, 7, tmp_path / "model")
+    tokens = batch[0][:1]  # the row without padding
+
+    out = theirs(input_ids=torch.tensor(tokens, dtype=torch.int64)).logits[:, :-1]
+    target = torch.tensor(tokens[:, 1:], dtype=torch.int64)
+    torch.log_softmax(out, -1).gather(-1, target[..., None]).mean().backward()
+    expected = {key: p.grad.numpy() for key, p in theirs.named_parameters()}
+
+    graphdef, params = nnx.split(ours)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        model = nnx.merge(graphdef, params)
+        hidden = model(jnp.array(tokens))[:, :-1]
+        logp, _ = token_logps(hidden, model.unembed(), jnp.array(tokens[:, 1:]))
+        return jnp.mean(logp)
+
+    # The exporter's own table gives the gradients their names.
+    save_model(nnx.merge(graphdef, gradient(params)), tmp_path / "gradient")
+    from safetensors.numpy import load_file
+
+    got = load_file(tmp_path / "gradient" / "model.safetensors")
+    assert set(got) == set(expected)
+    for key, value in expected.items():
+        error = np.linalg.norm(got[key] - value) / np.linalg.norm(value)
+        assert error < 1e-4, (key, error)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_transformers_reads_the_dtype_that_we_wrote(dtype, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    theirs, _ = make("qwen3_default_head_dim", 7, tmp_path / "float32")
+    theirs.to(getattr(torch, dtype)).save_pretrained(tmp_path / "half")
+    save_model(load_model(tmp_path / "half"), tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert again.dtype == getattr(torch, dtype)
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, theirs.state_dict()[key]), key
+
+
+def test_transformers_understands_every_key_of_our_config(tmp_path):
+    from transformers import AutoConfig
+
+    _, model = make("qwen3_wide_heads_grouped_by_4", 7, tmp_path / "model")
+    save_model(model, tmp_path / "out")
+    theirs, ours = (AutoConfig.from_pretrained(tmp_path / name) for name in ("model", "out"))
+    for key in json.loads((tmp_path / "model" / "config.json").read_text()):
+        if key not in ("architectures", "transformers_version"):
+            assert getattr(ours, key) == getattr(theirs, key), key
