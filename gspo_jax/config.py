@@ -110,7 +110,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {_first_line(error)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot read this as a config file ({error}).") from None
-    plain = OmegaConf.to_container(layer, resolve=False)
+    plain: Any = OmegaConf.to_container(layer, resolve=False)
     if not isinstance(plain, dict):
         raise ConfigError(f"{path}: expected sections (model:, task:, ...), got a list.")
     return plain
@@ -125,10 +125,10 @@ def _parse(override: str) -> tuple[str, Any]:
         quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
         return name, text[1:-1] if quoted else text
     try:
-        layer = OmegaConf.from_dotlist([f"value={text}"])
+        layer: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{override}: not YAML: {_first_line(error)}.") from None
-    return name, OmegaConf.to_container(layer)["value"]
+    return name, layer["value"]
 
 
 def _takes_text(kind: Any) -> bool:
@@ -178,7 +178,7 @@ def _leaves(
 # ------------------------------------------------------------------------------------ names
 
 
-def _settings(kind: type, prefix: str = "") -> dict[str, Any]:
+def _settings(kind: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted name -> type of every setting."""
     found: dict[str, Any] = {}
     for item in fields(kind):

@@ -46,10 +46,9 @@ class Display:
         """Show a run that has `step` steps behind it."""
         self._step = step
         if self.console.is_terminal and self._live is None:
-            self._live = Live(
-                get_renderable=self._render, console=self.console, refresh_per_second=5
-            )
-            self._live.start()
+            live = Live(get_renderable=self._render, console=self.console, refresh_per_second=5)
+            live.start()
+            self._live = live
 
     def end(self) -> None:
         """Leave the last state on the screen and give the cursor back."""

@@ -6,6 +6,7 @@ Nothing here can fail a run that trains well: a full disk costs lines, a dead tr
 Only a directory that cannot be used at all, or that another run uses, is refused at the start.
 """
 
+import errno
 import fcntl
 import json
 import math
@@ -89,9 +90,7 @@ class RunLog:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 self._reopen(name, step)
         except OSError as error:
-            raise StorageError(
-                f"{self.directory}: cannot be written ({error.strerror}); set run.dir elsewhere."
-            ) from error
+            raise _unwritable(self.directory, error) from error
         self.status("running")
         if self._tracker:
             self._tracker.start(self.directory, self._config)
@@ -237,11 +236,30 @@ def lock(directory: Path) -> TextIO:
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / "lock").open("a+", encoding="utf-8")
     except OSError as error:
-        raise StorageError(
-            f"{directory}: cannot be written ({error.strerror}); set run.dir elsewhere."
-        ) from None
+        raise _unwritable(directory, error) from None
+    _claim(directory, file, fcntl.LOCK_EX)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def check_place(directory: Path) -> None:
+    """Raise the StorageError that `lock` would, but make and change nothing."""
+    held = directory / "lock"
+    if held.is_file():
+        with held.open(encoding="utf-8") as file:
+            _claim(directory, file, fcntl.LOCK_SH)
+    there = next(path for path in [directory, *directory.absolute().parents] if path.exists())
+    if not there.is_dir():
+        raise _unwritable(directory, NotADirectoryError(errno.ENOTDIR, f"{there} is a file"))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise _unwritable(directory, PermissionError(errno.EACCES, f"no permission in {there}"))
+
+
+def _claim(directory: Path, file: TextIO, kind: int) -> None:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "unknown"
@@ -252,10 +270,12 @@ def lock(directory: Path) -> TextIO:
         ) from None
     except OSError:
         pass  # a file system without locks: nothing to hold on to
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
+
+
+def _unwritable(directory: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"{directory}: cannot be written ({error.strerror}); set run.dir elsewhere."
+    )
 
 
 def unlock(file: TextIO) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")  # a file, whatever the machine's display
 from matplotlib import pyplot as plt
@@ -20,11 +21,12 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from gspo_jax.errors import DataError
 
 Rows = list[dict[str, Any]]
+Numbers = list[int | float]
 
 MOST_POINTS = 2000  # of a curve; longer runs are thinned, a picture has no more columns
 SAMPLED = re.compile(r"eval/avg@(\d+)")
 BLUE, ORANGE, GREEN, RED, GREY = "#2f6db3", "#d9772b", "#3a8f4f", "#c0392b", "#6b7280"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.edgecolor": "#9aa1ab",
     "axes.grid": True,
     "axes.labelcolor": "#374151",
@@ -183,11 +185,11 @@ def _curve(axis: Axes, rows: Rows, name: str, title: str, unit: str) -> None:
     axis.set_ylim(bottom=0)
 
 
-def _finish(axis: Axes, updates: float) -> None:
+def _finish(axis: Axes, updates: int) -> None:
     axis.set_xlabel("optimizer updates")
     axis.set_xlim(-0.02 * updates, max(1.02 * updates, 1))
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    has_data = axis.collections or any(len(line.get_xdata()) for line in axis.lines)
+    has_data = axis.collections or any(np.size(line.get_xdata()) for line in axis.lines)
     if not has_data:
         axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", color=GREY)
     elif axis.get_legend_handles_labels()[1]:
@@ -207,7 +209,7 @@ def _parsed(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
+def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[Numbers, Numbers]:
     """Updates and values of a metric, where it has one."""
     points = [(row["updates"], row[name]) for row in rows if _is_number(row.get(name))]
     return [x for x, _ in points], [y for _, y in points]
@@ -217,7 +219,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _smooth(y: Sequence[float]) -> list[float]:
+def _smooth(y: Numbers) -> Numbers:
     """The mean over a window of a twentieth of the curve, centred, shorter at the ends."""
     half = len(y) // 40
     windows = (y[max(i - half, 0) : i + half + 1] for i in range(len(y)))

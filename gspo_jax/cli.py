@@ -1,0 +1,254 @@
+"""gspo-jax demo | train | sft | eval | export | report
+
+Settings are `section.key=value`, over a YAML file if one is named. Exit codes: 0 finished,
+1 unexpected, 2 usage or configuration, 3 data or model directory, 4 numerical failure, 5 out of
+memory, 6 storage, 75 preempted with the checkpoint saved, 130 interrupted. Errors are one line on
+stderr. Whatever needs JAX is imported by the command that needs it.
+"""
+
+import argparse
+import errno
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gspo_jax.errors import INTERRUPTED, UNEXPECTED, ConfigError, DataError, StorageError
+
+if TYPE_CHECKING:
+    from gspo_jax.config import Config
+    from gspo_jax.run import Result
+
+OUT_OF_MEMORY = 5
+IS_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is returned, the error printed."""
+    arguments = _parse(argv)
+    try:
+        return arguments.command(arguments)
+    except KeyboardInterrupt:
+        _say_error("interrupted.")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left, as in `gspo-jax ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNEXPECTED
+    except Exception as error:
+        if arguments.debug:
+            traceback.print_exc()
+        code, text = explain(error)
+        _say_error(text)
+        return code
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """The exit code of an error, and one line on what to do about it."""
+    text = " ".join(str(error).split())
+    if (code := getattr(error, "exit_code", None)) is not None:
+        return code, text
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
+        return StorageError.exit_code, f"no space left ({text[:200]}); set run.dir to another disk."
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        wanted = re.search(r"allocat\w* ([\d.]+ ?\w+)", text)
+        return OUT_OF_MEMORY, (
+            f"out of memory{f' (allocating {wanted[1]})' if wanted else ''}; lower "
+            "algo.microbatch (responses at a time in the update) or "
+            "rollout.max_completion_length (the cache and activations of each)."
+        )
+    kind = type(error).__name__
+    return UNEXPECTED, f"unexpected {kind}: {text[:300]} (--debug shows where)"
+
+
+# ---------------------------------------------------------------------------------- commands
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    """configs/demo.yaml with a story around it."""
+    from gspo_jax import story
+    from gspo_jax.config import packaged_config
+
+    if arguments.config:
+        raise ConfigError(
+            f"demo has its own config and takes settings alone; gspo-jax train {arguments.config}"
+        )
+    arguments.config = str(packaged_config("demo.yaml"))
+    return _run(arguments, _train, before=story.before_demo, after=story.after_demo)
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Reinforcement learning as the config says."""
+    from gspo_jax import story
+
+    return _run(arguments, _train, after=story.after_run)
+
+
+def sft(arguments: argparse.Namespace) -> int:
+    """Supervised training on the task's worked solutions."""
+    from gspo_jax import story
+
+    def action(config: "Config") -> "Result":
+        from gspo_jax.sft import sft
+
+        return sft(config)
+
+    return _run(arguments, action, after=story.after_run)
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Accuracy of a model directory; for a run's export/, measured as that run measured."""
+    from gspo_jax import story
+
+    path = Path(arguments.config or "")
+    if arguments.config and path.is_dir():
+        own = path.resolve().parent / "config.yaml"
+        arguments.config = str(own) if own.is_file() else None
+        model = [f"model.path={path}", "model.init=pretrained"]
+        arguments.overrides = [*model, *arguments.overrides]
+    elif arguments.config and not path.exists():
+        raise DataError(f"{path}: no such model directory or config file.")
+    if (config := _resolve(arguments)) is None:
+        return 0
+    from gspo_jax.evaluate import evaluate_path
+
+    story.show(story.comparison({config.model.path: evaluate_path(config)}))
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """The newest checkpoint of a run as a Hugging Face directory."""
+    from gspo_jax.run import export
+
+    run = Path(arguments.run)
+    print(export(run, Path(arguments.out) if arguments.out else run / "export"))
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """plots/ of each run."""
+    from gspo_jax.report import dynamics
+
+    for run in arguments.runs:
+        print(dynamics(Path(run)))
+    return 0
+
+
+def _train(config: "Config") -> "Result":
+    from gspo_jax.train import train
+
+    return train(config)
+
+
+def _run(
+    arguments: argparse.Namespace,
+    action: Callable[["Config"], "Result"],
+    *,
+    after: Callable[["Config", "Result"], None],
+    before: Callable[["Config"], None] | None = None,
+) -> int:
+    if (config := _resolve(arguments)) is None:
+        return 0
+    if before:
+        before(config)
+    result = action(config)
+    after(config, result)
+    return result.exit_code
+
+
+def _resolve(arguments: argparse.Namespace) -> "Config | None":
+    """The config to run; None where the command was only to show or to check it."""
+    from gspo_jax.config import load_config, to_yaml, warnings
+
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        print(to_yaml(config), end="")
+        return None
+    for warning in warnings(config):
+        _say_error(f"warning: {warning}")
+    if arguments.dry_run:
+        from gspo_jax.plan import plan
+
+        print(plan(config))
+        return None
+    return config
+
+
+# ------------------------------------------------------------------------------------ usage
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with a wrong usage told in one line."""
+
+    def error(self, message: str) -> Any:
+        _say_error(f"{message}; see {self.prog} --help")
+        self.exit(ConfigError.exit_code)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, with CONFIG.yaml and section.key=value in any order among the options."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if not hasattr(arguments, "settings") or any(text.startswith("-") for text in rest):
+        if rest:
+            parser.error(f"unknown argument {rest[0]}")
+        return arguments
+    given = [*arguments.settings, *rest]
+    arguments.overrides = [text for text in given if IS_OVERRIDE.match(text)]
+    files = [text for text in given if not IS_OVERRIDE.match(text)]
+    files += [arguments.config] if arguments.config else []
+    if len(files) > 1:
+        parser.error(f"one config file at most, not {' and '.join(files)}")
+    arguments.config = files[0] if files else None
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="gspo-jax",
+        description="GSPO post-training of Qwen-family language models in JAX.",
+        epilog="Start with: gspo-jax demo",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    described = {
+        "demo": (demo, "a tiny model learns arithmetic in minutes, on a CPU"),
+        "train": (train, "GSPO (or a relative of it) as a config says"),
+        "sft": (sft, "supervised training on worked solutions"),
+        "eval": (evaluate, "held-out accuracy of a model directory"),
+        "export": (export, "a run's newest checkpoint as a Hugging Face directory"),
+        "report": (report, "draw a run's metrics into its plots/"),
+    }
+    for name, (command, text) in described.items():
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(command=command)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if name == "export":
+            sub.add_argument("run", metavar="RUN", help="a run directory, like runs/demo-seed0")
+            sub.add_argument("out", metavar="OUT", nargs="?", help="default: RUN/export")
+        elif name == "report":
+            sub.add_argument("runs", metavar="RUN", nargs="+", help="run directories")
+        else:
+            _add_settings(sub, name)
+    return parser
+
+
+def _add_settings(sub: argparse.ArgumentParser, name: str) -> None:
+    what = {"demo": "", "eval": "a YAML file, or a model directory; "}.get(name, "a YAML file; ")
+    sub.add_argument(
+        "settings",
+        metavar="section.key=value" if name == "demo" else "CONFIG.yaml section.key=value",
+        nargs="*",
+        help=f"{what}settings over it, like rollout.group_size=16",
+    )
+    sub.add_argument("--config", metavar="CONFIG.yaml", help="the YAML file, by option")
+    sub.add_argument("--print-config", action="store_true", help="print all settings and stop")
+    sub.add_argument(
+        "--dry-run", action="store_true", help="check model, data and rewards, touch nothing"
+    )
+
+
+def _say_error(text: str) -> None:
+    print(f"gspo-jax: {text}", file=sys.stderr)

@@ -1,0 +1,113 @@
+"""What the command line says around a run: the demo's introduction, and what came out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gspo_jax.config import Config
+from gspo_jax.run import Result
+
+ROWS = {  # metric -> what people call it
+    "eval/greedy": "greedy accuracy",
+    "eval/truncated": "cut at the length limit",
+    "eval/no_answer": "without an answer",
+    "eval/mean_length": "mean length, tokens",
+}
+
+
+def before_demo(config: Config) -> None:
+    """What is about to happen, and the two things that puzzle newcomers."""
+    rollout, algo, loss = config.rollout, config.algo, config.algo.loss
+    lines = [
+        "A tiny Qwen2 has seen worked solutions of problems like 47+25-18, most of them with a "
+        "slip: it knows the form, and is often wrong. It now learns from its own answers alone.",
+        "",
+        f"1 measure   {config.eval.problems} held-out problems, greedy and "
+        f"{config.eval.samples} samples each",
+        f"2 train     {config.run.steps} steps: {rollout.group_size} answers to each of "
+        f"{rollout.prompts} problems, reward 1 if right and 0 if wrong; "
+        f"{algo.minibatches * algo.epochs} updates towards answers better than their group's mean",
+        "3 measure   the same problems again; then export and draw",
+        "",
+        "The loss reads about 0 all the while: within a group the advantages add up to 0, so its "
+        "value says nothing; its gradient does. Watch the reward.",
+    ]
+    if loss["name"] == "gspo" and "clip_low" in loss:
+        lines.append(
+            f"The clip range {loss['clip_low']:g}/{loss.get('clip_high', 4e-4):g} is wider than "
+            "the paper's 0.0003/0.0004: a response's ratio is a mean over its tokens, and a mean "
+            "over 20 tokens strays further than one over thousands."
+        )
+    show("\n".join(lines) + "\n")
+
+
+def after_run(config: Config, result: Result) -> None:
+    """Accuracy before and after, and where everything lies."""
+    if result.before and result.after:
+        show(comparison({"before": result.before, "after": result.after}))
+    if result.state == "finished":
+        show(
+            f"run       {result.run_dir}\n"
+            f"model     {result.run_dir / 'export'}  (a Hugging Face directory)\n"
+            f"picture   {result.run_dir / 'plots' / 'dynamics.png'}",
+            wrap=False,
+        )
+
+
+def after_demo(config: Config, result: Result) -> None:
+    """The same, and where to go from here."""
+    after_run(config, result)
+    if result.state == "finished":
+        show(
+            "\nNext: the new model on other problems; GRPO instead, for comparison; your own.\n"
+            f"  gspo-jax eval {result.run_dir / 'export'} eval.split=val\n"
+            "  gspo-jax demo run.name=demo-grpo algo.loss.name=grpo algo.loss.clip_low=0.2 "
+            "algo.loss.clip_high=0.2\n"
+            "  gspo-jax train model.path=Qwen/Qwen3-0.6B task.path=problems.jsonl --dry-run",
+            wrap=False,
+        )
+
+
+def comparison(columns: Mapping[str, Mapping[str, float]]) -> Table:
+    """Evaluations side by side, with 95 % intervals, and their change where there are two."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    counts = {int(metrics["eval/n"]) for metrics in columns.values()}
+    table.add_column(Text(f"{'/'.join(map(str, sorted(counts)))} held-out problems"))
+    for name in columns:
+        table.add_column(Text(name), justify="right")
+    if len(columns) == 2:
+        table.add_column("change", justify="right")
+    sampled = {n: f"{n.removeprefix('eval/')} accuracy" for n in _sampled(columns)}
+    for metric, label in {"eval/greedy": ROWS["eval/greedy"], **sampled, **ROWS}.items():
+        values = [metrics[metric] for metrics in columns.values() if metric in metrics]
+        if len(values) < len(columns):
+            continue
+        is_share = metric != "eval/mean_length"
+        cells = [_cell(metrics, metric, is_share) for metrics in columns.values()]
+        if len(values) == 2:
+            by = values[1] - values[0]
+            cells.append(f"{100 * by:+.1f} points" if is_share else f"{by:+.1f}")
+        table.add_row(label, *cells)
+    return table
+
+
+def show(what: Any, *, wrap: bool = True) -> None:
+    """Print a text or a table; paths and commands are not wrapped, so that they can be copied."""
+    Console().print(Text(what) if isinstance(what, str) else what, soft_wrap=not wrap)
+
+
+def _sampled(columns: Mapping[str, Mapping[str, float]]) -> list[str]:
+    names = [name for metrics in columns.values() for name in metrics if "avg@" in name]
+    return [name for name in dict.fromkeys(names) if not name.endswith(("_low", "_high"))]
+
+
+def _cell(metrics: Mapping[str, float], name: str, is_share: bool) -> str:
+    if not is_share:
+        return f"{metrics[name]:.1f}"
+    text = f"{metrics[name]:.1%}"
+    if f"{name}_low" in metrics:
+        text += f" [{100 * metrics[f'{name}_low']:.1f}, {100 * metrics[f'{name}_high']:.1f}]"
+    return text
