@@ -302,7 +302,8 @@ def sapo(
     """
     log_w, adv = saturated(log_ratio(logp, old_logp, mask)), _one_per_token(adv, mask, logp)
     tau = jnp.where(adv > 0, tau_pos, tau_neg).astype(log_w.dtype)
-    gate = 4 / tau * jax.nn.sigmoid(tau * (jnp.exp(log_w) - 1))
+    # The gradient of exp(log_sigmoid) has no 1 - sigmoid in it, which float32 cancels to noise.
+    gate = 4 / tau * jnp.exp(jax.nn.log_sigmoid(tau * (jnp.exp(log_w) - 1)))
     return mean_over_responses(-gate * adv, mask, weight), diagnostics(log_w, mask)
 
 
