@@ -2,7 +2,8 @@
 
 A template is Jinja source written by whoever published the weights. It runs in Jinja's immutable
 sandbox, which keeps it from Python's internals, and under a budget: of loop iterations and macro
-calls together (no endless loop), and of the length of any text it builds (no memory bomb).
+calls together (no endless loop), and of the length of any text that it writes or puts together
+(no memory bomb). Widths inside format strings are the one thing not metered.
 """
 
 import json
@@ -17,7 +18,7 @@ from jinja2.visitor import NodeTransformer
 
 from gspo_jax.errors import DataError
 
-MAX_STEPS = 1_000_000  # loop iterations and macro calls of one rendering
+MAX_STEPS = 200_000  # loop iterations and macro calls of one rendering
 MAX_CHARS = 10_000_000  # of any text built on the way; a prompt of 2 M tokens is about 8 M
 # Methods and filters whose argument alone makes a text arbitrarily long.
 PADDING = {"center", "ljust", "rjust", "zfill", "expandtabs"}
@@ -39,81 +40,74 @@ class ChatTemplate:
         """The text for these variables: `messages`, `add_generation_prompt`, token strings.
 
         Raises:
-            DataError: the template raised, broke out of the sandbox's rules, or its budget.
+            DataError: the template raised, or left the sandbox's rules or its budget.
         """
-        meter = _Meter()
+        self._environment.steps = 0
         known = {"tools": None, "documents": None, **variables}
-        parts, chars = [], 0
+        parts, length = [], 0
         try:
-            for part in self._template.generate(known, _step=meter.step, _sized=meter.sized):
+            for part in self._template.generate(known):
                 parts.append(part)
-                chars += len(part)
-                if chars > MAX_CHARS:
-                    raise _over_budget(f"{MAX_CHARS} characters of text")
-        except (jinja2.TemplateError, ArithmeticError, LookupError) as error:
+                length += len(part)
+                if length > MAX_CHARS:
+                    raise _TOO_LONG
+        except jinja2.TemplateError as error:
             raise DataError(f"{self.name}: {error}") from None
-        except (TypeError, ValueError, AttributeError, RecursionError, MemoryError) as error:
+        except Exception as error:  # the template is a program: it can fail like any other
             raise DataError(f"{self.name}: {type(error).__name__}: {error}") from None
         return "".join(parts)
 
 
-def _over_budget(what: str) -> jinja2.TemplateRuntimeError:
-    return jinja2.TemplateRuntimeError(f"the template needs more than {what}.")
-
-
-def _sized(value: Any) -> Any:
-    if isinstance(value, str | list | tuple) and len(value) > MAX_CHARS:
-        raise _over_budget(f"{MAX_CHARS} characters of text")
-    return value
-
-
-class _Meter:
-    """Counts the steps of one rendering."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-
-    def step(self) -> str:
-        self.steps += 1
-        if self.steps > MAX_STEPS:
-            raise _over_budget(f"{MAX_STEPS} loop iterations")
-        return ""
-
-    sized = staticmethod(_sized)
+_TOO_LONG = jinja2.TemplateRuntimeError(f"the template writes more than {MAX_CHARS} characters.")
 
 
 class _Metered(NodeTransformer):
-    """Rewrites a template so that every loop iteration and macro call counts one step."""
+    """Rewrites a template so that every loop iteration and macro call counts one step.
+
+    The calls go through attributes of the environment, which a template cannot name, and so
+    cannot replace.
+    """
 
     def _with_step(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
         self.generic_visit(node)
-        call = nodes.Call(nodes.Name("_step", "load"), [], [], None, None)
-        node.body.insert(0, nodes.ExprStmt(call))
+        step = nodes.Call(nodes.EnvironmentAttribute("step"), [], [], None, None)
+        node.body.insert(0, nodes.ExprStmt(step))
         return node.set_lineno(node.lineno)
 
     visit_For = visit_Macro = visit_CallBlock = _with_step
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        # `~` is the one way to build text that the environment's `intercepted_binops` misses.
+        # `~` is the one operator that `intercepted_binops` below cannot see.
         self.generic_visit(node)
-        call = nodes.Call(nodes.Name("_sized", "load"), [node], [], None, None)
-        return call.set_lineno(node.lineno)
+        sized = nodes.Call(nodes.EnvironmentAttribute("sized"), [node], [], None, None)
+        return sized.set_lineno(node.lineno)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's immutable sandbox, with operators that cannot build a huge value."""
+    """Jinja's immutable sandbox, which counts steps and whose operators build no huge value."""
 
     intercepted_binops = frozenset({"+", "*", "**"})
+    steps = 0
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps > MAX_STEPS:
+            raise jinja2.TemplateRuntimeError(f"the template takes more than {MAX_STEPS} steps.")
+
+    def sized(self, value: Any) -> Any:
+        if isinstance(value, str | list | tuple) and len(value) > MAX_CHARS:
+            raise _TOO_LONG
+        return value
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":
             for sequence, count in ((left, right), (right, left)):
                 repeats = isinstance(sequence, str | list | tuple) and isinstance(count, int)
                 if repeats and len(sequence) * count > MAX_CHARS:
-                    raise _over_budget(f"{MAX_CHARS} characters of text")
-        if operator == "**" and not (abs(left) < 1e6 and abs(right) < 100):
-            raise _over_budget("a small power")
-        return _sized(super().call_binop(context, operator, left, right))
+                    raise _TOO_LONG
+        if operator == "**" and not (abs(left) < 1000 and abs(right) < 100):
+            raise jinja2.TemplateRuntimeError("the template takes a power of a large number.")
+        return self.sized(super().call_binop(context, operator, left, right))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         return attr not in PADDING and super().is_safe_attribute(obj, attr, value)
@@ -133,7 +127,7 @@ class _Generation(Extension):
         return nodes.Scope(body).set_lineno(line)
 
 
-def _environment() -> jinja2.Environment:
+def _environment() -> _Sandbox:
     """The settings and helpers that chat templates are written for (those of transformers)."""
     environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]

@@ -368,9 +368,10 @@ def _from_file(path: Path, spec: str) -> ModuleType:
     _add_path(path.parent)  # its neighbours can be imported, as when it is run as a script
     name = f"gspo_jax_reward_{path.stem}"
     module_spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(module_spec)
+    assert module_spec is not None and module_spec.loader is not None  # it is a .py file
+    loader, module = module_spec.loader, importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module
-    _import(spec, lambda: module_spec.loader.exec_module(module))
+    _import(spec, lambda: loader.exec_module(module))
     return module
 
 

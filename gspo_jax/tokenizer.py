@@ -206,10 +206,13 @@ def _read_template(path: Path, settings: dict[str, Any]) -> ChatTemplate | None:
     file = path / "chat_template.jinja"
     if file.is_file():
         return ChatTemplate(file.read_text(encoding="utf-8"), name=str(file))
+    file = path / "tokenizer_config.json"
     source = settings.get("chat_template")
-    if isinstance(source, list):  # several named templates
-        named = {t["name"]: t["template"] for t in source}
-        source = named.get("default")
+    if isinstance(source, list):  # several templates, each with a name
+        named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+        source = named.get("default") or source
     if source is None:
         return None
-    return ChatTemplate(source, name=str(path / "tokenizer_config.json"))
+    if not isinstance(source, str):
+        raise DataError(f"{file}: chat_template is {source!r:.60}, wanted a text.")
+    return ChatTemplate(source, name=str(file))

@@ -42,6 +42,7 @@ CHAT = [{"role": "user", "content": "How many?"}]
         ({"prompt": CHAT, "reward_model": {"style": "rule", "ground_truth": "5"}}, CHAT, "5"),
         ({"messages": CHAT, "ground_truth": 5}, CHAT, "5"),
         ({"question": "Q", "answer": "2+3=<<2+3=5>>5\n#### 1,005"}, "Q", "1005"),  # GSM8K
+        ({"question": "Q", "answer": "#### first 3\n#### -5"}, "Q", "-5"),
         ({"problem": "Q", "solution": r"So $x=\boxed{\frac{1}{2}}$."}, "Q", r"\frac{1}{2}"),
         ({"problem": "Q", "solution": "long", "answer": "5", "level": 2}, "Q", "5"),  # MATH-500
         ({"Problem": "Q", "Answer": 33}, "Q", "33"),  # AIME, Pascal case

@@ -128,6 +128,7 @@ def test_a_repeated_answer_may_be_spelled_differently():
 def test_a_blank_gold_answer_is_never_matched():
     assert check(r"\boxed{}", "").score == 0.0
     assert check(r"\boxed{5}", " ").score == 0.0
+    assert check(r"\boxed{$$}", "").score == 0.0
 
 
 HOSTILE = [
