@@ -232,7 +232,10 @@ def test_metrics_reach_wandb_with_lists_spread(tmp_path, monkeypatch):
 @pytest.mark.parametrize("fault", ["import", "init", "log", "finish"])
 def test_a_tracker_that_fails_is_one_warning_and_never_an_error(tmp_path, monkeypatch, fault):
     def fail(*_, **__):
-        raise RuntimeError("no network\nand more")
+        faults.append(1)
+        raise RuntimeError(f"no network, {len(faults)}\nand more")
+
+    faults = []
 
     run = SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
     if fault in ("log", "finish"):
@@ -246,6 +249,7 @@ def test_a_tracker_that_fails_is_one_warning_and_never_an_error(tmp_path, monkey
         log.step(1, {"reward": 0.5})
         log.step(2, {"reward": 0.5})
     assert shown(console).count("wandb is left out from here on") == 1
+    assert len(faults) == (fault != "import")
     assert len(lines(tmp_path / "metrics.jsonl")) == 2
 
 
