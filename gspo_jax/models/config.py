@@ -88,12 +88,12 @@ class QwenConfig:
         """
         if not isinstance(hf, dict):
             raise DataError(f"wanted an object, got a {type(hf).__name__}.")
-        family = hf.get("model_type")
+        family: Any = hf.get("model_type")
         if family == "qwen3_moe":
             raise DataError("model_type='qwen3_moe': mixtures of experts are not supported yet.")
         _one_of("model_type", family, tuple(FAMILIES))
         _refuse_unimplemented(hf, family)
-        settings = {name: hf.get(key) for name, (key, _) in SIZES.items()}
+        settings: dict[str, Any] = {name: hf.get(key) for name, (key, _) in SIZES.items()}
         settings |= {
             "family": family,
             "num_kv_heads": _either(settings["num_kv_heads"], settings["num_heads"]),

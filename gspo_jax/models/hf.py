@@ -68,8 +68,8 @@ SHARD_BYTES = 5 * 10**9
 class Slot(NamedTuple):
     """One parameter of ours and its counterpart on disk."""
 
-    path: tuple[str | int, ...]
-    param: nnx.Param
+    path: tuple[Any, ...]
+    param: nnx.Variable
     name: str
     shape: tuple[int, ...]  # on disk
     transposed: bool
@@ -135,7 +135,9 @@ def save_model(
     """
     lender = None if like is None else files.resolve(like)
     with files.appearing(out_dir) as partial:
-        _write_weights(partial, _slots(nnx.state(model)), model.config.dtype, shard_bytes)
+        _write_weights(
+            partial, _slots(nnx.state(model, nnx.Param)), model.config.dtype, shard_bytes
+        )
         ids = _lend(lender, partial) if lender else {}
         _write_json(partial / "config.json", {**model.config.to_hf(), **ids})
         if not (partial / "generation_config.json").exists():
@@ -159,7 +161,7 @@ def _slots(state: nnx.State) -> list[Slot]:
     slots = []
     for path, param in nnx.to_flat_state(state):
         numbers = [part for part in path if isinstance(part, int)]
-        pattern = ".".join("{}" if isinstance(part, int) else part for part in path)
+        pattern = ".".join("{}" if isinstance(part, int) else str(part) for part in path)
         name, transposed = NAMES[pattern]
         shape = tuple(reversed(param.shape)) if transposed else tuple(param.shape)
         slots.append(Slot(path, param, name.format(*numbers), shape, transposed))
@@ -198,7 +200,7 @@ def _check_tied(directory: Path, found: dict[str, files.Tensor]) -> None:
         )
 
 
-def _read(tensor: files.Tensor, slot: Slot, dtype: np.dtype, mesh: Mesh | None) -> nnx.Param:
+def _read(tensor: files.Tensor, slot: Slot, dtype: np.dtype, mesh: Mesh | None) -> nnx.Variable:
     """One tensor, from the file to its devices."""
     values = files.read_tensor(tensor)
     _check_finite(values, DataError, f"{tensor.file}: {slot.name}")
