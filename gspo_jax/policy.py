@@ -96,7 +96,7 @@ def load_problems(config: Config, tokenizer: Tokenizer) -> Problems:
     """The task's problems with prompts of at most `task.max_prompt_length` tokens.
 
     Raises:
-        DataError: a split that is needed has no problem left.
+        DataError: no training problem is left, or a reward function fails on the first of them.
     """
     c = config.task
     task = load_task(c.name, c.path, seed=c.seed, fields=c.fields, **c.options)
@@ -113,7 +113,11 @@ def load_problems(config: Config, tokenizer: Tokenizer) -> Problems:
             f"no training problem of {c.path or c.name} has a prompt of at most "
             f"{c.max_prompt_length} tokens; raise task.max_prompt_length."
         )
-    return Problems(task, indices, too_long, partial(rewards.score, functions, weights))
+    scorer = partial(rewards.score, functions, weights)
+    # A rehearsal: a reward function that cannot work should say so now, not after compiling.
+    first = task.problem("train", indices["train"][0])
+    scorer([first], [first.answer or "", ""], [[], []])
+    return Problems(task, indices, too_long, scorer)
 
 
 @partial(jax.jit, static_argnums=1)

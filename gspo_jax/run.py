@@ -24,7 +24,7 @@ from jaxtyping import PyTree
 from gspo_jax import checkpoint
 from gspo_jax.batch import Rollout
 from gspo_jax.config import Config, load_config, run_dir, to_yaml
-from gspo_jax.errors import INTERRUPTED, PREEMPTED, NumericalError, StorageError
+from gspo_jax.errors import INTERRUPTED, PREEMPTED, DataError, NumericalError, StorageError
 from gspo_jax.evaluate import evaluate_policy
 from gspo_jax.metrics import RunLog
 from gspo_jax.models.hf import save_model
@@ -128,15 +128,17 @@ class Run:
             )
         if found is None:
             self.log.start()
-            self.before = self.evaluate(state)
-            self.log.step(0, self.before)
+            self.before = self._measured(0, state)
             return state
         root, step = found
         state, meta = checkpoint.restore(root, step, state)
         self.tokens = meta["num_tokens"]
         self.log.start(step)
         self.before = self._logged_eval(0)
-        self.log.say(f"Resumed after step {step} of {self.config.run.steps}.")
+        of = self.config.run.steps
+        self.log.say(f"Resumed after step {step} of {of}.")
+        if step >= of:
+            self.log.say("Nothing is left to train: raise run.steps, or choose another run.name.")
         return state
 
     def steps(self, state: TrainState) -> Iterator[int]:
@@ -215,10 +217,8 @@ class Run:
             self.log.status(self.stopped_by)
             self.log.say(f"Stopped after step {step}; the same command continues from here.")
             return Result(self.directory, step, self.stopped_by, self.before)
-        after = self._logged_eval(step)
-        if not after:  # the run was stopped in its very last step
-            after = self.evaluate(state)
-            self.log.step(step, after)
+        # Measured in its last step, unless it was stopped in the middle of that.
+        after = self._logged_eval(step) or self._measured(step, state)
         self.log.doing("export")
         export_params(self.policy, state.params, self.directory / "export")
         dynamics(self.directory)
@@ -273,9 +273,20 @@ class Run:
             )
         return path.parent, int(path.name)
 
+    def _measured(self, step: int, state: TrainState) -> dict[str, float]:
+        """Evaluate, and log it as a line of its own."""
+        result = self.evaluate(state)
+        if result:
+            self.log.step(step, result)
+        return result
+
     def _logged_eval(self, step: int) -> dict[str, float]:
-        rows = [row for row in read_metrics(self.directory) if row["step"] == step]
-        return {k: v for row in rows for k, v in row.items() if k.startswith("eval/")}
+        try:
+            rows = read_metrics(self.directory)
+        except DataError:  # no line yet
+            return {}
+        row = next((row for row in rows if row["step"] == step), {})
+        return {name: value for name, value in row.items() if name.startswith("eval/")}
 
 
 def sample_rows(rollout: Rollout, adv: np.ndarray, prompts: int = 4) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ function here is the identity.
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from gspo_jax.errors import ConfigError
@@ -51,7 +51,7 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
 
 
 def partition_spec(
-    axes: tuple[str | None, ...], mesh: Mesh, shape: tuple[int, ...] | None = None
+    axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh, shape: tuple[int, ...] | None = None
 ) -> PartitionSpec:
     """Logical axis names -> mesh axes. An axis of `shape` that does not divide stays whole."""
     parts = [RULES[axis] if axis is not None else None for axis in axes]
@@ -118,7 +118,7 @@ def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(k for k in keys if k != "value")
 
 
-def _divides(size: int, part: str | tuple[str, ...] | None, mesh: Mesh) -> bool:
+def _divides(size: int, part: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> bool:
     if part is None:
         return True
     ways = 1

@@ -124,7 +124,11 @@ def make_advantage(config: Config):
     """The configured advantage as reward [B] -> adv [B], on the host's arrays."""
     options = dict(config.algo.advantage)
     function = jax.jit(
-        partial(getattr(advantages, options.pop("name")), group_size=config.rollout.group_size, **options)
+        partial(
+            getattr(advantages, options.pop("name")),
+            group_size=config.rollout.group_size,
+            **options,
+        )
     )
 
     def advantage(reward: Float[np.ndarray, " B"]) -> Float[np.ndarray, " B"]:

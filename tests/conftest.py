@@ -1,6 +1,8 @@
 """Every test runs on the CPU with 8 simulated devices, strict dtypes and strict ranks."""
 
 import os
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +13,10 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 
+# Many tests compile the same tiny programs; workers and later sessions share them.
+CACHE = Path(tempfile.gettempdir()) / f"gspo_jax-tests-{os.getuid()}"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 import pytest
@@ -44,3 +50,18 @@ def tiny() -> Qwen:
 def tiny_view(tiny):
     """Its pure view: (graphdef, params)."""
     return nnx.split(tiny)
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory):
+    """A Hugging Face directory with random tiny weights and the demo's tokenizer."""
+    from gspo_jax.config import load_config, model_dir
+    from gspo_jax.models.hf import save_model
+
+    like = model_dir(load_config())
+    config = QwenConfig.from_hf(TINY | {"vocab_size": 296})
+    model = Qwen(config, rngs=nnx.Rngs(1))
+    model.embed[...] = model.embed[...] * 10
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    save_model(model, path, like=like)
+    return path

@@ -258,5 +258,5 @@ def _kernel(rngs: nnx.Rngs, shape: tuple[int, int], axes: tuple[str, str], dtype
     return nnx.Param((jax.random.normal(rngs.params(), shape) * 0.02).astype(dtype), axes=axes)
 
 
-def _constant(value: float, shape: tuple[int], axes: tuple[str], dtype) -> nnx.Param:
+def _constant(value: int, shape: tuple[int], axes: tuple[str], dtype) -> nnx.Param:
     return nnx.Param(jnp.full(shape, value, dtype), axes=axes)

@@ -1,0 +1,199 @@
+"""Whole runs on a tiny model: they learn, resume bit for bit, and stop when asked."""
+
+import importlib
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from gspo_jax import checkpoint
+from gspo_jax.cli import main
+from gspo_jax.config import load_config
+from gspo_jax.metrics import lock, unlock
+from gspo_jax.models.hf import load_model
+from gspo_jax.train import train
+
+HERE = Path(__file__).parent
+REWARDS = HERE / "reward_functions.py"
+TIMED = ("step_time", "compile_time", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Six prompts: with four to a step, an epoch ends in the middle of every second step."""
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    rows = [{"prompt": f"Say {word}", "answer": word, "split": "train"} for word in "abcdef"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def config(tiny_dir, data, tmp_path):
+    def make(name, *overrides, reward="short_words"):
+        return load_config(
+            None,
+            [
+                f"model.path={tiny_dir}",
+                f"task.path={data}",
+                f"task.rewards=[{REWARDS}:{reward}]",
+                "task.max_prompt_length=32",
+                "rollout.prompts=4",
+                "rollout.group_size=4",
+                "rollout.max_completion_length=12",
+                "algo.minibatches=2",
+                "algo.loss={name: gspo, clip_low: 0.02, clip_high: 0.03}",
+                "optim.learning_rate=3e-3",
+                "mesh.data=1",
+                f"run.dir={tmp_path}",
+                f"run.name={name}",
+                "run.steps=4",
+                *overrides,
+            ],
+        )
+
+    return make
+
+
+def metrics(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if k not in TIMED and not k.startswith("time/")}
+        for line in lines
+    ]
+
+
+def stored(run_dir, step):
+    """Every array of a checkpoint by name, as orbax finds it."""
+    path = (run_dir / "checkpoints" / str(step)).resolve()
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore())
+        return checkpointer.restore(path, args=args).state
+
+
+def test_a_run_raises_its_reward_and_leaves_what_it_promises(config):
+    result = train(config("learns", "run.steps=25", "rollout.prompts=6", "rollout.group_size=8"))
+    rows = metrics(result.run_dir)
+    assert [row["step"] for row in rows] == list(range(1, 26))
+    first, last = (np.mean([r["reward"] for r in part]) for part in (rows[:5], rows[-5:]))
+    assert last > first + 0.1
+    assert all(row["clip_frac_by_update"][0] == 0 for row in rows)
+    assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-3
+    assert result.state == "finished" and result.exit_code == 0
+    left = {path.name for path in result.run_dir.iterdir()}
+    assert {"config.yaml", "env.json", "metrics.jsonl", "samples.jsonl", "status.json"} <= left
+    assert (result.run_dir / "plots" / "dynamics.png").stat().st_size > 10_000
+    status = json.loads((result.run_dir / "status.json").read_text())
+    assert (status["state"], status["step"], status["of"]) == ("finished", 25, 25)
+
+
+def test_the_export_is_the_trained_model_in_the_dtype_of_its_source(config):
+    result = train(config("exports", "run.steps=1"))
+    exported = load_model(result.run_dir / "export")
+    weights = {
+        k.removeprefix("params."): v
+        for k, v in stored(result.run_dir, 1).items()
+        if k.startswith("params.")
+    }
+    ours = dict(nnx.to_flat_state(nnx.state(exported)))
+    assert len(ours) == len(weights) > 20
+    for path, param in ours.items():
+        name = ".".join(map(str, path)) + ".value"
+        wanted = np.asarray(weights[name]).astype(exported.config.dtype).astype(np.float32)
+        np.testing.assert_array_equal(np.asarray(param[...]), wanted)
+
+
+@pytest.mark.parametrize("stop", [1, 3])  # in the middle of an epoch, and at the end of the second
+def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(config, stop):
+    straight = train(config("straight", "optim.schedule=linear")).run_dir
+    # The schedule needs the length of the whole run, so the stop is a checkpoint in its middle.
+    stopped = train(config("stopped", "optim.schedule=linear", "run.save_every=1", "run.keep=9"))
+    from_there = stopped.run_dir / "checkpoints" / str(stop)
+    again = train(
+        config("again", "optim.schedule=linear", f"run.resume={from_there}", "run.name=again")
+    ).run_dir
+    wanted, got = stored(straight, 4), stored(again, 4)
+    assert wanted.keys() == got.keys() and len(got) > 60
+    for name in wanted:
+        np.testing.assert_array_equal(wanted[name], got[name], err_msg=name)
+    assert metrics(again) == [row for row in metrics(straight) if row["step"] > stop]
+
+
+@pytest.mark.parametrize(
+    ("number", "state", "code"),
+    [(signal.SIGTERM, "preempted", 75), (signal.SIGINT, "interrupted", 130)],
+)
+def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(
+    config, monkeypatch, number, state, code
+):
+    """Sent while the third step is scored; the rerun ends where an undisturbed run does."""
+    undisturbed = train(config("undisturbed")).run_dir
+    module = importlib.import_module("reward_functions")
+    function = module.terminate_in_third_step
+    monkeypatch.setattr(function, "calls", 0)
+    monkeypatch.setattr(function, "signal", number)
+    spec = "task.rewards=[reward_functions:terminate_in_third_step]"
+    result = train(config("disturbed", spec))
+    assert (result.state, result.exit_code, result.steps) == (state, code, 3)
+    status = json.loads((result.run_dir / "status.json").read_text())
+    assert (status["state"], status["step"]) == (state, 3)
+    assert checkpoint.steps(result.run_dir / "checkpoints") == [3]
+    result = train(config("disturbed", spec))
+    assert result.state == "finished"
+    wanted, got = stored(undisturbed, 4), stored(result.run_dir, 4)
+    for name in wanted:
+        np.testing.assert_array_equal(wanted[name], got[name], err_msg=name)
+    assert [row["step"] for row in metrics(result.run_dir)] == [1, 2, 3, 4]
+
+
+def refused(capsys, *line):
+    """The exit code and the only line on stderr of one command."""
+    code = main(["train", *line])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return code, lines[0].removeprefix("gspo-jax: ")
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "message"),
+    [
+        ("rollout.group_sze=4", 2, "unknown setting rollout.group_sze. Did you mean"),
+        ("rollout.group_size=1", 2, "rollout.group_size=1: a group-relative advantage needs"),
+        ("model.path=/nowhere/model", 3, "/nowhere/model"),
+        ("model.path={pickles}", 3, "pytorch_model.bin"),
+        ("task.path={broken}", 3, "broken.jsonl:2"),
+        (f"task.rewards=[{REWARDS}:raises]", 3, "RuntimeError"),
+        (f"task.rewards=[{REWARDS}:one_too_few]", 3, "one_too_few"),
+        ("run.name=used", 6, "in use by another run"),
+    ],
+    ids=lambda x: str(x).split("/")[-1][:30] if isinstance(x, str) else None,
+)
+def test_bad_input_is_one_line_with_its_exit_code_and_touches_nothing(
+    config, tiny_dir, data, tmp_path, capsys, override, code, message
+):
+    elsewhere = tmp_path / "inputs"
+    elsewhere.mkdir()
+    pickles = shutil.copytree(tiny_dir, elsewhere / "pickles")
+    (pickles / "model.safetensors").rename(pickles / "pytorch_model.bin")
+    broken = elsewhere / "broken.jsonl"
+    broken.write_text('{"prompt": "Say a", "answer": "a"}\n{"prompt": "Say b", "answer"\n')
+    runs = tmp_path / "runs"
+    held = lock(runs / "used")
+    before = sorted(runs.rglob("*"))
+    settings = [
+        f"model.path={tiny_dir}",
+        f"task.path={data}",
+        f"run.dir={runs}",
+        "rollout.max_completion_length=12",
+        "mesh.data=1",
+        override.format(pickles=pickles, broken=broken),
+    ]
+    got, line = refused(capsys, *settings)
+    unlock(held)
+    assert got == code
+    assert message in line and len(line) < 400
+    assert sorted(runs.rglob("*")) == before

@@ -1,0 +1,60 @@
+"""From a rollout to training rows: ids untouched, padding on the right, masks from the sampler."""
+
+import math
+
+import numpy as np
+import pytest
+
+from gspo_jax.batch import Completions, Problem, Rollout
+from gspo_jax.rollout import rollout_metrics, to_train_batch
+
+
+@pytest.fixture
+def rollout():
+    """Two prompts of 2 and 3 tokens, two responses each: lengths 2, 3 (cut), 1, 3."""
+    tokens = np.array([[11, 1, 99], [12, 13, 14], [1, 98, 97], [15, 16, 1]], np.int32)
+    mask = np.array([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]], bool)
+    truncated = np.array([False, True, False, False])
+    completions = Completions(tokens, mask, np.zeros((4, 3), np.float32), truncated)
+    reward = np.array([1.0, 0.0, np.nan, 0.5], np.float32)
+    problems = [Problem("a", "A"), Problem("b", "B")]
+    prompts = [[5, 6], [7, 8, 9]]
+    return Rollout(problems, prompts, completions, ["w", "x", "y", "z"], {"f": reward}, reward)
+
+
+def test_rows_are_prompt_then_response_then_padding(rollout):
+    batch = to_train_batch(rollout, np.arange(4, dtype=np.float32), pad_id=0)
+    assert batch.tokens.shape == (4, 32 + 3)  # prompts padded to their bucket of 32
+    assert batch.prompt_length.tolist() == [2, 2, 3, 3]
+    # 99, 98, 97 lie after an EOS: they are not the model's, and must not be seen.
+    assert batch.tokens[:, :7].tolist() == [
+        [5, 6, 11, 1, 0, 0, 0],
+        [5, 6, 12, 13, 14, 0, 0],
+        [7, 8, 9, 1, 0, 0, 0],
+        [7, 8, 9, 15, 16, 1, 0],
+    ]
+    assert not batch.tokens[:, 7:].any()
+    np.testing.assert_array_equal(batch.mask, rollout.completions.mask)
+    assert batch.adv.tolist() == [0, 1, 2, 3]
+
+
+def test_an_eos_is_trained_on_even_where_padding_has_the_same_id(rollout):
+    batch = to_train_batch(rollout, np.zeros(4, np.float32), pad_id=1)
+    assert batch.mask.sum(1).tolist() == [2, 3, 1, 3]
+
+
+def test_mask_truncated_leaves_out_exactly_the_responses_that_were_cut(rollout):
+    batch = to_train_batch(rollout, np.zeros(4, np.float32), mask_truncated=True)
+    assert batch.mask.sum(1).tolist() == [2, 0, 1, 3]
+
+
+def test_metrics_by_hand_leave_out_what_was_not_scored(rollout):
+    metrics = rollout_metrics(rollout)
+    assert metrics["reward"] == 0.5  # (1 + 0 + 0.5) / 3
+    # groups [1, 0] and [0.5] alone: sample deviations sqrt(0.5) and 0
+    assert metrics["reward_std"] == pytest.approx(math.sqrt(0.5) / 2)
+    assert metrics["frac_reward_zero_std"] == 0.5
+    assert metrics["completions/mean_length"] == 9 / 4
+    assert (metrics["completions/min_length"], metrics["completions/max_length"]) == (1, 3)
+    assert metrics["completions/clipped_ratio"] == 0.25
+    assert metrics["rewards/f/mean"] == 0.5

@@ -1,0 +1,200 @@
+"""The update: one big batch however it is split, on-policy first, and never a NaN in the state."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gspo_jax.batch import TrainBatch
+from gspo_jax.losses import LOSSES
+from gspo_jax.optim import make_optimizer
+from gspo_jax.update import (
+    Objective,
+    accumulate,
+    forward_logps,
+    init_state,
+    make_programs,
+    summarise,
+    update_on_rollout,
+)
+
+B, S, T = 8, 20, 10
+GSPO = partial(LOSSES["gspo"], clip_low=3e-3, clip_high=4e-3)
+
+
+def make_batch(seed=0, poison=0):
+    """Rows of very unequal length; padding holds the token `poison`."""
+    rng = np.random.default_rng(seed)
+    prompt, response = rng.integers(2, 9, B), np.array([1, 10, 3, 7, 2, 9, 5, 10])
+    tokens = np.full((B, S), poison, np.int32)
+    mask = np.arange(T)[None] < response[:, None]
+    for row in range(B):
+        used = prompt[row] + response[row]
+        tokens[row, :used] = rng.integers(1, 64, used)
+    adv = rng.normal(size=B).astype(np.float32)
+    return TrainBatch(tokens, prompt.astype(np.int32), mask, adv)
+
+
+def fresh(tiny_view, learning_rate=1e-3, state="8bit"):
+    graphdef, params = tiny_view
+    optimizer = make_optimizer(optax.constant_schedule(learning_rate), state=state)
+    return graphdef, optimizer, init_state(jax.tree.map(jnp.copy, params), optimizer)
+
+
+def on_device(batch):
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def leaves_equal(a, b):
+    return all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+def test_response_token_t_is_predicted_from_the_position_before_it(tiny, tiny_view):
+    """Against log-softmax of the whole logits, indexed by hand."""
+    graphdef, params = tiny_view
+    batch = make_batch()
+    logp, entropy = forward_logps(graphdef, params, on_device(batch), Objective(GSPO))
+    full = np.asarray(jax.nn.log_softmax(tiny.logits(jnp.asarray(batch.tokens)), axis=-1))
+    for row in range(B):
+        for t in range(int(batch.mask[row].sum())):
+            place = batch.prompt_length[row] + t
+            want = full[row, place - 1]
+            assert logp[row, t] == pytest.approx(want[batch.tokens[row, place]], abs=1e-5)
+            assert entropy[row, t] == pytest.approx(-(np.exp(want) * want).sum(), abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["gspo", "grpo", "reinforce"])
+@pytest.mark.parametrize("microbatch", [1, 2, 4])
+def test_microbatches_of_uneven_rows_add_up_to_the_big_batch(tiny_view, loss, microbatch):
+    graphdef, params = tiny_view
+    batch = on_device(make_batch())
+    old = forward_logps(graphdef, params, batch, Objective(GSPO))[0] + 0.001
+    ref = old - 0.1
+
+    def gradient(rows):
+        objective = Objective(LOSSES[loss], kl_coef=0.1, microbatch=rows)
+        return accumulate(graphdef, params, batch, old, ref, objective)
+
+    whole, split = gradient(0), gradient(microbatch)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(split), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(a).max()) + 1e-9)
+
+
+def test_what_padding_holds_changes_nothing(tiny_view):
+    graphdef, params = tiny_view
+    clean, poisoned = on_device(make_batch(poison=0)), on_device(make_batch(poison=63))
+    assert not np.array_equal(clean.tokens, poisoned.tokens)
+    a = accumulate(graphdef, params, clean, None, None, Objective(GSPO))[0]
+    b = accumulate(graphdef, params, poisoned, None, None, Objective(GSPO))[0]
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-7)
+
+
+def test_rematerialisation_changes_memory_and_not_the_gradient(tiny_view):
+    graphdef, params = tiny_view
+    batch = on_device(make_batch())
+    a = accumulate(graphdef, params, batch, None, None, Objective(GSPO))[0]
+    b = accumulate(graphdef, params, batch, None, None, Objective(GSPO, remat=True))[0]
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+def test_the_first_minibatch_has_ratio_exactly_1_and_a_later_one_moves(tiny_view):
+    graphdef, optimizer, state = fresh(tiny_view)
+    programs = make_programs(graphdef, optimizer, Objective(GSPO))
+    before = programs.score(state.params, on_device(make_batch()))
+    state, stats, old = update_on_rollout(
+        programs, state, make_batch(), minibatches=4, epochs=1, place=on_device
+    )
+    metrics = summarise(stats)
+    assert float(stats[0]["ratio_min"]) == float(stats[0]["ratio_max"]) == 1.0
+    assert metrics["clip_frac_by_update"][0] == 0.0
+    assert max(metrics["clip_frac_by_update"][1:]) > 0
+    assert all(float(s["ratio_std"]) > 0 for s in stats[1:])
+    assert (int(state.step), int(state.updates), int(state.skipped)) == (1, 4, 0)
+    # log π_old of every row is that of the parameters before the step, the first rows' too.
+    mask = make_batch().mask
+    np.testing.assert_allclose(old[mask], np.asarray(before)[mask], atol=1e-6)
+
+
+def test_a_second_epoch_compares_with_the_policy_that_sampled(tiny_view):
+    graphdef, optimizer, state = fresh(tiny_view)
+    programs = make_programs(graphdef, optimizer, Objective(GSPO))
+    _, stats, _ = update_on_rollout(
+        programs, state, make_batch(), minibatches=2, epochs=2, place=on_device
+    )
+    ratio_std = [float(s["ratio_std"]) for s in stats]
+    assert ratio_std[0] == 0 and len(ratio_std) == 4
+    assert ratio_std[2] > 1e-5  # the first minibatch again, now off-policy
+
+
+def test_gspo_and_grpo_take_the_same_step_where_the_rollout_is_one_batch(tiny_view):
+    """At π_θ = π_old the ratio of every token and sequence is 1 and the gradients coincide."""
+
+    def step(loss):
+        graphdef, optimizer, state = fresh(tiny_view, state="float32")
+        programs = make_programs(graphdef, optimizer, Objective(LOSSES[loss]))
+        return update_on_rollout(programs, state, make_batch(), minibatches=1, place=on_device)[0]
+
+    gspo, grpo = step("gspo"), step("grpo")
+    for a, b in zip(jax.tree.leaves(gspo.opt_state), jax.tree.leaves(grpo.opt_state), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_state_bit_unchanged_and_is_counted(tiny_view):
+    graphdef, optimizer, state = fresh(tiny_view)
+    programs = make_programs(graphdef, optimizer, Objective(LOSSES["reinforce"]))
+    state, *_ = programs.update(state, on_device(make_batch()))  # moments that are not zero
+    kept = jax.tree.map(np.asarray, (state.params, state.opt_state))
+    batch = make_batch()
+    batch.adv[3] = np.inf
+    state, metrics, _ = programs.update(state, on_device(batch))
+    assert not np.isfinite(metrics["grad_norm"])
+    assert leaves_equal(kept, (state.params, state.opt_state))
+    assert (int(state.updates), int(state.skipped)) == (1, 1)
+    state, *_ = programs.update(state, on_device(make_batch(seed=1)))
+    assert not leaves_equal(kept[0], state.params)
+
+
+def test_an_rl_learning_rate_of_1e_6_moves_every_matrix_of_float32_masters(tiny_view):
+    graphdef, optimizer, state = fresh(tiny_view, learning_rate=1e-6)
+    before = jax.tree.map(np.asarray, state.params)
+    programs = make_programs(graphdef, optimizer, Objective(GSPO))
+    state, *_ = programs.update(state, on_device(make_batch()))
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(state.params), strict=True):
+        if old.ndim == 2:
+            moved = np.abs(np.asarray(new) - old)
+            assert 0.5e-6 < np.median(moved) < 1.5e-6  # Adam's first step is lr * sign
+
+
+def test_the_kl_term_pulls_towards_the_reference(tiny_view):
+    """With advantage 0 everywhere, only the penalty is left; descending it lowers the KL."""
+    graphdef, optimizer, state = fresh(tiny_view, learning_rate=1e-2)
+    objective = Objective(GSPO, kl_coef=1.0)
+    programs = make_programs(graphdef, optimizer, objective)
+    batch = on_device(make_batch()._replace(adv=np.zeros(B, np.float32)))
+    ref = programs.score(state.params, batch) + 0.3
+    values = []
+    for _ in range(5):
+        state, metrics, _ = programs.update(state, batch, None, ref)
+        values.append(float(metrics["kl"]))
+    # k3 = exp(d) - 1 - d with d = 0.3 at first
+    assert values[0] == pytest.approx(np.exp(0.3) - 1.3, rel=1e-3)
+    assert values[-1] < values[0]
+
+
+def test_compiled_once_for_all_steps(tiny_view):
+    graphdef, optimizer, state = fresh(tiny_view)
+    programs = make_programs(graphdef, optimizer, Objective(GSPO))
+    for seed in range(3):
+        state, *_ = update_on_rollout(
+            programs, state, make_batch(seed), minibatches=4, place=on_device
+        )
+    # on-policy and off-policy: two programs for `update`, one for `score`
+    assert programs.update._cache_size() == 2
+    assert programs.score._cache_size() == 1
