@@ -9,7 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspo_jax.losses import LOSSES, RATIO, grpo, gspo, gspo_token, kl, loss_options, ppo, reinforce
+from gspo_jax.losses import (
+    LOSSES,
+    RATIO,
+    check_options,
+    cispo,
+    dapo,
+    dr_grpo,
+    gmpo,
+    grpo,
+    gspo,
+    gspo_token,
+    loss_options,
+    luspo,
+    ppo,
+    reinforce,
+    sapo,
+)
 
 PAD = np.nan  # whatever lies outside the mask must have no effect
 
@@ -40,6 +56,7 @@ def value_and_grad(loss_fn, logp, *rest, **options):
 
 
 def check(loss_fn, options, value, grad):
+    """Against numbers worked out elsewhere to 12 digits."""
     (got, metrics), got_grad = value_and_grad(loss_fn, *arrays(), **options)
     np.testing.assert_allclose(got, value, rtol=0, atol=1e-12)
     np.testing.assert_allclose(got_grad, np.array(grad), rtol=0, atol=1e-11)
@@ -82,6 +99,45 @@ def test_grpo_value_and_gradient():
     np.testing.assert_allclose(metrics["clip_frac_high"], 1 / 9)
     np.testing.assert_allclose(metrics["clip_frac_low"], 2 / 9)
     np.testing.assert_allclose(metrics["clip_frac_seq"], 1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "options", "value"),
+    [
+        (luspo, {"clip_low": 3e-4, "clip_high": 4e-4}, 0.216030036974028),
+        (gmpo, {}, -0.109477247482348),
+        (sapo, {}, -0.152925549425537),
+        (cispo, {}, 0.033813635014832),
+        (cispo, {"cap": 1.28}, 0.022385951296372),
+        (dapo, {"clip_high": 0.27}, 0.020671135903751),
+        (dr_grpo, {"clip_high": 0.27}, 0.015503351927813),
+        (dr_grpo, {"clip_high": 0.27, "max_length": 6}, 0.015503351927813 / 2),
+    ],
+)
+def test_values_of_the_family_and_their_defaults(loss_fn, options, value):
+    (got, _), _ = value_and_grad(loss_fn, *arrays(), **options)
+    np.testing.assert_allclose(got, value, rtol=0, atol=1e-12)
+
+
+def test_the_default_ranges_are_those_of_the_table():
+    """Log-ratios on both sides of every default bound; which of them are clipped."""
+    defaults = {
+        gspo: (3e-4, 4e-4),
+        gspo_token: (3e-4, 4e-4),
+        luspo: (2e-3, 2.5e-3),
+        grpo: (0.2, 0.2),
+        dr_grpo: (0.2, 0.2),
+        dapo: (0.2, 0.28),
+        ppo: (0.2, 0.2),
+    }
+    old, mask = jnp.full((4, 1), -1.0), jnp.ones((4, 1), bool)
+    adv = jnp.array([1.0, 1.0, -1.0, -1.0])
+    for loss_fn, (low, high) in defaults.items():
+        ratio = jnp.array(
+            [[1 + 0.99 * high], [1 + 1.01 * high], [1 - 0.99 * low], [1 - 1.01 * low]]
+        )
+        _, metrics = loss_fn(old + jnp.log(ratio), old, adv, mask)
+        assert metrics["clip_frac_low"] == metrics["clip_frac_high"] == 0.25, loss_fn.__name__
 
 
 def test_ppo_is_the_same_surrogate_averaged_over_tokens():
@@ -191,27 +247,11 @@ def test_delta_bounds_the_ratio_of_bad_responses_only():
         gspo(logp, old, adv, mask, clip_high=0.05, delta=1.01)
 
 
-@pytest.mark.parametrize(
-    ("kind", "value"), [("k1", -0.0375), ("k2", 0.0214583333333333), ("k3", 0.023155339061)]
-)
-def test_kl_kinds_by_hand(kind, value):
-    logp, ref, _, mask = arrays()
-    loss, metrics = kl(logp, ref, mask, kind=kind)
-    np.testing.assert_allclose(loss.total / loss.weight, value, atol=1e-12)
-    assert loss.weight == 4
-    assert np.isfinite(metrics["kl"])
-
-
-def test_an_unknown_kl_kind_is_refused():
-    logp, ref, _, mask = arrays()
-    with pytest.raises(ValueError, match="kind='k4' is not known; choose k1, k2 or k3"):
-        kl(logp, ref, mask, kind="k4")
-
-
-def test_gspo_refuses_an_advantage_per_token():
+@pytest.mark.parametrize("loss_fn", [gspo, luspo, gmpo])
+def test_a_ratio_per_response_refuses_an_advantage_per_token(loss_fn):
     logp, old, adv, mask = arrays()
-    with pytest.raises(ValueError, match="use gspo_token"):
-        gspo(logp, old, jnp.broadcast_to(adv[:, None], logp.shape), mask)
+    with pytest.raises(ValueError, match="For one per token use gspo_token"):
+        loss_fn(logp, old, jnp.broadcast_to(adv[:, None], logp.shape), mask)
 
 
 def test_half_precision_is_computed_in_float32_and_float64_stays():
@@ -233,3 +273,20 @@ def test_every_loss_says_what_its_ratio_covers_and_what_can_be_set():
     assert set(RATIO.values()) == {"sequence", "token"}
     assert loss_options("gspo") == {"clip_low", "clip_high", "delta"}
     assert loss_options("reinforce") == set()
+    assert loss_options("dr_grpo") == {"clip_low", "clip_high", "delta", "max_length"}
+
+
+def test_options_of_another_loss_are_refused_by_name():
+    check_options("gspo", {"clip_low": 1e-3, "delta": None})
+    with pytest.raises(ValueError, match=r"algo.loss.cap: gspo takes \['clip_high', 'clip_low'"):
+        check_options("gspo", ["clip_low", "cap"])
+
+
+@pytest.mark.parametrize("option", ["aggregation", "loss_agg_mode", "mean", "reduction"])
+def test_gspo_with_a_token_mean_is_refused_naming_luspo(option):
+    with pytest.raises(ValueError, match=f"algo.loss.{option}: .*luspo is the one that weighs"):
+        check_options("gspo", {option: "token"})
+    with pytest.raises(ValueError, match=r"each loss has one mean, grpo that of its paper\.$"):
+        check_options("grpo", {option: "token"})
+    with pytest.raises(TypeError, match=option):
+        gspo(*arrays(), **{option: "token"})
