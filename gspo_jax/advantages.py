@@ -219,22 +219,18 @@ def _centre(reward, group_size, groups):
     Sums run over a fixed order of rows rather than a scatter-add, whose order may vary on a GPU.
     """
     reward = reward.astype(_float_dtype(reward))
-    if groups is not None:
-        same = groups[:, None] == groups[None, :]
+    if groups is None and (not group_size or group_size < 1 or reward.size % group_size):
+        raise ValueError(
+            f"{reward.size} rewards do not split into groups of group_size={group_size}; "
+            "give every prompt the same number of responses, or name the groups."
+        )
 
-        def over_group(reduce, x, initial=0.0):
-            return reduce(jnp.broadcast_to(x, same.shape), axis=1, where=same, initial=initial)
-
-    else:
-        if not group_size or group_size < 1 or reward.size % group_size:
-            raise ValueError(
-                f"{reward.size} rewards do not split into groups of group_size={group_size}; "
-                "give every prompt the same number of responses, or name the groups."
-            )
-
-        def over_group(reduce, x, initial=0.0):
+    def over_group(reduce, x, initial=0.0):
+        if groups is None:
             rows = reduce(x.reshape(-1, group_size), axis=1, initial=initial)
             return jnp.repeat(rows, group_size)
+        same = groups[:, None] == groups[None, :]
+        return reduce(jnp.broadcast_to(x, same.shape), axis=1, where=same, initial=initial)
 
     scored = ~jnp.isnan(reward)
     count = over_group(jnp.sum, scored.astype(reward.dtype))

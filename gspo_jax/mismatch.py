@@ -45,12 +45,12 @@ def mismatch_weight(
         log_rho = row_mean(log_rho, mask)
     elif level != "token":
         raise ValueError(f"level={level!r} is not known; choose token, sequence or geometric.")
-    low, high = jnp.asarray(low, log_rho.dtype), jnp.asarray(high, log_rho.dtype)
-    inside = (log_rho >= jnp.log(low)) & (log_rho <= jnp.log(high))
+    bounds = jnp.asarray([low, high], log_rho.dtype)
+    inside = (log_rho >= jnp.log(bounds[0])) & (log_rho <= jnp.log(bounds[1]))
     rho = jnp.exp(saturated(log_rho))
     match rule:
         case "truncate":
-            return jnp.clip(rho, low, high)
+            return jnp.clip(rho, *bounds)
         case "mask":
             return jnp.where(inside, rho, 0)
         case "reject":

@@ -140,6 +140,26 @@ def test_the_default_ranges_are_those_of_the_table():
         assert metrics["clip_frac_low"] == metrics["clip_frac_high"] == 0.25, loss_fn.__name__
 
 
+def test_the_default_bounds_of_gmpo_and_cispo():
+    old, mask = jnp.full((4, 1), -1.0), jnp.ones((4, 1), bool)
+    adv = jnp.array([1.0, 1.0, -1.0, -1.0])
+    log_ratio = jnp.array([[0.39], [0.41], [-0.39], [-0.41]])
+    _, metrics = gmpo(old + log_ratio, old, adv, mask)
+    assert metrics["clip_frac_low"] == metrics["clip_frac_high"] == 0.25
+    _, metrics = cispo(old + jnp.log(jnp.array([[4.9], [5.1], [0.09], [1.0]])), old, adv, mask)
+    assert (metrics["clip_frac_low"], metrics["clip_frac_high"]) == (0, 0.25)
+
+
+def test_gmpo_has_a_bound_for_each_side():
+    """Good at +0.5, cut to 0.3; bad at -0.5, cut to -0.2; the other two pass."""
+    old, mask = jnp.full((4, 1), -1.0), jnp.ones((4, 1), bool)
+    log_ratio, adv = jnp.array([[0.5], [-0.5], [0.5], [-0.5]]), jnp.array([1.0, -2.0, -4.0, 8.0])
+    loss, metrics = gmpo(old + log_ratio, old, adv, mask, log_clip_low=0.2, log_clip_high=0.3)
+    expected = np.exp([0.3, -0.2, 0.5, -0.5]) @ [1, -2, -4, 8]
+    np.testing.assert_allclose(loss.total, -expected, rtol=1e-12)
+    assert (metrics["clip_frac_low"], metrics["clip_frac_high"]) == (0.25, 0.25)
+
+
 def test_ppo_is_the_same_surrogate_averaged_over_tokens():
     grad = np.zeros((4, 3))
     grad[0] = [-np.exp(0.1) * A / 9, -np.exp(-0.1) * A / 9, 0]

@@ -250,3 +250,30 @@ def test_trap_gradient_vanishes_because_normalised_advantages_sum_to_zero():
     step = optax.apply_updates(z, jax.tree.map(lambda g: -0.1 * g, grad))
     change = (logp_of(step) - logp_of(z)).sum(axis=1)
     assert change[0] > 0 > change[1]
+
+
+@pytest.mark.parametrize("name", ["gspo", "dapo"])
+def test_trap_loss_that_depends_on_the_number_of_devices(name):
+    """Rows of unequal lengths over 1, 2, 4 and 8 devices, some of which hold only padding."""
+    rng = np.random.default_rng(0)
+    mask = np.arange(5)[None] < np.array([5, 1, 3, 0, 0, 2, 4, 1])[:, None]
+    old = jnp.array(rng.normal(size=(8, 5)))
+    inputs = (old + 0.1 * rng.normal(size=(8, 5)), old, jnp.array(rng.normal(size=8)), mask)
+
+    @jax.jit
+    def value_and_grad(*inputs):
+        def loss(logp):
+            mean_, metrics = LOSSES[name](logp, *inputs[1:])
+            return mean(mean_), metrics
+
+        return jax.value_and_grad(loss, has_aux=True)(inputs[0])
+
+    results = []
+    for count in (1, 2, 4, 8):
+        mesh = jax.sharding.Mesh(jax.devices()[:count], ("data",))
+        rows = jax.NamedSharding(mesh, jax.P("data"))
+        (value, metrics), grad = value_and_grad(*jax.device_put(inputs, rows))
+        results.append([value, grad, *metrics.values()])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            np.testing.assert_allclose(b, a, rtol=1e-12, atol=1e-15)
