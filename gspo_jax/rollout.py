@@ -96,11 +96,13 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     mean = np.where(counts > 0, np.nansum(reward, 1) / np.maximum(counts, 1), 0.0)
     squares = np.where(scored, (reward - mean[:, None]) ** 2, 0.0).sum(1)
     std = np.sqrt(squares / np.maximum(counts - 1, 1))
+    highest = np.where(scored, reward, -np.inf).max(1)
+    lowest = np.where(scored, reward, np.inf).min(1)
     lengths = rollout.completions.mask.sum(1)
     metrics = {
         "reward": float(reward[scored].mean()) if scored.any() else float("nan"),
         "reward_std": float(std.mean()),
-        "frac_reward_zero_std": float((std == 0).mean()),
+        "frac_reward_zero_std": float((highest <= lowest).mean()),
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": int(lengths.min()),
         "completions/max_length": int(lengths.max()),
