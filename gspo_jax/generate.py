@@ -25,8 +25,6 @@ from gspo_jax.models.cache import Cache, share
 from gspo_jax.models.qwen import Qwen, head_logits
 from gspo_jax.sharding import constrain
 
-PROMPT_BUCKET = 32  # prompts are padded to a multiple of this: few shapes, few compilations
-
 PureModel = tuple[nnx.GraphDef, nnx.State]
 
 
@@ -160,6 +158,17 @@ def _decode(graphdef, params, state, start, row_keys, eos, steps, sampling) -> D
     return jax.lax.fori_loop(0, steps, draw_one, state)
 
 
+def bucket(length: int) -> int:
+    """`length` rounded up so that few different shapes, and so few compilations, arise.
+
+    At most an eighth is padding beyond 128 positions, in at most eight steps per octave; below,
+    multiples of 16.
+    """
+    octave = 1 << (length - 1).bit_length()
+    step = max(octave // 16, 16)
+    return -(-length // step) * step
+
+
 def sample(
     logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
@@ -220,8 +229,7 @@ def _is_eos(token: Int[Array, " B"], eos: Int[Array, " E"]) -> Bool[Array, " B"]
 
 def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Prompts as [P, S] ids and mask, their last tokens in the last column."""
-    longest = max(len(p) for p in prompts)
-    S = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
+    S = bucket(max(len(p) for p in prompts))
     tokens, mask = np.zeros((len(prompts), S), np.int32), np.zeros((len(prompts), S), bool)
     for row, prompt in enumerate(prompts):
         tokens[row, S - len(prompt) :] = prompt

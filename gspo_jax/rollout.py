@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from gspo_jax.batch import Completions, Problem, Rollout, TrainBatch
-from gspo_jax.generate import PROMPT_BUCKET, PureModel, generate
+from gspo_jax.generate import PureModel, bucket, generate
 from gspo_jax.tokenizer import Tokenizer
 
 Scorer = Callable[..., tuple[dict[str, np.ndarray], np.ndarray, dict[str, float]]]
@@ -67,7 +67,7 @@ def to_train_batch(
     mask_truncated: bool = False,
     pad_id: int = 0,
 ) -> TrainBatch:
-    """Rows of prompt + response, right-padded to the prompts' bucket + T.
+    """Rows of prompt + response, right-padded to the longest of them (rounded, see `bucket`).
 
     Token ids go straight from the sampler to the update, never through text. With
     `mask_truncated`, responses that ran into the length limit are not trained on.
@@ -78,13 +78,13 @@ def to_train_batch(
         mask = mask & ~completions.truncated[:, None]
     group_size = mask.shape[0] // len(rollout.prompts)
     lengths = np.repeat([len(p) for p in rollout.prompts], group_size).astype(np.int32)
-    longest = -(-int(lengths.max()) // PROMPT_BUCKET) * PROMPT_BUCKET
-    B, T = mask.shape
-    tokens = np.full((B, longest + T), pad_id, np.int32)
-    responses = np.where(completions.mask, completions.tokens, pad_id)
-    for row, length in enumerate(lengths):
-        tokens[row, :length] = rollout.prompts[row // group_size]
-        tokens[row, length : length + T] = responses[row]
+    used = completions.mask.sum(1)
+    B = mask.shape[0]
+    tokens = np.full((B, bucket(int((lengths + used).max()))), pad_id, np.int32)
+    for row in range(B):
+        response = completions.tokens[row, : used[row]]
+        filled = [*rollout.prompts[row // group_size], *response.tolist()]
+        tokens[row, : len(filled)] = filled
     return TrainBatch(tokens, lengths, mask, np.asarray(adv))
 
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 from gspo_jax import generate as generate_module
 from gspo_jax.batch import TrainBatch
-from gspo_jax.generate import Sampling, generate, keep_likely, sample
+from gspo_jax.generate import Sampling, bucket, generate, keep_likely, sample
 from gspo_jax.losses import LOSSES
 from gspo_jax.update import Objective, forward_logps
 
@@ -145,7 +145,7 @@ def test_each_prompt_is_run_once_for_its_whole_group(tiny, monkeypatch):
         lambda g, p, t, m: shapes.append(t.shape) or prefill(g, p, t, m),
     )
     generate(tiny, PROMPTS, group_size=8, max_new_tokens=2, eos_ids=NO_EOS, key=KEY)
-    assert shapes == [(3, 32)]
+    assert shapes == [(3, 16)]
 
 
 def test_the_cache_is_written_in_place(tiny_view):
@@ -205,3 +205,11 @@ def test_a_pure_view_and_its_module_sample_alike(tiny):
         generate(tiny, PROMPTS, **options).tokens,
         generate(nnx.split(tiny), PROMPTS, **options).tokens,
     )
+
+
+@pytest.mark.parametrize(
+    ("length", "want"),
+    [(1, 16), (16, 16), (17, 32), (46, 48), (128, 128), (129, 144), (250, 256), (1025, 1152)],
+)
+def test_lengths_are_rounded_to_few_shapes_with_little_padding(length, want):
+    assert bucket(length) == want

@@ -24,7 +24,7 @@ def rollout():
 
 def test_rows_are_prompt_then_response_then_padding(rollout):
     batch = to_train_batch(rollout, np.arange(4, dtype=np.float32), pad_id=0)
-    assert batch.tokens.shape == (4, 32 + 3)  # prompts padded to their bucket of 32
+    assert batch.tokens.shape == (4, 16)  # the longest row has 6 tokens; rounded up to 16
     assert batch.prompt_length.tolist() == [2, 2, 3, 3]
     # 99, 98, 97 lie after an EOS: they are not the model's, and must not be seen.
     assert batch.tokens[:, :7].tolist() == [
