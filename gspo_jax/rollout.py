@@ -60,6 +60,67 @@ def score_completions(
     return Rollout(problems, prompts, completions, texts, rewards, reward, log)
 
 
+def groups_with_spread(rollout: Rollout) -> list[int]:
+    """Groups with at least two different scores: the only ones that a baseline can learn from."""
+    reward = rollout.reward.reshape(len(rollout.problems), -1)
+    scored = np.isfinite(reward)
+    highest = np.where(scored, reward, -np.inf).max(1)
+    lowest = np.where(scored, reward, np.inf).min(1)
+    return np.flatnonzero(highest > lowest).tolist()
+
+
+def join_groups(parts: Sequence[tuple[Rollout, Sequence[int]]]) -> Rollout:
+    """One rollout of the chosen groups of several, in order."""
+    rollouts = [(rollout, list(groups)) for rollout, groups in parts if len(groups)]
+    size = len(rollouts[0][0].texts) // len(rollouts[0][0].problems)
+    rows = [[g * size + i for g in groups for i in range(size)] for _, groups in rollouts]
+
+    def stack(field: Callable[[Rollout], np.ndarray]) -> np.ndarray:
+        return np.concatenate([field(r)[n] for (r, _), n in zip(rollouts, rows, strict=True)])
+
+    return Rollout(
+        problems=[r.problems[g] for r, groups in rollouts for g in groups],
+        prompts=[r.prompts[g] for r, groups in rollouts for g in groups],
+        completions=Completions(
+            *(stack(lambda r, n=name: getattr(r.completions, n)) for name in Completions._fields)
+        ),
+        texts=[r.texts[i] for (r, _), n in zip(rollouts, rows, strict=True) for i in n],
+        rewards={name: stack(lambda r, n=name: r.rewards[n]) for name in rollouts[0][0].rewards},
+        reward=stack(lambda r: r.reward),
+        log=rollouts[0][0].log,
+    )
+
+
+def fill_with_spread(
+    sample: Callable[[int], Rollout], prompts: int, rounds: int
+) -> tuple[Rollout, Rollout]:
+    """Dynamic sampling: draw whole rollouts until `prompts` groups have spread, `rounds` at most.
+
+    Yu et al., 2025 (DAPO), https://arxiv.org/abs/2503.14476, §3.2. Where the rounds run out first,
+    groups without spread fill the batch: they have advantage 0 and keep its shape.
+
+    Args:
+        sample: round number -> a rollout of that round's own prompts.
+
+    Returns:
+        The rollout to train on, and all that was sampled, to report rewards without selection.
+    """
+    drawn, chosen, count = [], [], 0
+    for number in range(rounds):
+        drawn.append(sample(number))
+        good = groups_with_spread(drawn[-1])[: prompts - count]
+        chosen.append(good)
+        count += len(good)
+        if count == prompts:
+            break
+    for rollout, groups in zip(drawn, chosen, strict=True):
+        others = [g for g in range(len(rollout.problems)) if g not in groups]
+        groups += others[: prompts - count]
+        count += len(others[: prompts - count])
+    everything = [(r, range(len(r.problems))) for r in drawn]
+    return join_groups(list(zip(drawn, chosen, strict=True))), join_groups(everything)
+
+
 def to_train_batch(
     rollout: Rollout,
     adv: Float[np.ndarray, " B"],
@@ -96,13 +157,11 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     mean = np.where(counts > 0, np.nansum(reward, 1) / np.maximum(counts, 1), 0.0)
     squares = np.where(scored, (reward - mean[:, None]) ** 2, 0.0).sum(1)
     std = np.sqrt(squares / np.maximum(counts - 1, 1))
-    highest = np.where(scored, reward, -np.inf).max(1)
-    lowest = np.where(scored, reward, np.inf).min(1)
     lengths = rollout.completions.mask.sum(1)
     metrics = {
         "reward": float(reward[scored].mean()) if scored.any() else float("nan"),
         "reward_std": float(std.mean()),
-        "frac_reward_zero_std": float((highest <= lowest).mean()),
+        "frac_reward_zero_std": 1 - len(groups_with_spread(rollout)) / len(reward),
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": int(lengths.min()),
         "completions/max_length": int(lengths.max()),

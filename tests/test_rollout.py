@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from gspo_jax.batch import Completions, Problem, Rollout
-from gspo_jax.rollout import rollout_metrics, to_train_batch
+from gspo_jax.rollout import (
+    fill_with_spread,
+    groups_with_spread,
+    rollout_metrics,
+    to_train_batch,
+)
 
 
 @pytest.fixture
@@ -58,3 +63,44 @@ def test_metrics_by_hand_leave_out_what_was_not_scored(rollout):
     assert (metrics["completions/min_length"], metrics["completions/max_length"]) == (1, 3)
     assert metrics["completions/clipped_ratio"] == 0.25
     assert metrics["rewards/f/mean"] == 0.5
+
+
+def drawn(number, rewards):
+    """A rollout of two-response groups with these rewards, whose contents tell where they were."""
+    P = len(rewards)
+    tokens = (100 * number + np.arange(2 * P, dtype=np.int32))[:, None] * np.ones((1, 3), np.int32)
+    reward = np.array(rewards, np.float32).reshape(-1)
+    return Rollout(
+        [Problem(f"{number}.{p}", "?") for p in range(P)],
+        [[number, p] for p in range(P)],
+        Completions(tokens, tokens >= 0, tokens / 7, np.zeros(2 * P, bool)),
+        [f"{number}.{row}" for row in range(2 * P)],
+        {"f": reward},
+        reward,
+    )
+
+
+def test_only_groups_with_two_different_scores_have_spread():
+    rewards = [[1, 0], [0.7, 0.7], [np.nan, 1], [np.nan, np.nan], [0, 0.1]]
+    assert groups_with_spread(drawn(0, rewards)) == [0, 4]
+
+
+def test_dynamic_sampling_draws_until_every_group_has_spread_and_no_longer():
+    rounds = [[[1, 1], [1, 0], [0, 0]], [[0, 0], [0, 1], [1, 1]], [[0, 1], [1, 0], [0, 1]], None]
+    kept, everything = fill_with_spread(lambda n: drawn(n, rounds[n]), prompts=3, rounds=4)
+    # One of the first round, one of the second, one of the third; a fourth would fail.
+    assert [p.id for p in kept.problems] == ["0.1", "1.1", "2.0"]
+    assert kept.prompts == [[0, 1], [1, 1], [2, 0]]
+    assert kept.texts == ["0.2", "0.3", "1.2", "1.3", "2.0", "2.1"]
+    assert kept.completions.tokens[:, 0].tolist() == [2, 3, 102, 103, 200, 201]
+    assert kept.reward.tolist() == [1, 0, 0, 1, 0, 1]
+    assert len(groups_with_spread(kept)) == 3
+    # What is reported is everything that was sampled: 9 of 18 responses right.
+    assert rollout_metrics(everything)["reward"] == pytest.approx(9 / 18)
+
+
+def test_dynamic_sampling_is_bounded_and_fills_the_batch_with_groups_without_spread():
+    rounds = [[[1, 1], [0, 0]], [[0, 0], [0, 1]]]
+    kept, _ = fill_with_spread(lambda n: drawn(n, rounds[n]), prompts=2, rounds=2)
+    assert [p.id for p in kept.problems] == ["0.0", "1.1"]
+    assert kept.reward.tolist() == [1, 1, 0, 1]
