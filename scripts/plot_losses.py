@@ -24,7 +24,7 @@ from gspo_jax.losses import LOSSES, RATIO, kl
 from gspo_jax.report import BLUE, GREEN, GREY, ORANGE, RED, STYLE
 
 OUT = Path(__file__).parent.parent / "docs" / "images"
-SVG = {
+SVG: dict[Any, Any] = {
     "svg.hashsalt": "gspo_jax",
     "font.size": 8.5,
     "axes.titlesize": 9,

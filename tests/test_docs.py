@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from gspo_jax import advantages, losses
+from gspo_jax.config import SETTINGS, load_config, packaged_config
 from gspo_jax.losses import LOSSES
 
 ROOT = Path(__file__).parent.parent
@@ -96,6 +97,19 @@ def test_stated_defaults_of_advantages_are_those_of_their_signatures():
 def test_names_of_the_library_on_the_page_exist():
     for module, name in re.findall(r"`(losses|advantages)\.(\w+)", PROSE):
         assert hasattr({"losses": losses, "advantages": advantages}[module], name), name
+
+
+def test_settings_on_the_page_exist():
+    named = set(re.findall(r"`(\w+(?:\.\w+)+)(?==|`)", PROSE))
+    named = {name for name in named if name.partition(".")[0] in ("algo", "optim", "rollout")}
+    assert len(named) > 5
+    assert {n for n in named if not any(n == s or n.startswith(f"{s}.") for s in SETTINGS)} == set()
+
+
+def test_the_band_drawn_as_the_demos_is_the_demos():
+    loss = load_config(packaged_config("demo.yaml")).algo.loss
+    (drawn,) = [band[1:4] for band in plot_losses.BANDS if "demo" in band[0]]
+    assert drawn == (loss["name"], loss["clip_low"], loss["clip_high"])
 
 
 def test_links_images_and_anchors_lead_somewhere():
