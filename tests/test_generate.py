@@ -54,7 +54,8 @@ def test_log_probabilities_equal_those_of_the_training_program(tiny_view):
         tokens[row, length : length + 8] = got.tokens[row]
     batch = TrainBatch(tokens, lengths, got.mask, np.ones(6, np.float32))
     objective = Objective(loss=LOSSES["gspo"], temperature=temperature)
-    logp, _ = forward_logps(graphdef, params, jax.tree.map(jnp.asarray, batch), objective)
+    score = jax.jit(forward_logps, static_argnums=(0, 3))
+    logp, _ = score(graphdef, params, jax.tree.map(jnp.asarray, batch), objective)
     assert 6 < got.mask.sum() < 48  # some rows stopped, some went on
     np.testing.assert_allclose(got.logp[got.mask], np.asarray(logp)[got.mask], atol=1e-4)
 

@@ -8,13 +8,12 @@ import numpy as np
 import optax
 import pytest
 
+from gspo_jax import update
 from gspo_jax.batch import TrainBatch
 from gspo_jax.losses import LOSSES
 from gspo_jax.optim import make_optimizer
 from gspo_jax.update import (
     Objective,
-    accumulate,
-    forward_logps,
     init_state,
     make_programs,
     summarise,
@@ -22,6 +21,9 @@ from gspo_jax.update import (
 )
 
 B, S, T = 8, 20, 10
+# Compiled whole: op by op, each would be hundreds of tiny compilations.
+accumulate = jax.jit(update.accumulate, static_argnums=(0, 5))
+forward_logps = jax.jit(update.forward_logps, static_argnums=(0, 3))
 GSPO = partial(LOSSES["gspo"], clip_low=3e-3, clip_high=4e-3)
 
 
