@@ -13,6 +13,7 @@ from gspo_jax.advantages import ADVANTAGES
 from gspo_jax.errors import ConfigError
 from gspo_jax.losses import LOSSES, check_options, loss_options
 from gspo_jax.settings import (
+    GAE,
     AlgoConfig,
     EvalConfig,
     MeshConfig,
@@ -34,6 +35,8 @@ AT_LEAST = {
     "algo.epochs": 1,
     "algo.microbatch": 0,
     "algo.kl.coef": 0,
+    "algo.critic.learning_rate": 0,
+    "algo.critic.coef": 0,
     "optim.learning_rate": 0,
     "optim.warmup": 0,
     "optim.weight_decay": 0,
@@ -51,6 +54,8 @@ AT_LEAST = {
     "run.log_completions": 0,
     "run.skip_budget": 0,
 }
+
+ONE_PER_RESPONSE = ("gspo", "luspo", "gmpo")  # of the losses; the others take one per token too
 
 UNUSUAL = 30  # times a loss's own clip range; token and sequence ratios differ by 1000
 
@@ -101,9 +106,9 @@ def check_task(task: TaskConfig, evaluation: EvalConfig) -> None:
         raise ConfigError(f"eval.split={evaluation.split}: the splits are {list(SPLITS)}.")
 
 
-def check_rollout(rollout: RolloutConfig) -> None:
+def check_rollout(rollout: RolloutConfig, algo: AlgoConfig) -> None:
     """A group to compare within, and a distribution to sample from."""
-    if rollout.group_size < 2:
+    if rollout.group_size < 2 and algo.advantage.get("name") != "gae":
         raise ConfigError(
             f"rollout.group_size={rollout.group_size}: a group-relative advantage needs at least "
             "2 responses per prompt; with 1 every advantage is zero."
@@ -135,14 +140,16 @@ def check_algo(algo: AlgoConfig, rollout: RolloutConfig) -> None:
         if key.startswith("clip") and value <= 0:
             raise ConfigError(f"algo.loss.{key}={value:g}: must be above 0.")
     name = algo.advantage.get("name")
-    if name not in ADVANTAGES:
-        meant = _meant(str(name), ADVANTAGES)
-        raise ConfigError(f"algo.advantage.name={name}: {meant}choose from {list(ADVANTAGES)}.")
-    defaults = _defaults(ADVANTAGES[name])
+    known = [*ADVANTAGES, "gae"]
+    if name not in known:
+        meant = _meant(str(name), known)
+        raise ConfigError(f"algo.advantage.name={name}: {meant}choose from {known}.")
+    defaults = GAE if name == "gae" else _defaults(ADVANTAGES[name])
     taken = [key for key in defaults if key != "groups"]
     for key in algo.advantage.keys() - {"name", *taken}:
         raise ConfigError(f"algo.advantage.{key}: {name} takes {taken}.")
     _check_types("algo.advantage", algo.advantage, defaults)
+    _check_critic(algo)
     if rollout.prompts % algo.minibatches:
         raise ConfigError(
             f"rollout.prompts={rollout.prompts} do not split into algo.minibatches="
@@ -154,6 +161,31 @@ def check_algo(algo: AlgoConfig, rollout: RolloutConfig) -> None:
             f"algo.microbatch={algo.microbatch} does not divide the {rows} responses of a "
             "minibatch (rollout.prompts * rollout.group_size / algo.minibatches)."
         )
+
+
+def _check_critic(algo: AlgoConfig) -> None:
+    """A critic and `gae` come together, with a loss that takes one advantage per token."""
+    kind, advantage, loss = algo.critic.kind, algo.advantage["name"], algo.loss["name"]
+    if advantage == "gae" and kind == "none":
+        raise ConfigError(
+            "algo.advantage.name=gae: needs the values of a critic; set algo.critic.kind to "
+            "separate or shared."
+        )
+    if advantage != "gae" and kind != "none":
+        raise ConfigError(
+            f"algo.critic.kind={kind}: {advantage} makes no use of a critic; set "
+            "algo.advantage=gae, or algo.critic.kind=none."
+        )
+    if advantage == "gae" and loss in ONE_PER_RESPONSE:
+        raise ConfigError(
+            f"algo.loss.name={loss}: takes one advantage per response, and gae gives one per "
+            "token; choose ppo, or gspo_token."
+        )
+    for key in ("gamma", "lam"):
+        if not 0 <= algo.advantage.get(key, 0) <= 1:
+            raise ConfigError(f"algo.advantage.{key}={algo.advantage[key]:g}: must be in [0, 1].")
+    if algo.critic.clip <= 0:
+        raise ConfigError(f"algo.critic.clip={algo.critic.clip:g}: must be above 0.")
 
 
 def check_rest(optim: OptimConfig, mesh: MeshConfig, run: RunConfig) -> None:
@@ -243,9 +275,13 @@ def _defaults(function: Any) -> dict[str, Any]:
 
 
 def _check_types(setting: str, given: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Texts where the default is a text, finite numbers elsewhere."""
+    """Texts where the default is a text, true or false likewise, finite numbers elsewhere."""
     for key, value in given.items():
         if isinstance(defaults.get(key), str) or key == "name":
+            continue
+        if isinstance(defaults.get(key), bool):
+            if not isinstance(value, bool):
+                raise ConfigError(f"{setting}.{key}={value}: expected true or false.")
             continue
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value):

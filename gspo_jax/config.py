@@ -57,7 +57,7 @@ class Config:
         checks.check_numbers(dict(_leaves(_sections(self), stop=KNOWN)))
         checks.check_model(self.model)
         checks.check_task(self.task, self.eval)
-        checks.check_rollout(self.rollout)
+        checks.check_rollout(self.rollout, self.algo)
         checks.check_algo(self.algo, self.rollout)
         checks.check_rest(self.optim, self.mesh, self.run)
 

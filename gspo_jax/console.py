@@ -147,7 +147,7 @@ def summary(metrics: Mapping[str, Any]) -> list[str]:
 def advice(metrics: Mapping[str, Any]) -> dict[str, str]:
     """What a step's metrics warn of, each with a remedy, by kind."""
     out = {}
-    if metrics.get("frac_reward_zero_std") == 1:
+    if metrics.get("frac_reward_zero_std") == 1 and "critic/vf_loss" not in metrics:
         out["equal"] = (
             "within every group all rewards are equal, so no advantage is left and nothing is "
             "learned; take easier or harder prompts, or a larger rollout.group_size."

@@ -24,6 +24,7 @@ from jaxtyping import PyTree
 from gspo_jax import checkpoint
 from gspo_jax.batch import Rollout
 from gspo_jax.config import Config, load_config, run_dir, to_yaml
+from gspo_jax.critic import make_critic, make_term
 from gspo_jax.errors import INTERRUPTED, PREEMPTED, DataError, NumericalError, StorageError
 from gspo_jax.evaluate import evaluate_policy
 from gspo_jax.metrics import RunLog
@@ -32,7 +33,7 @@ from gspo_jax.optim import make_optimizer, make_schedule
 from gspo_jax.policy import Policy, Problems, load_policy
 from gspo_jax.report import dynamics, read_metrics
 from gspo_jax.sharding import state_shardings
-from gspo_jax.update import TrainState, init_state
+from gspo_jax.update import CriticState, CriticTerm, TrainState, init_state
 
 EXIT_CODES = {"finished": 0, "preempted": PREEMPTED, "interrupted": INTERRUPTED}
 
@@ -67,8 +68,49 @@ def make_state(
 
     The state takes over the policy's parameters: the first update donates them.
     """
+    optimizer, schedule = optimizer_at(config, config.optim.learning_rate, updates)
+    shapes = jax.eval_shape(lambda params: init_state(params, optimizer), policy.params)
+    shardings = state_shardings(shapes, policy.params, policy.mesh)
+    start = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)
+    return optimizer, schedule, start(policy.params)
+
+
+def add_critic(
+    config: Config, policy: Policy, state: TrainState, updates: int
+) -> tuple[TrainState, CriticTerm | None]:
+    """The state with the critic that `algo.critic` asks for, and its part in the objective.
+
+    To be called before the first update, which donates the weights that it copies.
+    """
+    c = config.algo.critic
+    if c.kind == "none":
+        return state, None
+    optimizer, _ = optimizer_at(config, c.learning_rate, updates)
+    graphdef, params = make_critic(c.kind, policy.graphdef, policy.params)
+
+    def start(params):
+        return CriticState(params, optimizer.init(params))
+
+    shardings = state_shardings(jax.eval_shape(start, params), params, policy.mesh)
+    critic = jax.jit(start, out_shardings=shardings)(params)
+    term = make_term(
+        graphdef,
+        optimizer,
+        shared=c.kind == "shared",
+        clip=c.clip,
+        coef=c.coef,
+        dtype=policy.dtype,
+        remat=config.model.remat == "full",
+    )
+    return state._replace(critic=critic), term
+
+
+def optimizer_at(
+    config: Config, learning_rate: float, updates: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The configured optimizer with this peak, and its learning rate by update."""
     c = config.optim
-    schedule = make_schedule(c.learning_rate, kind=c.schedule, warmup=c.warmup, updates=updates)
+    schedule = make_schedule(learning_rate, kind=c.schedule, warmup=c.warmup, updates=updates)
     optimizer = make_optimizer(
         schedule,
         b1=c.b1,
@@ -78,10 +120,7 @@ def make_state(
         max_grad_norm=c.max_grad_norm,
         state=c.state,
     )
-    shapes = jax.eval_shape(lambda params: init_state(params, optimizer), policy.params)
-    shardings = state_shardings(shapes, policy.params, policy.mesh)
-    start = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)
-    return optimizer, schedule, start(policy.params)
+    return optimizer, schedule
 
 
 @contextmanager
@@ -220,7 +259,7 @@ class Run:
         # Measured in its last step, unless it was stopped in the middle of that.
         after = self._logged_eval(step) or self._measured(step, state)
         self.log.doing("export")
-        export_params(self.policy, state.params, self.directory / "export")
+        export_params(self.policy, state.params, self.directory / "export", replace=True)
         dynamics(self.directory)
         self.log.status("finished")
         return Result(self.directory, step, "finished", self.before, after)
@@ -292,6 +331,8 @@ class Run:
 def sample_rows(rollout: Rollout, adv: np.ndarray, prompts: int = 4) -> list[dict[str, Any]]:
     """The best and the worst response to each of the first few prompts, for people to read."""
     rows, group = [], len(rollout.texts) // len(rollout.problems)
+    if adv.ndim == 2:  # one per token, 0 outside the mask: their mean
+        adv = adv.sum(1) / np.maximum(rollout.completions.mask.sum(1), 1)
     for p, problem in enumerate(rollout.problems[:prompts]):
         rewards = np.nan_to_num(rollout.reward[p * group : (p + 1) * group], nan=-np.inf)
         for b in sorted({int(rewards.argmax()), int(rewards.argmin())}):
@@ -323,13 +364,18 @@ def export(run_dir: Path, out_dir: Path) -> Path:
     policy = load_policy(config)
     with jax.set_mesh(policy.mesh):
         _, _, state = make_state(config, policy, updates=1)
+        state, _ = add_critic(config, policy, state, updates=1)
         state, _ = checkpoint.restore(run_dir / "checkpoints", found[-1], state)
-    return export_params(policy, state.params, Path(out_dir))
+    own = Path(out_dir).resolve() == (run_dir / "export").resolve()
+    return export_params(policy, state.params, Path(out_dir), replace=own)
 
 
-def export_params(policy: Policy, params: PyTree, out_dir: Path) -> Path:
-    """`params` as a Hugging Face directory, with the tokenizer and template of the source."""
-    if out_dir.is_dir() and out_dir.name == "export":
+def export_params(policy: Policy, params: PyTree, out_dir: Path, *, replace: bool = False) -> Path:
+    """`params` as a Hugging Face directory, with the tokenizer and template of the source.
+
+    Only a run's own export/ is ever replaced; any other directory in the way is refused.
+    """
+    if replace and out_dir.is_dir():
         shutil.rmtree(out_dir)
     save_model(nnx.merge(policy.graphdef, params), out_dir, like=policy.directory)
     return out_dir

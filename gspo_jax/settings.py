@@ -68,9 +68,29 @@ class KLConfig:
     """A penalty for leaving the starting model."""
 
     coef: float = 0.0
-    """Weight in the loss; above 0 a second copy of the starting weights stays in memory."""
+    """Its weight; above 0 a second copy of the starting weights stays in memory."""
     kind: Literal["k1", "k2", "k3"] = "k3"
-    """The estimator, from losses.kl."""
+    """The estimator in the loss, from losses.kl; in the reward it is k1."""
+    placement: Literal["loss", "reward"] = "loss"
+    """Where the penalty goes; "reward" takes it from every token's reward, as in PPO."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    """The value network of PPO, for the advantage named gae."""
+
+    kind: Literal["none", "separate", "shared"] = "none"
+    """"separate" is a second network, from the policy's weights; "shared" a head on the policy."""
+    learning_rate: float = 1e-5
+    """The peak for the critic's own weights; the rest is that of optim."""
+    clip: float = 0.2
+    """How far a value may move from that of the rollout, in units of reward."""
+    coef: float = 0.5
+    """Weight of a shared critic's loss in the policy's."""
+
+
+GAE = {"gamma": 1.0, "lam": 0.95, "whiten": True}
+"""What algo.advantage takes where its name is gae, and the defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +100,8 @@ class AlgoConfig:
     loss: dict[str, Any] = field(default_factory=lambda: {"name": "gspo"})
     """`name` from losses.LOSSES; the other keys are that function's keyword arguments."""
     advantage: dict[str, Any] = field(default_factory=lambda: {"name": "group_normalised"})
-    """`name` of a function of advantages; the other keys are its keyword arguments."""
+    """`name` of a function of advantages; the other keys are its keyword arguments. gae needs
+    algo.critic, and takes those of GAE."""
     minibatches: int = 4
     """Updates per pass over a rollout; 1 means on-policy, and clipping can never act."""
     epochs: int = 1
@@ -89,6 +110,8 @@ class AlgoConfig:
     """Responses per forward and backward pass; 0 is the whole minibatch. Changes memory alone."""
     kl: KLConfig = field(default_factory=KLConfig)
     """The pull back to the starting model."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    """The value network of PPO."""
     mask_truncated: bool = False
     """Leave responses that hit the length limit out of the loss."""
 

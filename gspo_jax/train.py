@@ -6,16 +6,20 @@ A step is one rollout and all of its updates. Every random draw and the order of
 functions of (run.seed, step), so a resumed run continues exactly.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, PyTree
 
-from gspo_jax import advantages
-from gspo_jax.batch import Completions
+from gspo_jax.advantages import ADVANTAGES
+from gspo_jax.batch import Completions, Rollout, TrainBatch
 from gspo_jax.config import Config
-from gspo_jax.losses import LOSSES
+from gspo_jax.critic import estimate, make_values
+from gspo_jax.losses import LOSSES, token_kl
 from gspo_jax.policy import Policy, load_policy, load_problems
 from gspo_jax.rollout import (
     encode_prompts,
@@ -24,10 +28,21 @@ from gspo_jax.rollout import (
     score_completions,
     to_train_batch,
 )
-from gspo_jax.run import Result, make_state, open_run
+from gspo_jax.run import Result, add_critic, make_state, open_run
+from gspo_jax.settings import GAE
 from gspo_jax.sharding import shard_batch
 from gspo_jax.tasks import order
-from gspo_jax.update import Objective, make_programs, summarise, update_on_rollout
+from gspo_jax.update import (
+    CriticTerm,
+    Metrics,
+    Objective,
+    Programs,
+    Targets,
+    TrainState,
+    make_programs,
+    summarise,
+    update_on_rollout,
+)
 
 
 def train(config: Config) -> Result:
@@ -42,10 +57,12 @@ def train(config: Config) -> Result:
     problems = load_problems(config, policy.tokenizer)
     updates = c.run.steps * c.algo.minibatches * c.algo.epochs
     optimizer, schedule, state = make_state(config, policy, updates)
-    reference = jax.tree.map(np.copy, policy.params) if c.algo.kl.coef else None
+    state, critic = add_critic(config, policy, state, updates)
+    reference = jax.tree.map(jnp.copy, policy.params) if c.algo.kl.coef else None
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    programs = make_programs(policy.graphdef, optimizer, objective(config, policy), shardings)
-    advantage = make_advantage(config)
+    goal = objective(config, policy, critic)
+    programs = make_programs(policy.graphdef, optimizer, goal, shardings)
+    advantage = make_advantage(config, policy, goal, programs, reference)
     place = partial(shard_batch, mesh=policy.mesh)
 
     with open_run(config, policy, problems) as run, jax.set_mesh(policy.mesh):
@@ -70,13 +87,12 @@ def train(config: Config) -> Result:
                     top_k=roll.top_k,
                 )
             with run.phase("reward"):
-                rollout = score_completions(
+                rollout = score_completions(  # 3 reward
                     problems.scorer, asked, prompts, completions, texts
-                )  # 3
-                adv = advantage(rollout.reward)  # 4 advantage
+                )
             with run.phase("update"):
-                batch = to_train_batch(rollout, adv, mask_truncated=c.algo.mask_truncated)
-                ref_logp = None if reference is None else programs.score(reference, place(batch))
+                judged = advantage(state, rollout)  # 4 advantage
+                batch = judged.batch
                 rate = float(schedule(int(state.updates)))
                 state, stats, old_logp = update_on_rollout(  # 5 update
                     programs,
@@ -84,13 +100,14 @@ def train(config: Config) -> Result:
                     batch,
                     minibatches=c.algo.minibatches,
                     epochs=c.algo.epochs,
-                    ref_logp=ref_logp,
+                    ref_logp=judged.ref_logp,
+                    targets=judged.targets,
                     place=place,
                 )
-                stats = summarise(stats) | mismatch(old_logp, completions)
+                stats = judged.metrics | summarise(stats) | mismatch(old_logp, completions)
             metrics = rollout_metrics(rollout) | stats | {"learning_rate": rate}
             tokens = int(batch.prompt_length.sum() + completions.mask.sum())
-            run.record(state, metrics, tokens=tokens, rollout=rollout, adv=adv)  # 6 metrics
+            run.record(state, metrics, tokens=tokens, rollout=rollout, adv=batch.adv)  # 6 metrics
             run.save(state)  # 7 checkpoint
         return run.finish(state)
 
@@ -106,7 +123,7 @@ def mismatch(old_logp: Float[np.ndarray, "B T"], completions: Completions) -> di
     return {f"{name}/mean": float(difference.mean()), f"{name}/max": float(difference.max())}
 
 
-def objective(config: Config, policy: Policy) -> Objective:
+def objective(config: Config, policy: Policy, critic: CriticTerm | None) -> Objective:
     """The configured loss with its keywords bound, and how its forward pass is run."""
     options = dict(config.algo.loss)
     return Objective(
@@ -117,21 +134,74 @@ def objective(config: Config, policy: Policy) -> Objective:
         dtype=policy.dtype,
         remat=config.model.remat == "full",
         microbatch=config.algo.microbatch,
+        critic=critic,
     )
 
 
-def make_advantage(config: Config):
-    """The configured advantage as reward [B] -> adv [B], on the host's arrays."""
-    options = dict(config.algo.advantage)
-    function = jax.jit(
-        partial(
-            getattr(advantages, options.pop("name")),
-            group_size=config.rollout.group_size,
-            **options,
-        )
-    )
+class Judged(NamedTuple):
+    """A rollout with all that its updates learn from."""
 
-    def advantage(reward: Float[np.ndarray, " B"]) -> Float[np.ndarray, " B"]:
-        return np.asarray(function(reward))
+    batch: TrainBatch
+    ref_logp: Float[Array, "B T"] | None  # where the KL term is in the loss
+    targets: Targets | None  # where there is a critic
+    metrics: Metrics
+
+
+def make_advantage(
+    config: Config,
+    policy: Policy,
+    goal: Objective,
+    programs: Programs,
+    reference: PyTree | None,
+) -> Callable[[TrainState, Rollout], Judged]:
+    """Stage 4, chosen once: (state, rollout) -> its rows with their advantages.
+
+    The reference is asked only where there is one, that is where the KL coefficient is not zero;
+    what the policy itself says beforehand only where the KL term is part of the reward.
+    """
+    kl = config.algo.kl
+    estimated = by_group(config) if goal.critic is None else by_token(config, policy, goal)
+
+    def advantage(state: TrainState, rollout: Rollout) -> Judged:
+        # `adv` carries the rewards until they are turned into advantages.
+        batch = to_train_batch(rollout, rollout.reward, mask_truncated=config.algo.mask_truncated)
+        rows = shard_batch(batch, policy.mesh)
+        ref_logp = None if reference is None else programs.score(reference, rows)
+        penalty, metrics = np.zeros(batch.mask.shape, np.float32), {}
+        if ref_logp is not None and kl.placement == "reward":
+            k1 = token_kl(programs.score(state.params, rows), ref_logp, rows.mask, "k1")
+            penalty, ref_logp = np.asarray(k1), None
+            metrics["kl"] = float(penalty.sum() / max(batch.mask.sum(), 1))
+        batch, targets, more = estimated(state, batch, rows, penalty)
+        return Judged(batch, ref_logp, targets, metrics | more)
 
     return advantage
+
+
+def by_group(config: Config):
+    """The configured advantage of rewards within their groups, one per response."""
+    options = dict(config.algo.advantage)
+    function = ADVANTAGES[options.pop("name")]
+    function = jax.jit(partial(function, group_size=config.rollout.group_size, **options))
+
+    def estimated(state: TrainState, batch: TrainBatch, rows: TrainBatch, penalty: np.ndarray):
+        reward = batch.adv - config.algo.kl.coef * penalty.sum(1)
+        return batch._replace(adv=np.asarray(function(reward))), None, {}
+
+    return estimated
+
+
+def by_token(config: Config, policy: Policy, goal: Objective):
+    """Generalised advantage estimation with the critic's values, one advantage per token."""
+    options = GAE | {k: v for k, v in config.algo.advantage.items() if k != "name"}
+    function = jax.jit(partial(estimate, kl_coef=config.algo.kl.coef, **options))
+    values = make_values(policy.graphdef, goal)
+
+    def estimated(state: TrainState, batch: TrainBatch, rows: TrainBatch, penalty: np.ndarray):
+        scored = ~np.isnan(batch.adv)  # what was not scored is not learned from
+        batch = batch._replace(mask=batch.mask & scored[:, None])
+        found = function(batch.adv, values(state, rows), penalty, batch.mask)
+        adv, targets, metrics = jax.device_get(found)
+        return batch._replace(adv=adv), targets, {k: float(v) for k, v in metrics.items()}
+
+    return estimated

@@ -26,8 +26,16 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from gspo_jax.batch import TrainBatch
 from gspo_jax.logps import token_logps
 from gspo_jax.losses import kl as kl_penalty
+from gspo_jax.losses import value as value_loss
 
 Metrics = dict[str, Any]
+
+
+class CriticState(NamedTuple):
+    """What is trained beside the policy where the advantage needs a critic."""
+
+    params: PyTree
+    opt_state: PyTree
 
 
 class TrainState(NamedTuple):
@@ -38,6 +46,39 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]  # rollouts done
     updates: Int[Array, ""]  # optimizer updates done
     skipped: Int[Array, ""]  # updates skipped because a number was not finite
+    critic: CriticState | None = None  # has no leaves where there is none
+
+
+class Targets(NamedTuple):
+    """What a critic learns from; row and token as in the batch."""
+
+    value: Float[Array, "B T"]  # its own estimate before the updates
+    returns: Float[Array, "B T"]
+
+
+class CriticTerm(NamedTuple):
+    """How a critic takes part in an update; `critic` builds it."""
+
+    values: Callable[..., Float[Array, "B T"]]  # (its params, batch, the policy's states)
+    optimizer: optax.GradientTransformation
+    clip: float
+    coef: float  # of its loss, which matters where it reaches the policy's weights
+    shared: bool  # whether it reads the policy's states
+
+
+class Gradients(NamedTuple):
+    """One leaf per trained parameter."""
+
+    policy: PyTree
+    critic: PyTree | None = None
+
+
+class Forward(NamedTuple):
+    """What the forward passes of an update found at each response token."""
+
+    logp: Float[Array, "B T"]
+    entropy: Float[Array, "B T"]
+    value: Float[Array, "B T"] | None = None
 
 
 class Objective(NamedTuple):
@@ -50,6 +91,7 @@ class Objective(NamedTuple):
     dtype: str = "float32"  # of activations; parameters and gradients stay float32
     remat: bool = False
     microbatch: int = 0  # rows per forward/backward; 0 = all
+    critic: CriticTerm | None = None
 
 
 class Programs(NamedTuple):
@@ -73,39 +115,46 @@ def make_programs(
     """Bind the network, the optimizer and the objective into `score` and `update`.
 
     score(params, batch) -> log-probabilities [B, T] of the response tokens.
-    update(state, batch, old_logp, ref_logp) -> (state, metrics, logp [B, T] before the update);
-    donates `state`. `old_logp` None means on-policy; `ref_logp` is None without a KL term.
+    update(state, batch, old_logp, ref_logp, targets) -> (state, metrics, logp [B, T] before the
+    update); donates `state`. `old_logp` None means on-policy; `ref_logp` is None without a KL
+    term in the loss, `targets` without a critic.
     """
 
     @jax.jit
     def score(params: PyTree, batch: TrainBatch) -> Float[Array, "B T"]:
-        def one(_, micro):
-            return None, forward_logps(graphdef, params, micro, objective)[0]
+        def one(micro):
+            return forward_logps(graphdef, params, micro, objective)[0]
 
-        _, logp = jax.lax.scan(one, None, _split(batch, objective.microbatch))
-        return _merge(logp)
+        return by_microbatch(one, batch, objective.microbatch)
 
     # The new state lives where the old one did, so that its buffers can be donated.
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None, None))
-    def update(state: TrainState, batch: TrainBatch, old_logp=None, ref_logp=None):
-        grads, logp, entropy = accumulate(
-            graphdef, state.params, batch, old_logp, ref_logp, objective
+    def update(state: TrainState, batch: TrainBatch, old_logp=None, ref_logp=None, targets=None):
+        critic = None if state.critic is None else state.critic.params
+        grads, at = accumulate(
+            graphdef, state.params, batch, old_logp, ref_logp, objective, critic, targets
         )
-        (total, weight), metrics = objective.loss(logp, old_logp, batch.adv, batch.mask)
+        (total, weight), metrics = objective.loss(at.logp, old_logp, batch.adv, batch.mask)
         loss = total / jnp.maximum(weight, 1)
         if ref_logp is not None:
-            penalty, _ = kl_penalty(logp, ref_logp, batch.mask, kind=objective.kl_kind)
+            penalty, _ = kl_penalty(at.logp, ref_logp, batch.mask, kind=objective.kl_kind)
             metrics["kl"] = penalty.total / jnp.maximum(penalty.weight, 1)
             loss += objective.kl_coef * metrics["kl"]
         tokens = jnp.maximum(jnp.sum(batch.mask, dtype=jnp.float32), 1)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.global_norm(grads.policy)
         metrics |= {
             "loss": loss,
             "grad_norm": grad_norm,
-            "entropy": jnp.sum(entropy, where=batch.mask) / tokens,
+            "entropy": jnp.sum(at.entropy, where=batch.mask) / tokens,
         }
         finite = jnp.isfinite(loss + grad_norm)
-        return apply_if_finite(state, grads, optimizer, finite), metrics, logp
+        if targets is not None:
+            error, clipped = value_loss(at.value, *targets, batch.mask, clip=objective.critic.clip)
+            metrics["critic/vf_loss"] = error.total / tokens
+            metrics["critic/vf_clipfrac"] = clipped["value_clip_frac"]
+            metrics["critic/grad_norm"] = optax.global_norm(grads.critic)
+            finite &= jnp.isfinite(metrics["critic/vf_loss"] + metrics["critic/grad_norm"])
+        return apply_if_finite(state, grads, optimizer, objective, finite), metrics, at.logp
 
     return Programs(score, update)
 
@@ -113,19 +162,33 @@ def make_programs(
 def forward_logps(
     graphdef: nnx.GraphDef, params: PyTree, batch: TrainBatch, objective: Objective
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Log-probability and entropy at each response token; the only shift of the library.
+    """Log-probability and entropy at each response token."""
+    return forward(graphdef, params, batch, objective)[1:]
+
+
+def forward(
+    graphdef: nnx.GraphDef, params: PyTree, batch: TrainBatch, objective: Objective
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T"], Float[Array, "B T"]]:
+    """The hidden state before each response token, its log-probability and its entropy."""
+    model = nnx.merge(graphdef, cast(params, objective.dtype))
+    states, tokens = before_response(model(batch.tokens, remat=objective.remat), batch)
+    logp, entropy = token_logps(states, model.unembed(), tokens, temperature=objective.temperature)
+    return states, logp, entropy
+
+
+def before_response(
+    hidden: Float[Array, "B S D"], batch: TrainBatch
+) -> tuple[Float[Array, "B T D"], Int[Array, "B T"]]:
+    """The state that precedes each response token, and the token; the only shift of the library.
 
     The hidden state that predicts response token t of a row with a prompt of p tokens stands at
     position p - 1 + t.
     """
-    model = nnx.merge(graphdef, jax.tree.map(lambda p: p.astype(objective.dtype), params))
-    hidden = model(batch.tokens, remat=objective.remat)
     S, T = batch.tokens.shape[1], batch.mask.shape[1]
     predicted = batch.prompt_length[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
     predicted = jnp.minimum(predicted, S - 1)  # padding of short rows; masked
     before = jnp.take_along_axis(hidden, (predicted - 1)[..., None], axis=1)
-    tokens = jnp.take_along_axis(batch.tokens, predicted, axis=1)
-    return token_logps(before, model.unembed(), tokens, temperature=objective.temperature)
+    return before, jnp.take_along_axis(batch.tokens, predicted, axis=1)
 
 
 def accumulate(
@@ -135,53 +198,73 @@ def accumulate(
     old_logp: Float[Array, "B T"] | None,
     ref_logp: Float[Array, "B T"] | None,
     objective: Objective,
-) -> tuple[PyTree, Float[Array, "B T"], Float[Array, "B T"]]:
-    """Gradient of the minibatch loss, microbatch by microbatch, with logp and entropy [B, T]."""
+    critic: PyTree | None = None,
+    targets: Targets | None = None,
+) -> tuple[Gradients, Forward]:
+    """Gradients of the minibatch loss, microbatch by microbatch, and what the forwards found.
+
+    With `targets` the critic's loss is added: `objective.critic.values` decides which of the
+    parameters it reaches.
+    """
     zeros = jnp.zeros(batch.mask.shape, jnp.float32)
     weight = objective.loss(zeros, zeros, batch.adv, batch.mask)[0].weight
-    tokens = kl_penalty(zeros, zeros, batch.mask, kind=objective.kl_kind)[0].weight
+    kl_weight = kl_penalty(zeros, zeros, batch.mask, kind=objective.kl_kind)[0].weight
+    tokens = jnp.sum(batch.mask, dtype=jnp.float32)
 
-    def share_of_loss(params, micro, old, ref):
-        logp, entropy = forward_logps(graphdef, params, micro, objective)
+    def share_of_loss(trained, micro, old, ref, target):
+        states, logp, entropy = forward(graphdef, trained.policy, micro, objective)
         total = objective.loss(logp, old, micro.adv, micro.mask)[0].total / jnp.maximum(weight, 1)
         if ref is not None:
             penalty = kl_penalty(logp, ref, micro.mask, kind=objective.kl_kind)[0]
-            total += objective.kl_coef * penalty.total / jnp.maximum(tokens, 1)
-        return total, (logp, entropy)
+            total += objective.kl_coef * penalty.total / jnp.maximum(kl_weight, 1)
+        if target is None:
+            return total, Forward(logp, entropy)
+        term = objective.critic
+        value = term.values(trained.critic, micro, states)
+        error = value_loss(value, *target, micro.mask, clip=term.clip)[0]
+        total += term.coef * error.total / jnp.maximum(tokens, 1)
+        return total, Forward(logp, entropy, value)
 
     gradient = jax.grad(share_of_loss, has_aux=True)
+    trained = Gradients(params, critic)
 
     def add(so_far, micro):
-        grads, per_token = gradient(params, *micro)
-        return jax.tree.map(jnp.add, so_far, grads), per_token
+        grads, found = gradient(trained, *micro)
+        return jax.tree.map(jnp.add, so_far, grads), found
 
-    inputs = (batch, old_logp, ref_logp)
+    inputs = (batch, old_logp, ref_logp, targets)
     if objective.microbatch in (0, batch.mask.shape[0]):
-        grads, per_token = gradient(params, *inputs)
-        return grads, *per_token
-    nothing = jax.tree.map(jnp.zeros_like, params)
-    grads, per_token = jax.lax.scan(add, nothing, _split(inputs, objective.microbatch))
-    return grads, *_merge(per_token)
+        return gradient(trained, *inputs)
+    nothing = jax.tree.map(jnp.zeros_like, trained)
+    grads, found = jax.lax.scan(add, nothing, _split(inputs, objective.microbatch))
+    return grads, _merge(found)
 
 
 def apply_if_finite(
     state: TrainState,
-    grads: PyTree,
+    grads: Gradients,
     optimizer: optax.GradientTransformation,
+    objective: Objective,
     finite: Bool[Array, ""],
 ) -> TrainState:
     """One optimizer update, or the very same parameters and moments with one more skip counted."""
 
-    def apply(params, opt_state):
-        with jax.numpy_dtype_promotion("standard"):  # optax relies on implicit promotion
-            steps, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, steps), opt_state
+    def step(optimizer, grads, params, opt_state):
+        def apply(params, opt_state):
+            with jax.numpy_dtype_promotion("standard"):  # optax relies on implicit promotion
+                steps, opt_state = optimizer.update(grads, opt_state, params)
+            return optax.apply_updates(params, steps), opt_state
 
-    params, opt_state = jax.lax.cond(
-        finite, apply, lambda params, opt_state: (params, opt_state), state.params, state.opt_state
-    )
+        return jax.lax.cond(finite, apply, lambda *same: same, params, opt_state)
+
+    params, opt_state = step(optimizer, grads.policy, state.params, state.opt_state)
+    critic = state.critic
+    if critic is not None:
+        critic = CriticState(*step(objective.critic.optimizer, grads.critic, *critic))
     done = finite.astype(jnp.int32)
-    return TrainState(params, opt_state, state.step, state.updates + done, state.skipped + 1 - done)
+    return TrainState(
+        params, opt_state, state.step, state.updates + done, state.skipped + 1 - done, critic
+    )
 
 
 def update_on_rollout(
@@ -192,6 +275,7 @@ def update_on_rollout(
     minibatches: int,
     epochs: int = 1,
     ref_logp: Float[Array, "B T"] | None = None,
+    targets: Targets | None = None,
     place: Callable[[PyTree], PyTree] = lambda x: x,
 ) -> tuple[TrainState, list[Metrics], Float[np.ndarray, "B T"]]:
     """All updates of one rollout in order, the metrics of each, and log π_old of all rows.
@@ -202,10 +286,13 @@ def update_on_rollout(
         minibatches: updates per epoch; must divide the rows.
         epochs: passes over the rollout.
         ref_logp: reference log-probabilities, where the objective has a KL term.
+        targets: values and returns on the host, where the objective has a critic.
         place: puts a minibatch on the devices.
     """
     parts = [place(part) for part in _blocks(batch, minibatches)]
     refs = [None] * minibatches if ref_logp is None else _blocks(ref_logp, minibatches)
+    goals = [None] * minibatches if targets is None else _blocks(targets, minibatches)
+    goals = [place(goal) for goal in goals]
     # The first update is on-policy by construction, and tells its own π_old; the others' is needed
     # before the policy moves.
     old = [None] + [programs.score(state.params, part) for part in parts[1:]]
@@ -213,11 +300,25 @@ def update_on_rollout(
     for epoch in range(epochs):
         for i, part in enumerate(parts):
             first = epoch == 0 and i == 0
-            state, stats, logp = programs.update(state, part, None if first else old[i], refs[i])
+            known = None if first else old[i]
+            state, stats, logp = programs.update(state, part, known, refs[i], goals[i])
             metrics.append(stats)
             if first:
                 old[0] = logp
     return state._replace(step=state.step + 1), metrics, np.concatenate(jax.device_get(old))
+
+
+def cast(params: PyTree, dtype: str) -> PyTree:
+    """The parameters in the dtype that the network is to compute in."""
+    return jax.tree.map(lambda p: p.astype(dtype), params)
+
+
+def by_microbatch(
+    function: Callable[[TrainBatch], Float[Array, "b T"]], batch: TrainBatch, rows: int
+) -> Float[Array, "B T"]:
+    """`function` of all rows, `rows` at a time; 0 is all at once."""
+    _, out = jax.lax.scan(lambda _, micro: (None, function(micro)), None, _split(batch, rows))
+    return _merge(out)
 
 
 def _blocks(tree: PyTree, count: int) -> list[PyTree]:

@@ -19,7 +19,7 @@ LAYERS = [
     {"models.hf"},
     {"models", "tasks", "generate"},
     {"settings", "rollout", "update"},
-    {"checks"},
+    {"checks", "critic"},
     {"config"},
     {"policy"},
     {"evaluate", "plan"},
