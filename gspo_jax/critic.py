@@ -98,10 +98,14 @@ def make_term(
 
 
 def make_values(
-    graphdef: nnx.GraphDef, objective: Objective
+    graphdef: nnx.GraphDef, objective: Objective, term: CriticTerm
 ) -> Callable[[TrainState, TrainBatch], Float[Array, "B T"]]:
-    """The jitted program values(state, batch) -> V [B, T], in the update's microbatches."""
-    term = objective.critic
+    """The jitted program values(state, batch) -> V [B, T], in the update's microbatches.
+
+    Args:
+        graphdef, objective: of the policy, whose states a shared critic reads.
+        term: from `make_term`.
+    """
 
     @jax.jit
     def values(params: PyTree, critic: PyTree, batch: TrainBatch) -> Float[Array, "B T"]:
@@ -111,7 +115,11 @@ def make_values(
 
         return by_microbatch(one, batch, objective.microbatch)
 
-    return lambda state, batch: values(state.params, state.critic.params, batch)
+    def of_state(state: TrainState, batch: TrainBatch) -> Float[Array, "B T"]:
+        assert state.critic is not None
+        return values(state.params, state.critic.params, batch)
+
+    return of_state
 
 
 def estimate(

@@ -23,12 +23,15 @@ from gspo_jax.losses import LOSSES, token_kl
 from gspo_jax.policy import Policy, load_policy, load_problems
 from gspo_jax.rollout import (
     encode_prompts,
+    fill_with_spread,
+    groups_with_spread,
     rollout_metrics,
     sample_completions,
     score_completions,
     to_train_batch,
+    token_count,
 )
-from gspo_jax.run import Result, add_critic, make_state, open_run
+from gspo_jax.run import Result, Run, add_critic, make_state, open_run
 from gspo_jax.settings import GAE
 from gspo_jax.sharding import shard_batch
 from gspo_jax.tasks import order
@@ -68,28 +71,8 @@ def train(config: Config) -> Result:
     with open_run(config, policy, problems) as run, jax.set_mesh(policy.mesh):
         state = run.start(state)
         for step in run.steps(state):
-            with run.phase("generate"):
-                key = jax.random.fold_in(jax.random.key(c.run.seed), step)
-                train_set = problems.indices["train"]
-                first = (step - 1) * roll.prompts
-                chosen = order(len(train_set), first, roll.prompts, seed=c.run.seed)
-                asked = problems.get("train", chosen)  # 1 prompt
-                prompts = encode_prompts(policy.tokenizer, asked)
-                completions, texts = sample_completions(  # 2 rollout
-                    policy.sampler(state.params),
-                    policy.tokenizer,
-                    prompts,
-                    key=key,
-                    group_size=roll.group_size,
-                    max_new_tokens=roll.max_completion_length,
-                    temperature=roll.temperature,
-                    top_p=roll.top_p,
-                    top_k=roll.top_k,
-                )
-            with run.phase("reward"):
-                rollout = score_completions(  # 3 reward
-                    problems.scorer, asked, prompts, completions, texts
-                )
+            draw = partial(sample, run, state, step)  # 1 prompt, 2 rollout, 3 reward
+            rollout, everything = fill_with_spread(draw, roll.prompts, 1 + roll.resample)
             with run.phase("update"):
                 judged = advantage(state, rollout)  # 4 advantage
                 batch = judged.batch
@@ -104,12 +87,48 @@ def train(config: Config) -> Result:
                     targets=judged.targets,
                     place=place,
                 )
-                stats = judged.metrics | summarise(stats) | mismatch(old_logp, completions)
-            metrics = rollout_metrics(rollout) | stats | {"learning_rate": rate}
-            tokens = int(batch.prompt_length.sum() + completions.mask.sum())
+                stats = judged.metrics | summarise(stats) | mismatch(old_logp, rollout.completions)
+            metrics = rollout_metrics(everything) | stats | {"learning_rate": rate}
+            metrics["groups_without_spread"] = roll.prompts - len(groups_with_spread(rollout))
+            tokens = token_count(everything)
             run.record(state, metrics, tokens=tokens, rollout=rollout, adv=batch.adv)  # 6 metrics
             run.save(state)  # 7 checkpoint
         return run.finish(state)
+
+
+def sample(run: Run, state: TrainState, step: int, number: int) -> Rollout:
+    """Round `number` of a step: its own prompts, their responses, and their scores.
+
+    Each step has a stretch of the order of problems to itself, long enough for all its rounds.
+    """
+    c, roll = run.config, run.config.rollout
+    with run.phase("generate"):
+        count = len(run.problems.indices["train"])
+        first = ((step - 1) * (1 + roll.resample) + number) * roll.prompts
+        chosen = order(count, first, roll.prompts, seed=c.run.seed)
+        asked = run.problems.get("train", chosen)  # 1 prompt
+        prompts = encode_prompts(run.policy.tokenizer, asked)
+        completions, texts = sample_completions(  # 2 rollout
+            run.policy.sampler(state.params),
+            run.policy.tokenizer,
+            prompts,
+            key=jax.random.fold_in(jax.random.key(c.run.seed), step),
+            group_size=roll.group_size,
+            max_new_tokens=roll.max_completion_length,
+            temperature=roll.temperature,
+            top_p=roll.top_p,
+            top_k=roll.top_k,
+            first_prompt=number * roll.prompts,
+        )
+    with run.phase("reward"):
+        return score_completions(  # 3 reward
+            run.problems.scorer,
+            asked,
+            prompts,
+            completions,
+            texts,
+            overlong_buffer=roll.overlong_buffer,
+        )
 
 
 def mismatch(old_logp: Float[np.ndarray, "B T"], completions: Completions) -> dict[str, float]:
@@ -160,7 +179,7 @@ def make_advantage(
     what the policy itself says beforehand only where the KL term is part of the reward.
     """
     kl = config.algo.kl
-    estimated = by_group(config) if goal.critic is None else by_token(config, policy, goal)
+    estimated = by_token(config, policy, goal, goal.critic) if goal.critic else by_group(config)
 
     def advantage(state: TrainState, rollout: Rollout) -> Judged:
         # `adv` carries the rewards until they are turned into advantages.
@@ -191,11 +210,11 @@ def by_group(config: Config):
     return estimated
 
 
-def by_token(config: Config, policy: Policy, goal: Objective):
+def by_token(config: Config, policy: Policy, goal: Objective, critic: CriticTerm):
     """Generalised advantage estimation with the critic's values, one advantage per token."""
     options = GAE | {k: v for k, v in config.algo.advantage.items() if k != "name"}
     function = jax.jit(partial(estimate, kl_coef=config.algo.kl.coef, **options))
-    values = make_values(policy.graphdef, goal)
+    values = make_values(policy.graphdef, goal, critic)
 
     def estimated(state: TrainState, batch: TrainBatch, rows: TrainBatch, penalty: np.ndarray):
         scored = ~np.isnan(batch.adv)  # what was not scored is not learned from

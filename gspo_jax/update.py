@@ -98,7 +98,7 @@ class Programs(NamedTuple):
     """The two jitted functions of the update stage."""
 
     score: Callable[[PyTree, TrainBatch], Float[Array, "B T"]]
-    update: Callable[..., tuple[TrainState, Metrics]]
+    update: Callable[..., tuple[TrainState, Metrics, Float[Array, "B T"]]]
 
 
 def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
@@ -148,12 +148,10 @@ def make_programs(
             "entropy": jnp.sum(at.entropy, where=batch.mask) / tokens,
         }
         finite = jnp.isfinite(loss + grad_norm)
-        if targets is not None:
-            error, clipped = value_loss(at.value, *targets, batch.mask, clip=objective.critic.clip)
-            metrics["critic/vf_loss"] = error.total / tokens
-            metrics["critic/vf_clipfrac"] = clipped["value_clip_frac"]
-            metrics["critic/grad_norm"] = optax.global_norm(grads.critic)
-            finite &= jnp.isfinite(metrics["critic/vf_loss"] + metrics["critic/grad_norm"])
+        if objective.critic is not None:
+            found = _critic_metrics(objective.critic, at.value, targets, batch.mask, grads.critic)
+            finite &= jnp.isfinite(found["critic/vf_loss"] + found["critic/grad_norm"])
+            metrics |= found
         return apply_if_finite(state, grads, optimizer, objective, finite), metrics, at.logp
 
     return Programs(score, update)
@@ -203,8 +201,7 @@ def accumulate(
 ) -> tuple[Gradients, Forward]:
     """Gradients of the minibatch loss, microbatch by microbatch, and what the forwards found.
 
-    With `targets` the critic's loss is added: `objective.critic.values` decides which of the
-    parameters it reaches.
+    With a critic its loss is added: `objective.critic.values` decides which parameters it reaches.
     """
     zeros = jnp.zeros(batch.mask.shape, jnp.float32)
     weight = objective.loss(zeros, zeros, batch.adv, batch.mask)[0].weight
@@ -217,11 +214,10 @@ def accumulate(
         if ref is not None:
             penalty = kl_penalty(logp, ref, micro.mask, kind=objective.kl_kind)[0]
             total += objective.kl_coef * penalty.total / jnp.maximum(kl_weight, 1)
-        if target is None:
+        if (term := objective.critic) is None:
             return total, Forward(logp, entropy)
-        term = objective.critic
         value = term.values(trained.critic, micro, states)
-        error = value_loss(value, *target, micro.mask, clip=term.clip)[0]
+        error = value_loss(value, target.value, target.returns, micro.mask, clip=term.clip)[0]
         total += term.coef * error.total / jnp.maximum(tokens, 1)
         return total, Forward(logp, entropy, value)
 
@@ -238,6 +234,15 @@ def accumulate(
     nothing = jax.tree.map(jnp.zeros_like, trained)
     grads, found = jax.lax.scan(add, nothing, _split(inputs, objective.microbatch))
     return grads, _merge(found)
+
+
+def _critic_metrics(term, value, targets, mask, grads) -> Metrics:
+    (total, weight), found = value_loss(value, targets.value, targets.returns, mask, clip=term.clip)
+    return {
+        "critic/vf_loss": total / jnp.maximum(weight, 1),
+        "critic/vf_clipfrac": found["value_clip_frac"],
+        "critic/grad_norm": optax.global_norm(grads),
+    }
 
 
 def apply_if_finite(
@@ -259,7 +264,7 @@ def apply_if_finite(
 
     params, opt_state = step(optimizer, grads.policy, state.params, state.opt_state)
     critic = state.critic
-    if critic is not None:
+    if critic is not None and objective.critic is not None:
         critic = CriticState(*step(objective.critic.optimizer, grads.critic, *critic))
     done = finite.astype(jnp.int32)
     return TrainState(

@@ -168,7 +168,7 @@ def test_a_new_critic_says_zero_and_shares_no_buffer_with_the_policy(view, kind)
     batch = on_device(make_batch())
     _, _, _, state = setup(view, kind)
     state = state._replace(critic=CriticState(params, None))
-    values = make_values(view[0], objective._replace(critic=term))
+    values = make_values(view[0], objective, term)
     np.testing.assert_array_equal(values(state, batch), np.zeros((B, T)))
     mine = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(params)}
     assert mine.isdisjoint(x.unsafe_buffer_pointer() for x in jax.tree.leaves(view[1]))
@@ -180,8 +180,8 @@ def test_a_new_critic_says_zero_and_shares_no_buffer_with_the_policy(view, kind)
 def test_values_are_the_same_in_microbatches(view, kind):
     graphdef, _, objective, state = setup(view, kind)
     batch = on_device(make_batch())
-    whole = make_values(graphdef, objective)(state, batch)
-    split = make_values(graphdef, objective._replace(microbatch=2))(state, batch)
+    whole = make_values(graphdef, objective, objective.critic)(state, batch)
+    split = make_values(graphdef, objective._replace(microbatch=2), objective.critic)(state, batch)
     assert largest(whole) > 0.1
     np.testing.assert_allclose(whole, split, atol=1e-5)
 
@@ -277,7 +277,7 @@ def ppo(*overrides):
 
 def test_a_response_that_was_not_scored_is_not_learned_from(view):
     _, _, objective, state = setup(view, "separate")
-    judge = loop.by_token(ppo(), small_policy(view), objective)
+    judge = loop.by_token(ppo(), small_policy(view), objective, objective.critic)
     batch = make_batch()._replace(adv=np.array([1.0, np.nan, 0.0, 2.0]))
     batch, targets, metrics = judge(state, batch, on_device(batch), np.zeros((B, T), np.float32))
     np.testing.assert_array_equal(batch.mask, MASK & (np.arange(B) != 1)[:, None])
