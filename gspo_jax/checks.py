@@ -31,6 +31,8 @@ AT_LEAST = {
     "rollout.group_size": 1,
     "rollout.max_completion_length": 1,
     "rollout.top_k": 0,
+    "rollout.resample": 0,
+    "rollout.overlong_buffer": 0,
     "algo.minibatches": 1,
     "algo.epochs": 1,
     "algo.microbatch": 0,

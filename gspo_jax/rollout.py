@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from gspo_jax.advantages import soft_overlong
 from gspo_jax.batch import Completions, Problem, Rollout, TrainBatch
 from gspo_jax.generate import PureModel, bucket, generate
 from gspo_jax.tokenizer import Tokenizer
@@ -53,10 +55,21 @@ def score_completions(
     prompts: list[list[int]],
     completions: Completions,
     texts: list[str],
+    *,
+    overlong_buffer: int = 0,
 ) -> Rollout:
-    """The finished rollout: every completion scored by every reward function."""
+    """The finished rollout: every completion scored by every reward function.
+
+    With `overlong_buffer` > 0, responses that end within that many tokens of the limit T lose up
+    to 1 of their reward (`advantages.soft_overlong`); "overlong" then stands among the rewards.
+    """
     ids = [row[m].tolist() for row, m in zip(completions.tokens, completions.mask, strict=True)]
     rewards, reward, log = scorer(problems, texts, ids)
+    if overlong_buffer:
+        length, limit = completions.mask.sum(1, dtype=np.int32), completions.mask.shape[1]
+        punishment = soft_overlong(jnp.asarray(length), max_length=limit, buffer=overlong_buffer)
+        rewards = rewards | {"overlong": np.asarray(punishment)}
+        reward = reward + rewards["overlong"]
     return Rollout(problems, prompts, completions, texts, rewards, reward, log)
 
 
@@ -114,9 +127,9 @@ def fill_with_spread(
         if count == prompts:
             break
     for rollout, groups in zip(drawn, chosen, strict=True):
-        others = [g for g in range(len(rollout.problems)) if g not in groups]
-        groups += others[: prompts - count]
-        count += len(others[: prompts - count])
+        others = [g for g in range(len(rollout.problems)) if g not in groups][: prompts - count]
+        count += len(others)
+        groups[:] = sorted(groups + others)  # as sampled: every minibatch has its share of them
     everything = [(r, range(len(r.problems))) for r in drawn]
     return join_groups(list(zip(drawn, chosen, strict=True))), join_groups(everything)
 
@@ -172,3 +185,9 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         metrics[f"rewards/{name}/mean"] = float(known.mean()) if known.size else float("nan")
         metrics[f"rewards/{name}/std"] = float(known.std()) if known.size else float("nan")
     return metrics | rollout.log
+
+
+def token_count(rollout: Rollout) -> int:
+    """Prompt tokens, once per response, and response tokens."""
+    size = len(rollout.texts) // len(rollout.problems)
+    return int(size * sum(map(len, rollout.prompts)) + rollout.completions.mask.sum())

@@ -61,6 +61,10 @@ class RolloutConfig:
     """Sample from the most likely tokens that hold this much probability; 1 is all of them."""
     top_k: int = 0
     """Sample from this many most likely tokens; 0 is all of them."""
+    resample: int = 0
+    """Further rounds of prompts, at most, to replace groups whose responses all score alike."""
+    overlong_buffer: int = 0
+    """Tokens before the length limit over which the reward falls by up to 1; 0 is off."""
 
 
 @dataclass(frozen=True, kw_only=True)

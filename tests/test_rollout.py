@@ -10,6 +10,7 @@ from gspo_jax.rollout import (
     fill_with_spread,
     groups_with_spread,
     rollout_metrics,
+    score_completions,
     to_train_batch,
 )
 
@@ -104,3 +105,30 @@ def test_dynamic_sampling_is_bounded_and_fills_the_batch_with_groups_without_spr
     kept, _ = fill_with_spread(lambda n: drawn(n, rounds[n]), prompts=2, rounds=2)
     assert [p.id for p in kept.problems] == ["0.0", "1.1"]
     assert kept.reward.tolist() == [1, 1, 0, 1]
+
+
+def test_soft_overlong_punishment_by_hand_in_tokens():
+    """Limit 6, buffer 4: free up to 2 tokens, then a quarter per token, down to -1 at 6."""
+    lengths = [1, 2, 3, 5, 6]
+    mask = np.arange(6)[None] < np.array(lengths)[:, None]
+    tokens = np.ones((5, 6), np.int32)
+    completions = Completions(tokens, mask, np.zeros((5, 6), np.float32), np.zeros(5, bool))
+
+    def right(problems, texts, ids):
+        assert [len(i) for i in ids] == lengths
+        one = np.ones(5, np.float32)
+        return {"right": one}, one, {}
+
+    rollout = score_completions(
+        right, [Problem("p", "?")], [[1]], completions, ["x"] * 5, overlong_buffer=4
+    )
+    assert rollout.rewards["overlong"].tolist() == [0, 0, -0.25, -0.75, -1]
+    assert rollout.reward.tolist() == [1, 1, 0.75, 0.25, 0]
+
+
+def test_a_single_round_is_taken_as_it_is():
+    rewards = [[1, 1], [1, 0], [0, 0], [0, 1]]
+    kept, everything = fill_with_spread(lambda n: drawn(n, rewards), prompts=4, rounds=1)
+    assert [p.id for p in kept.problems] == ["0.0", "0.1", "0.2", "0.3"]
+    np.testing.assert_array_equal(kept.completions.tokens, drawn(0, rewards).completions.tokens)
+    assert everything.texts == kept.texts
