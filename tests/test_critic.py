@@ -333,7 +333,10 @@ def test_what_padding_holds_reaches_no_gradient(view):
 def test_only_a_shared_critic_reaches_the_policy_and_does_so_by_its_coefficient(view):
     """With advantages of 0 the policy's own loss has no gradient: what is left is the critic's."""
     still = make_batch()._replace(adv=np.zeros((B, T), np.float32))
-    assert largest(gradients(view, "separate", make_targets(), still)[0].policy) == 0
+    alone, same = (
+        gradients(view, "separate", make_targets(), still, coef=coef)[0] for coef in (0.5, 1.0)
+    )
+    assert largest(alone.policy) == 0 and same_bits(alone.critic, same.critic)
     half = gradients(view, "shared", make_targets(), still, coef=0.5)[0]
     whole = gradients(view, "shared", make_targets(), still, coef=1.0)[0]
     assert largest(half.policy) > 1e-3
