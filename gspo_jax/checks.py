@@ -37,6 +37,7 @@ AT_LEAST = {
     "algo.epochs": 1,
     "algo.microbatch": 0,
     "algo.kl.coef": 0,
+    "algo.entropy_coef": 0,
     "algo.critic.learning_rate": 0,
     "algo.critic.coef": 0,
     "optim.learning_rate": 0,

@@ -116,6 +116,8 @@ class AlgoConfig:
     """The pull back to the starting model."""
     critic: CriticConfig = field(default_factory=CriticConfig)
     """The value network of PPO."""
+    entropy_coef: float = 0.0
+    """Weight of a bonus on the mean entropy per token; above 0 keeps the policy exploring."""
     mask_truncated: bool = False
     """Leave responses that hit the length limit out of the loss."""
 

@@ -150,6 +150,7 @@ def objective(config: Config, policy: Policy, critic: CriticTerm | None) -> Obje
         temperature=config.rollout.temperature,
         kl_coef=config.algo.kl.coef,
         kl_kind=config.algo.kl.kind,
+        entropy_coef=config.algo.entropy_coef,
         dtype=policy.dtype,
         remat=config.model.remat == "full",
         microbatch=config.algo.microbatch,

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from gspo_jax.batch import TrainBatch
 from gspo_jax.logps import token_logps
+from gspo_jax.losses import entropy_bonus
 from gspo_jax.losses import kl as kl_penalty
 from gspo_jax.losses import value as value_loss
 
@@ -88,6 +89,7 @@ class Objective(NamedTuple):
     temperature: float = 1.0
     kl_coef: float = 0.0
     kl_kind: str = "k3"
+    entropy_coef: float = 0.0
     dtype: str = "float32"  # of activations; parameters and gradients stay float32
     remat: bool = False
     microbatch: int = 0  # rows per forward/backward; 0 = all
@@ -140,13 +142,10 @@ def make_programs(
             penalty, _ = kl_penalty(at.logp, ref_logp, batch.mask, kind=objective.kl_kind)
             metrics["kl"] = penalty.total / jnp.maximum(penalty.weight, 1)
             loss += objective.kl_coef * metrics["kl"]
-        tokens = jnp.maximum(jnp.sum(batch.mask, dtype=jnp.float32), 1)
+        bonus, found = entropy_bonus(at.entropy, batch.mask)
+        loss += objective.entropy_coef * bonus.total / jnp.maximum(bonus.weight, 1)
         grad_norm = optax.global_norm(grads.policy)
-        metrics |= {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "entropy": jnp.sum(at.entropy, where=batch.mask) / tokens,
-        }
+        metrics |= {"loss": loss, "grad_norm": grad_norm} | found
         finite = jnp.isfinite(loss + grad_norm)
         if objective.critic is not None:
             found = _critic_metrics(objective.critic, at.value, targets, batch.mask, grads.critic)
@@ -214,6 +213,9 @@ def accumulate(
         if ref is not None:
             penalty = kl_penalty(logp, ref, micro.mask, kind=objective.kl_kind)[0]
             total += objective.kl_coef * penalty.total / jnp.maximum(kl_weight, 1)
+        if objective.entropy_coef:
+            bonus = entropy_bonus(entropy, micro.mask)[0]
+            total += objective.entropy_coef * bonus.total / jnp.maximum(tokens, 1)
         if (term := objective.critic) is None:
             return total, Forward(logp, entropy)
         value = term.values(trained.critic, micro, states)

@@ -190,6 +190,19 @@ def test_the_kl_term_pulls_towards_the_reference(tiny_view):
     assert values[-1] < values[0]
 
 
+def test_the_entropy_bonus_raises_the_entropy(tiny_view):
+    """With advantage 0 everywhere, only the bonus is left; ascending it flattens the policy."""
+    graphdef, optimizer, state = fresh(tiny_view, learning_rate=1e-2)
+    programs = make_programs(graphdef, optimizer, Objective(GSPO, entropy_coef=0.5, microbatch=2))
+    batch = on_device(make_batch()._replace(adv=np.zeros(B, np.float32)))
+    values = []
+    for _ in range(4):
+        state, metrics, _ = programs.update(state, batch)
+        values.append(float(metrics["entropy"]))
+        assert float(metrics["loss"]) == pytest.approx(-0.5 * values[-1], rel=1e-5)
+    assert values == sorted(values) and values[-1] > values[0] + 1e-3
+
+
 def test_compiled_once_for_all_steps(tiny_view):
     graphdef, optimizer, state = fresh(tiny_view)
     programs = make_programs(graphdef, optimizer, Objective(GSPO))
