@@ -71,7 +71,7 @@ class Rollout:
 
 
 class TrainBatch(NamedTuple):
-    """What the update sees: rows of prompt + response, right-padded.
+    """What the update sees: rows of prompt + response, right-padded; NumPy or JAX arrays.
 
     Attributes:
         tokens: prompt ids, then response ids, then padding.
@@ -80,7 +80,7 @@ class TrainBatch(NamedTuple):
         adv: one advantage per response, or one per token where the loss takes them.
     """
 
-    tokens: Int[np.ndarray, "B S"]
-    prompt_length: Int[np.ndarray, " B"]
-    mask: Bool[np.ndarray, "B T"]
-    adv: Float[np.ndarray, " B"] | Float[np.ndarray, "B T"]
+    tokens: Int[Any, "B S"]
+    prompt_length: Int[Any, " B"]
+    mask: Bool[Any, "B T"]
+    adv: Float[Any, " B"] | Float[Any, "B T"]

@@ -245,4 +245,4 @@ def _completions(state: DecodeState, eos_ids: Sequence[int], limit: int) -> Comp
     is_eos = np.isin(tokens, list(eos_ids)) & drawn
     before = np.cumsum(is_eos, axis=1) - is_eos  # EOS tokens to the left
     mask = (before == 0) & drawn
-    return Completions(tokens, mask, logp, truncated=~is_eos.any(axis=1))
+    return Completions(tokens, mask, logp, truncated=np.asarray(~is_eos.any(axis=1)))

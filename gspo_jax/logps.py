@@ -45,7 +45,7 @@ def token_logps(
     short = -(B * T) % chunk
     rows = jnp.pad(rows, ((0, short), (0, 0))).reshape(-1, chunk, D)
     ids = jnp.pad(ids, (0, short)).reshape(-1, chunk)
-    step = jax.checkpoint(lambda x: _chunk_logps(*x, head, temperature))
+    step = jax.checkpoint(lambda x: _chunk_logps(x[0], x[1], head, temperature))
     logp, entropy = jax.lax.map(step, (rows, ids))
     return logp.reshape(-1)[: B * T].reshape(B, T), entropy.reshape(-1)[: B * T].reshape(B, T)
 

@@ -65,9 +65,9 @@ def compress_state(
     def init(params: PyTree) -> CompressedState:
         return CompressedState(jax.tree_util.tree_map_with_path(compress, inner.init(params)))
 
-    def update(grads: PyTree, state: CompressedState, params: PyTree | None = None):
+    def update(updates: PyTree, state: Any, params: PyTree | None = None):
         full = jax.tree.map(decompress, state.inner, is_leaf=lambda x: isinstance(x, Quantised))
-        updates, full = inner.update(grads, full, params)
+        updates, full = inner.update(updates, full, params)
         return updates, CompressedState(jax.tree_util.tree_map_with_path(compress, full))
 
     return optax.GradientTransformation(init, update)

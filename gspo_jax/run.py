@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,11 +38,14 @@ from gspo_jax.update import CriticState, CriticTerm, TrainState, init_state
 EXIT_CODES = {"finished": 0, "preempted": PREEMPTED, "interrupted": INTERRUPTED}
 
 _compile_seconds = [0.0]  # of this process; XLA reports every compilation
-jax.monitoring.register_event_duration_secs_listener(
-    lambda event, seconds, **_: _compile_seconds.__setitem__(
-        0, _compile_seconds[0] + seconds * event.endswith("backend_compile_duration")
-    )
-)
+
+
+def _count_compilation(event: str, duration_secs: float, **_: str | int) -> None:
+    if event.endswith("backend_compile_duration"):
+        _compile_seconds[0] += duration_secs
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_compilation)
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Result:
 
 def make_state(
     config: Config, policy: Policy, updates: int
-) -> tuple[optax.GradientTransformation, optax.Schedule, TrainState]:
+) -> tuple[optax.GradientTransformation, Callable[[int], Any], TrainState]:
     """The optimizer, its learning rate by update, and the state before the first step.
 
     The state takes over the policy's parameters: the first update donates them.
@@ -152,7 +155,7 @@ class Run:
     directory: Path
     before: dict[str, float] = field(default_factory=dict)
     tokens: int = 0  # prompt and response tokens so far
-    stopped_by: str | None = None
+    stopped_by: Literal["preempted", "interrupted"] | None = None
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def start(self, state: TrainState) -> TrainState:
@@ -231,7 +234,7 @@ class Run:
             record |= self.evaluate(state)
         self.log.step(step, record)
         every = c.run.log_completions
-        if rollout is not None and every and (step == 1 or step % every == 0):
+        if rollout is not None and adv is not None and every and (step == 1 or step % every == 0):
             self.log.samples(step, sample_rows(rollout, adv))
         if record["skipped_updates"] > c.run.skip_budget:
             raise NumericalError(

@@ -40,7 +40,7 @@ NAME = "manifest.json"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="a finished run of the recipe")
     run = parser.parse_args().run
     shutil.copyfile(run / "export" / "model.safetensors", DEMO / "model.safetensors")
