@@ -84,7 +84,7 @@ def gspo(
     GRPO's because sᵢ is a geometric mean. There is no other mean to choose: `luspo` is the loss
     that weighs responses by their length.
     """
-    adv = _one_per_row(adv, mask, logp)
+    adv = _one_per_row(adv, logp)
     log_s = saturated(row_mean(log_ratio(logp, old_logp, mask), mask))  # (7)
     s, clipped = _clip(log_s, adv, clip_low, clip_high, delta)
     return mean_over_rows(-s * adv, mask, weight), diagnostics(log_s, mask, **clipped)  # (5)
@@ -134,7 +134,7 @@ def luspo(
     So the gradient of a token no longer has the factor 1/|yᵢ| that favours short good responses.
     Liu et al., 2026, https://arxiv.org/abs/2602.05261.
     """
-    adv = _one_per_row(adv, mask, logp)
+    adv = _one_per_row(adv, logp)
     log_s = saturated(row_mean(log_ratio(logp, old_logp, mask), mask))
     s, clipped = _clip(log_s, adv, clip_low, clip_high, delta)
     length = mask.sum(-1, dtype=s.dtype)
@@ -159,7 +159,7 @@ def gmpo(
     The range is one of log-ratios: ±0.4 lets wᵢₜ go from 0.67 to 1.49. Without it the loss is
     `gspo` unclipped. Zhao et al., 2025, https://arxiv.org/abs/2507.20673.
     """
-    adv = _one_per_row(adv, mask, logp)
+    adv = _one_per_row(adv, logp)
     log_w, sign = log_ratio(logp, old_logp, mask), adv[:, None]
     above, below = (sign > 0) & (log_w > log_clip_high), (sign < 0) & (log_w < -log_clip_low)
     log_w = jnp.where(above, log_clip_high, jnp.where(below, -log_clip_low, log_w))
@@ -332,7 +332,7 @@ def _clip(log_ratio, adv, clip_low, clip_high, delta):
     constant, so the gradient is exactly 0 there.
     """
     low, high = jnp.asarray(clip_low, log_ratio.dtype), jnp.asarray(clip_high, log_ratio.dtype)
-    below = (adv < 0) & (log_ratio < jnp.log1p(-jnp.minimum(low, 1)))
+    below = (adv < 0) & (log_ratio < jnp.log1p(-low))
     above = (adv > 0) & (log_ratio > jnp.log1p(high))
     ratio = jnp.where(above, 1 + high, jnp.where(below, 1 - low, jnp.exp(log_ratio)))
     clipped = {"low": below, "high": above}
@@ -356,14 +356,14 @@ def _one_per_token(adv, mask, logp):
     return stop_gradient(on_mask(adv, mask, float_dtype(logp)))
 
 
-def _one_per_row(adv, mask, logp):
-    """Âᵢ, fixed; 0 for a response without tokens."""
+def _one_per_row(adv, logp):
+    """Âᵢ, fixed."""
     if adv.ndim != 1:
         raise ValueError(
             f"adv has shape {adv.shape}; gspo, luspo and gmpo take one advantage per response, "
             "[B]. For one per token use gspo_token."
         )
-    return stop_gradient(jnp.where(mask.any(-1), adv.astype(float_dtype(logp)), 0))
+    return stop_gradient(adv.astype(float_dtype(logp)))
 
 
 LOSSES: dict[str, Callable[..., tuple[Mean, Metrics]]] = {

@@ -21,7 +21,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ["losses", "advantages", "penalties", "mismatch", "losses_traps", "losses_invariants"]
+TESTS = [
+    "masked",
+    "losses",
+    "advantages",
+    "penalties",
+    "mismatch",
+    "losses_traps",
+    "losses_invariants",
+]
 TESTS = [f"tests/test_{name}.py" for name in [*TESTS, "losses_golden"]]
 
 

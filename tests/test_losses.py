@@ -151,13 +151,35 @@ def test_the_default_bounds_of_gmpo_and_cispo():
 
 
 def test_gmpo_has_a_bound_for_each_side():
-    """Good at +0.5, cut to 0.3; bad at -0.5, cut to -0.2; the other two pass."""
-    old, mask = jnp.full((4, 1), -1.0), jnp.ones((4, 1), bool)
-    log_ratio, adv = jnp.array([[0.5], [-0.5], [0.5], [-0.5]]), jnp.array([1.0, -2.0, -4.0, 8.0])
+    """Good above 0.3, three, cut to 0.3; bad below -0.2, two, cut to -0.2; the rest pass."""
+    log_ratio = jnp.array([[0.5], [0.35], [0.31], [-0.5], [-0.25], [0.5], [-0.5], [-0.15]])
+    adv = jnp.array([1.0, 2.0, 3.0, -2.0, -5.0, -4.0, 8.0, -3.0])
+    old, mask = jnp.full((8, 1), -1.0), jnp.ones((8, 1), bool)
     loss, metrics = gmpo(old + log_ratio, old, adv, mask, log_clip_low=0.2, log_clip_high=0.3)
-    expected = np.exp([0.3, -0.2, 0.5, -0.5]) @ [1, -2, -4, 8]
+    expected = np.exp([0.3, 0.3, 0.3, -0.2, -0.2, 0.5, -0.5, -0.15]) @ np.asarray(adv)
     np.testing.assert_allclose(loss.total, -expected, rtol=1e-12)
-    assert (metrics["clip_frac_low"], metrics["clip_frac_high"]) == (0.25, 0.25)
+    np.testing.assert_allclose(metrics["clip_frac_high"], 3 / 8)
+    np.testing.assert_allclose(metrics["clip_frac_low"], 2 / 8)
+
+
+def test_cispo_truncates_on_both_sides_whatever_the_sign_and_counts_where_it_matters():
+    """Ratios 0.5, 0.5, 2, 2, 2 in [0.8, 1.5]; the third and the last have nothing to weigh."""
+    ratio, adv = np.array([[0.5], [0.5], [0.5], [2.0], [2.0]]), jnp.array([1.0, -3, 0, 2, 0])
+    old, mask = jnp.full((5, 1), -2.0), jnp.ones((5, 1), bool)
+    inputs = jnp.array(old + np.log(ratio)), old, adv, mask
+    (_, metrics), grad = value_and_grad(cispo, *inputs, cap=1.5, floor=0.8)
+    np.testing.assert_allclose(grad[:, 0], np.array([-0.8, 2.4, 0, -3.0, 0]) / 5, rtol=1e-12)
+    np.testing.assert_allclose(metrics["clip_frac_low"], 2 / 5)
+    np.testing.assert_allclose(metrics["clip_frac_high"], 1 / 5)
+
+
+def test_the_gradient_of_sapo_keeps_its_digits_far_from_the_policy():
+    """sech²(τ(w - 1)/2) at w = 20 is 2e-8: in float32, 1 - sigmoid would round it to nothing."""
+    old, mask = jnp.full((1, 1), -3.2, jnp.float32), jnp.ones((1, 1), bool)
+    logp = old + np.float32(np.log(20))
+    _, grad = value_and_grad(sapo, logp, old, jnp.ones(1, jnp.float32), mask)
+    w = np.exp(np.float64(logp - old)[0, 0])
+    np.testing.assert_allclose(grad[0, 0], -w / np.cosh((w - 1) / 2) ** 2, rtol=1e-5)
 
 
 def test_ppo_is_the_same_surrogate_averaged_over_tokens():
@@ -218,6 +240,22 @@ def test_without_a_single_token_everything_is_finite_and_zero(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
+def test_an_empty_response_does_not_trip_the_search_for_nans(name):
+    """Whoever hunts a NaN of their own with jax.debug_nans must not be stopped by ours."""
+    logp, old, adv, mask = arrays()
+    logp, old = (jnp.where(mask, x, 0.0) for x in (logp, old))
+    mask = mask.at[2].set(False)
+
+    def loss(logp):
+        loss, metrics = LOSSES[name](logp, old, adv, mask, weight=jnp.ones(4))
+        return loss.total, metrics
+
+    with jax.debug_nans(True):
+        grad, _ = jax.grad(loss, has_aux=True)(logp)
+    assert np.abs(grad).max() > 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
 def test_the_weight_of_the_mean_depends_on_the_mask_alone(name):
     logp, old, adv, mask = arrays()
     loss, _ = LOSSES[name](logp, old, adv, mask)
@@ -232,6 +270,19 @@ def test_a_response_without_tokens_is_not_counted():
     assert loss.weight == 4
     np.testing.assert_allclose(loss.total / loss.weight, -0.000238156986041, atol=1e-12)
     np.testing.assert_allclose(metrics["clip_frac_seq"], 3 / 4)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_only_logp_has_a_gradient(name):
+    logp, old, adv, mask = arrays()
+    logp, old = (jnp.where(mask, x, -1.0) for x in (logp, old))
+    weight = jnp.ones(4)
+
+    def loss(old, adv, weight):
+        return LOSSES[name](logp, old, adv, mask, weight=weight)[0].total
+
+    for grad in jax.grad(loss, argnums=(0, 1, 2))(old, adv, weight):
+        np.testing.assert_array_equal(grad, 0)
 
 
 def test_a_weight_scales_terms_and_not_the_denominator():
@@ -262,6 +313,8 @@ def test_delta_bounds_the_ratio_of_bad_responses_only():
     np.testing.assert_allclose(bound.total, A * (1.06 - s[1] + 1.06 - s[3]))
     np.testing.assert_allclose(metrics["clip_frac_delta"], 4 / 9)
     assert metrics["clip_frac"] == 0  # as in TRL, delta is not part of the clip range
+    plain, _ = gspo(logp, old, adv, mask, **kwargs)  # rows 0 and 2 are good now, and above 1.06
+    assert gspo(logp, old, adv, mask, delta=1.06, **kwargs)[0].total == plain.total
 
     with pytest.raises(ValueError, match=r"delta=1.01 must be above 1 \+ clip_high = 1.05"):
         gspo(logp, old, adv, mask, clip_high=0.05, delta=1.01)
@@ -286,6 +339,15 @@ def test_half_precision_is_computed_in_float32_and_float64_stays():
         assert got.total == expected.total, name
         full, metrics = loss_fn(logp, old, adv, mask)
         assert {x.dtype for x in (*full, *metrics.values())} == {jnp.dtype("float64")}, name
+
+
+def test_advantages_may_have_another_precision_than_log_probabilities():
+    logp, old, adv, mask = arrays()
+    for name, loss_fn in LOSSES.items():
+        full, _ = loss_fn(logp, old, adv.astype(jnp.float32), mask, weight=adv.astype(jnp.float32))
+        assert full.total.dtype == jnp.float64, name
+        half, _ = loss_fn(logp.astype(jnp.float32), old, adv, mask, weight=adv)
+        assert half.total.dtype == jnp.float32, name
 
 
 def test_every_loss_says_what_its_ratio_covers_and_what_can_be_set():

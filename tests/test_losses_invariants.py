@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from gspo_jax.losses import LOSSES, RATIO, cispo, dapo, gmpo, grpo, gspo, gspo_token, luspo, sapo
@@ -20,7 +20,13 @@ BY_RESPONSE = ["gspo", "gspo_token", "gmpo", "grpo", "sapo"]  # one weight per r
 BY_TOKEN = ["dapo", "ppo", "cispo", "reinforce"]  # one weight per token
 TAKES_TOKEN_ADV = sorted(LOSSES.keys() - {"gspo", "luspo", "gmpo"})
 
-FIXED = {"derandomize": True, "deadline": None, "database": None}
+# Without shrinking: an example is a seed, and a smaller seed explains nothing.
+FIXED = {
+    "derandomize": True,
+    "deadline": None,
+    "database": None,
+    "phases": [Phase.explicit, Phase.generate],
+}
 some, few = settings(max_examples=20, **FIXED), settings(max_examples=3, **FIXED)
 
 
@@ -614,19 +620,6 @@ def test_jit_vmap_and_remat_change_nothing(name):
         np.testing.assert_allclose(jax.jit(grad)(*inputs), grad(*inputs), rtol=1e-12, atol=1e-15)
         remat = jax.grad(jax.checkpoint(loss))(*inputs)
         np.testing.assert_allclose(remat, grad(*inputs), rtol=1e-12, atol=1e-15)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_only_logp_has_a_gradient(name):
-    logp, old, adv, mask = batch()
-    logp, old = (jnp.where(mask, x, -1.0) for x in (logp, old))
-    weight = jnp.ones(4)
-
-    def loss(old, adv, weight):
-        return LOSSES[name](logp, old, adv, mask, weight=weight)[0].total
-
-    for grad in jax.grad(loss, argnums=(0, 1, 2))(old, adv, weight):
-        np.testing.assert_array_equal(grad, 0)
 
 
 def test_every_loss_is_tested_here():
