@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+# Two jobs may read what the other is still writing, which is not the mutant's doing.
+RACE = "ignore:Error reading persistent compilation cache entry:UserWarning"
 TESTS = ["masked", "losses", "advantages", "penalties", "mismatch"]
 TESTS += [f"losses_{name}" for name in ("traps", "invariants", "padding", "golden")]
 
@@ -68,9 +70,7 @@ def run(original: Path, mutant: Mutant | None) -> Outcome:
             path = Path(folder, "gspo_jax", f"{mutant.module}.py")
             path.write_text(path.read_text().replace(mutant.old, mutant.new))
         result = subprocess.run(
-            # Two jobs may read what the other is still writing: not the mutant's doing.
-            [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *files]
-            + ["-W", "ignore:Error reading persistent compilation cache entry:UserWarning"],
+            [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-W", RACE, *files],
             cwd=folder,
             env=os.environ | {"PYTHONPATH": folder},
             capture_output=True,
