@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -83,6 +83,10 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
     layers.append(_named(dict(map(_parse, overrides)).items(), ""))
     merged = OmegaConf.structured(Config)
     for layer in layers:
+        task = layer.get("task", {})
+        if any(task.get(key) not in (None, merged.task[key]) for key in ("name", "path")):
+            with read_write(merged.task):  # another task: the former one's options are not its own
+                merged.task.options = {}
         merged = _guarded(layer, OmegaConf.merge, merged, layer)
     if not merged.run.name:
         stem = Path(path).stem if path is not None else "gspo"

@@ -1,6 +1,10 @@
 """What the command line says around a run: the demo's introduction, and what came out."""
 
+import os
+import shutil
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -63,12 +67,20 @@ def after_demo(config: Config, result: Result) -> None:
     if result.state == "finished":
         show(
             "\nNext: the new model on other problems; GRPO instead, for comparison; your own.\n"
-            f"  gspo-jax eval {result.run_dir / 'export'} eval.split=val\n"
-            "  gspo-jax demo run.name=demo-grpo algo.loss.name=grpo algo.loss.clip_low=0.2 "
+            f"  {program()} eval {result.run_dir / 'export'} eval.split=val\n"
+            f"  {program()} demo run.name=demo-grpo algo.loss.name=grpo algo.loss.clip_low=0.2 "
             "algo.loss.clip_high=0.2\n"
-            "  gspo-jax train model.path=Qwen/Qwen3-0.6B task.path=problems.jsonl --dry-run",
+            f"  {program()} train model.path=Qwen/Qwen3-0.6B task.path=problems.jsonl --dry-run",
             wrap=False,
         )
+
+
+def program() -> str:
+    """The command as it can be typed here: by name where it is on the PATH, else by its path."""
+    here = Path(sys.argv[0])
+    if shutil.which("gspo-jax") or here.name != "gspo-jax":
+        return "gspo-jax"
+    return os.path.relpath(here)
 
 
 def comparison(columns: Mapping[str, Mapping[str, float]]) -> Table:

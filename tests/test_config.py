@@ -91,6 +91,17 @@ def test_a_data_path_replaces_the_built_in_task_and_the_reverse(tmp_path):
     assert (task.name, task.path) == ("arithmetic", None)
 
 
+def test_another_task_does_not_inherit_the_options_of_the_former(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("task: {name: arithmetic, options: {slip: 0.5}}")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("")
+    assert load_config(file, [f"task.path={data}"]).task.options == {}
+    assert load_config(file, ["task.name=arithmetic"]).task.options == {"slip": 0.5}
+    both = load_config(file, [f"task.path={data}", "task.options={max_bad_rows: 3}"])
+    assert both.task.options == {"max_bad_rows": 3}
+
+
 def test_a_run_is_named_after_its_file_and_seed(tmp_path):
     file = write(tmp_path / "chains.yaml", "run: {seed: 2}\n")
     assert load_config(file).run.name == "chains-seed2"
