@@ -171,6 +171,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     squares = np.where(scored, (reward - mean[:, None]) ** 2, 0.0).sum(1)
     std = np.sqrt(squares / np.maximum(counts - 1, 1))
     lengths = rollout.completions.mask.sum(1)
+    ended = lengths[~rollout.completions.truncated]
     metrics = {
         "reward": float(reward[scored].mean()) if scored.any() else float("nan"),
         "reward_std": float(std.mean()),
@@ -178,6 +179,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": int(lengths.min()),
         "completions/max_length": int(lengths.max()),
+        "completions/mean_terminated_length": float(ended.mean()) if ended.size else 0.0,
         "completions/clipped_ratio": float(rollout.completions.truncated.mean()),
     }
     for name, values in rollout.rewards.items():

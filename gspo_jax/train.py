@@ -19,7 +19,7 @@ from gspo_jax.advantages import ADVANTAGES
 from gspo_jax.batch import Completions, Rollout, TrainBatch
 from gspo_jax.config import Config
 from gspo_jax.critic import estimate, make_values
-from gspo_jax.losses import LOSSES, token_kl
+from gspo_jax.losses import LOSSES, RATIO, token_kl
 from gspo_jax.policy import Policy, load_policy, load_problems
 from gspo_jax.rollout import (
     encode_prompts,
@@ -88,6 +88,7 @@ def train(config: Config) -> Result:
                     place=place,
                 )
                 stats = judged.metrics | summarise(stats) | mismatch(old_logp, rollout.completions)
+            stats |= trl_names(stats, c.algo.loss["name"])
             metrics = rollout_metrics(everything) | stats | {"learning_rate": rate}
             metrics["groups_without_spread"] = roll.prompts - len(groups_with_spread(rollout))
             tokens = token_count(everything)
@@ -129,6 +130,20 @@ def sample(run: Run, state: TrainState, step: int, number: int) -> Rollout:
             texts,
             overlong_buffer=roll.overlong_buffer,
         )
+
+
+def trl_names(metrics: Metrics, loss: str) -> Metrics:
+    """The clip fractions once more under TRL's names, so that its dashboards read our runs.
+
+    As there, the region is a share of responses where the ratio is one per response, and of
+    tokens where it is one per token; low and high are shares of tokens here in either case.
+    """
+    region = "clip_frac_seq" if RATIO[loss] == "sequence" else "clip_frac"
+    return {
+        "clip_ratio/region_mean": metrics[region],
+        "clip_ratio/low_mean": metrics["clip_frac_low"],
+        "clip_ratio/high_mean": metrics["clip_frac_high"],
+    }
 
 
 def mismatch(old_logp: Float[np.ndarray, "B T"], completions: Completions) -> dict[str, float]:

@@ -82,6 +82,7 @@ def test_a_run_raises_its_reward_and_leaves_what_it_promises(config):
     first, last = (np.mean([r["reward"] for r in part]) for part in (rows[:5], rows[-5:]))
     assert last > first + 0.1
     assert all(row["clip_frac_by_update"][0] == 0 for row in rows)
+    assert all(row["clip_ratio/region_mean"] == row["clip_frac_seq"] for row in rows)
     assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-3
     assert result.state == "finished" and result.exit_code == 0
     left = {path.name for path in result.run_dir.iterdir()}

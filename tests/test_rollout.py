@@ -63,6 +63,7 @@ def test_metrics_by_hand_leave_out_what_was_not_scored(rollout):
     assert metrics["completions/mean_length"] == 9 / 4
     assert (metrics["completions/min_length"], metrics["completions/max_length"]) == (1, 3)
     assert metrics["completions/clipped_ratio"] == 0.25
+    assert metrics["completions/mean_terminated_length"] == 2  # of 2, 1 and 3
     assert metrics["rewards/f/mean"] == 0.5
 
 
