@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from gspo_jax.masked import float_dtype
+
 
 def group_normalised(
     reward: Float[Array, " B"],
@@ -100,7 +102,7 @@ def batch_whitened(
     Of rewards [B] it is the advantage of REINFORCE++, of advantages per token [B, T] the
     whitening of PPO. The variance is the sample's, as in TRL and verl.
     """
-    x = x.astype(_float_dtype(x))
+    x = x.astype(float_dtype(x))
     valid = ~jnp.isnan(x) if mask is None else mask & ~jnp.isnan(x)
     count = valid.sum(dtype=x.dtype)
     centred = x - jnp.sum(x, where=valid) / jnp.maximum(count, 1)
@@ -158,7 +160,7 @@ def gae(
     Returns:
         The advantages and the returns (the critic's targets), both 0 outside the mask.
     """
-    dtype = _float_dtype(reward)
+    dtype = float_dtype(reward)
     reward = jnp.where(mask, reward.astype(dtype), 0)
     value = jnp.where(mask, value.astype(dtype), 0)
 
@@ -186,7 +188,7 @@ def token_rewards(
     For `gae`; its sum over t is the penalised reward per response for the group advantages. `kl`
     is `penalties.token_kl(old_logp, ref_logp, mask, "k1")`. A response that is not scored gets 0.
     """
-    penalty = jnp.where(mask, kl.astype(_float_dtype(reward)), 0)
+    penalty = jnp.where(mask, kl.astype(float_dtype(reward)), 0)
     last = mask & (jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1] == 1)
     score = jnp.where(last, reward[:, None].astype(penalty.dtype), 0)
     return jnp.where(jnp.isnan(reward)[:, None], 0, score - coef * penalty)
@@ -218,7 +220,7 @@ def _centre(reward, group_size, groups):
 
     Sums run over a fixed order of rows rather than a scatter-add, whose order may vary on a GPU.
     """
-    reward = reward.astype(_float_dtype(reward))
+    reward = reward.astype(float_dtype(reward))
     if groups is None and (not group_size or group_size < 1 or reward.size % group_size):
         raise ValueError(
             f"{reward.size} rewards do not split into groups of group_size={group_size}; "
@@ -239,10 +241,6 @@ def _centre(reward, group_size, groups):
     lowest = over_group(jnp.min, jnp.where(scored, reward, jnp.inf), jnp.inf)
     centred = jnp.where(scored & (highest > lowest), reward - mean, 0)
     return centred, count, over_group
-
-
-def _float_dtype(x):
-    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
 
 
 def _scaled(adv, centred, count, over_group, ddof, eps):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import PyTree
@@ -23,6 +22,9 @@ from gspo_jax.rollout import Scorer, encode_prompts
 from gspo_jax.sharding import make_mesh, sharding_for
 from gspo_jax.tasks import Task, load_task
 from gspo_jax.tokenizer import Tokenizer, load_tokenizer
+from gspo_jax.update import cast
+
+_compiled_cast = jax.jit(cast, static_argnums=1)
 
 
 class Policy(NamedTuple):
@@ -43,7 +45,7 @@ class Policy(NamedTuple):
 
     def sampler(self, params: PyTree) -> PureModel:
         """The pure model for sampling: `params` cast once to the computing dtype."""
-        return self.graphdef, _cast(params, self.dtype)
+        return self.graphdef, _compiled_cast(params, self.dtype)
 
 
 class Problems(NamedTuple):
@@ -118,8 +120,3 @@ def load_problems(config: Config, tokenizer: Tokenizer) -> Problems:
     first = task.problem("train", indices["train"][0])
     scorer([first], [first.answer or "", ""], [[], []])
     return Problems(task, indices, too_long, scorer)
-
-
-@partial(jax.jit, static_argnums=1)
-def _cast(params: PyTree, dtype: str) -> PyTree:
-    return jax.tree.map(lambda p: p.astype(jnp.dtype(dtype)), params)
