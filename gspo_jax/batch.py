@@ -78,9 +78,12 @@ class TrainBatch(NamedTuple):
         prompt_length: where each response starts; response token t is `tokens[:, length + t]`.
         mask: true on response tokens that are trained on.
         adv: one advantage per response, or one per token where the loss takes them.
+        routing: the X experts chosen earlier for each token in the M layers that have experts,
+            -1 where not known; None where nobody recorded them.
     """
 
     tokens: Int[Any, "B S"]
     prompt_length: Int[Any, " B"]
     mask: Bool[Any, "B T"]
     adv: Float[Any, " B"] | Float[Any, "B T"]
+    routing: Int[Any, "B S M X"] | None = None

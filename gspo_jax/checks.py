@@ -12,6 +12,7 @@ from typing import Any
 from gspo_jax.advantages import ADVANTAGES
 from gspo_jax.errors import ConfigError
 from gspo_jax.losses import LOSSES, check_options, loss_options
+from gspo_jax.models.config import QwenConfig
 from gspo_jax.settings import (
     GAE,
     AlgoConfig,
@@ -38,6 +39,8 @@ AT_LEAST = {
     "algo.microbatch": 0,
     "algo.kl.coef": 0,
     "algo.entropy_coef": 0,
+    "algo.router_aux_coef": 0,
+    "algo.router_z_coef": 0,
     "algo.critic.learning_rate": 0,
     "algo.critic.coef": 0,
     "optim.learning_rate": 0,
@@ -189,6 +192,17 @@ def _check_critic(algo: AlgoConfig) -> None:
             raise ConfigError(f"algo.advantage.{key}={algo.advantage[key]:g}: must be in [0, 1].")
     if algo.critic.clip <= 0:
         raise ConfigError(f"algo.critic.clip={algo.critic.clip:g}: must be above 0.")
+
+
+def check_experts(algo: AlgoConfig, shape: QwenConfig) -> None:
+    """What concerns a router asks for a model that has one; told once the model is known."""
+    for name, unused in (("routing_replay", "off"), ("router_aux_coef", 0), ("router_z_coef", 0)):
+        value = getattr(algo, name)
+        if value != unused and shape.experts is None:
+            raise ConfigError(
+                f"algo.{name}={value}: the model is {shape.family}, which has no experts; leave it "
+                f"at {unused}."
+            )
 
 
 def check_rest(optim: OptimConfig, mesh: MeshConfig, run: RunConfig) -> None:

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from gspo_jax import checkpoint
+from gspo_jax.checks import check_experts
 from gspo_jax.config import Config, model_dir, run_dir
 from gspo_jax.metrics import check_place
 from gspo_jax.models.files import find_tensors
@@ -21,6 +22,7 @@ def plan(config: Config) -> str:
     """
     directory = model_dir(config)
     shape = read_config(directory)
+    check_experts(config.algo, shape)
     size = "random weights"
     if config.model.init == "pretrained":
         count = sum(math.prod(tensor.shape) for tensor in find_tensors(directory).values())

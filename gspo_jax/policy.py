@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from gspo_jax import rewards
 from gspo_jax.batch import Problem
+from gspo_jax.checks import check_experts
 from gspo_jax.config import Config, model_dir
 from gspo_jax.errors import DataError
 from gspo_jax.generate import PureModel
@@ -66,6 +67,7 @@ def load_policy(config: Config) -> Policy:
     """Read (or draw at random) the network that `config.model` names."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     directory = model_dir(config)
+    check_experts(config.algo, read_config(directory))
     tokenizer = load_tokenizer(directory)
     if config.model.init == "random":
         model = random_model(read_config(directory), config.run.seed, mesh)

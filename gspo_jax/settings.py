@@ -120,6 +120,13 @@ class AlgoConfig:
     """Weight of a bonus on the mean entropy per token; above 0 keeps the policy exploring."""
     mask_truncated: bool = False
     """Leave responses that hit the length limit out of the loss."""
+    routing_replay: Literal["off", "R2", "R3"] = "off"
+    """Experts of a rollout's updates: chosen anew, or those that the training program (R2) or
+    the sampler (R3) chose before the first of them."""
+    router_aux_coef: float = 0.0
+    """Weight of the load-balancing loss, which is num_experts_per_tok where all load is equal."""
+    router_z_coef: float = 0.0
+    """Weight of the mean squared log-sum of the router's exponentials."""
 
     def __post_init__(self):
         # null means "the function's own default", so that an override can undo a file's choice.

@@ -35,6 +35,8 @@ def sft(config: Config) -> Result:
         dtype=policy.dtype,
         remat=c.model.remat == "full",
         microbatch=c.algo.microbatch,
+        router_aux_coef=c.algo.router_aux_coef,
+        router_z_coef=c.algo.router_z_coef,
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
     programs = make_programs(policy.graphdef, optimizer, objective, shardings)

@@ -24,6 +24,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "heads": None,
     "kv_heads": None,
     "mlp": None,
+    "experts": None,
     "norm": None,
 }
 

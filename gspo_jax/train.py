@@ -169,6 +169,9 @@ def objective(config: Config, policy: Policy, critic: CriticTerm | None) -> Obje
         dtype=policy.dtype,
         remat=config.model.remat == "full",
         microbatch=config.algo.microbatch,
+        routing_replay=config.algo.routing_replay,
+        router_aux_coef=config.algo.router_aux_coef,
+        router_z_coef=config.algo.router_z_coef,
         critic=critic,
     )
 
@@ -201,10 +204,12 @@ def make_advantage(
         # `adv` carries the rewards until they are turned into advantages.
         batch = to_train_batch(rollout, rollout.reward, mask_truncated=config.algo.mask_truncated)
         rows = shard_batch(batch, policy.mesh)
-        ref_logp = None if reference is None else programs.score(reference, rows)
+        # The reference is a network of its own, with its own routing.
+        alone = rows._replace(routing=None)
+        ref_logp = None if reference is None else programs.score(reference, alone).logp
         penalty, metrics = np.zeros(batch.mask.shape, np.float32), {}
         if ref_logp is not None and kl.placement == "reward":
-            k1 = token_kl(programs.score(state.params, rows), ref_logp, rows.mask, "k1")
+            k1 = token_kl(programs.score(state.params, rows).logp, ref_logp, rows.mask, "k1")
             penalty, ref_logp = np.asarray(k1), None
             metrics["kl"] = float(penalty.sum() / max(batch.mask.sum(), 1))
         batch, targets, more = estimated(state, batch, rows, penalty)

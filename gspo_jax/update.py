@@ -28,6 +28,7 @@ from gspo_jax.logps import token_logps
 from gspo_jax.losses import entropy_bonus
 from gspo_jax.losses import kl as kl_penalty
 from gspo_jax.losses import value as value_loss
+from gspo_jax.models.moe import Routing, balance, router_metrics
 
 Metrics = dict[str, Any]
 
@@ -80,6 +81,14 @@ class Forward(NamedTuple):
     logp: Float[Array, "B T"]
     entropy: Float[Array, "B T"]
     value: Float[Array, "B T"] | None = None
+    routing: Routing | None = None  # of every token, where the model has experts
+
+
+class Scored(NamedTuple):
+    """What a policy says of a batch: log-probabilities, and the experts that it chose."""
+
+    logp: Float[Array, "B T"]
+    experts: Int[Array, "B S M X"] | None = None
 
 
 class Objective(NamedTuple):
@@ -93,14 +102,17 @@ class Objective(NamedTuple):
     dtype: str = "float32"  # of activations; parameters and gradients stay float32
     remat: bool = False
     microbatch: int = 0  # rows per forward/backward; 0 = all
+    routing_replay: str = "off"  # "R2" and "R3" run the experts in TrainBatch.routing
+    router_aux_coef: float = 0.0
+    router_z_coef: float = 0.0
     critic: CriticTerm | None = None
 
 
 class Programs(NamedTuple):
     """The two jitted functions of the update stage."""
 
-    score: Callable[[PyTree, TrainBatch], Float[Array, "B T"]]
-    update: Callable[..., tuple[TrainState, Metrics, Float[Array, "B T"]]]
+    score: Callable[[PyTree, TrainBatch], Scored]
+    update: Callable[..., tuple[TrainState, Metrics, Scored]]
 
 
 def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
@@ -116,16 +128,16 @@ def make_programs(
 ) -> Programs:
     """Bind the network, the optimizer and the objective into `score` and `update`.
 
-    score(params, batch) -> log-probabilities [B, T] of the response tokens.
-    update(state, batch, old_logp, ref_logp, targets) -> (state, metrics, logp [B, T] before the
+    score(params, batch) -> Scored: log-probabilities [B, T] of the response tokens.
+    update(state, batch, old_logp, ref_logp, targets) -> (state, metrics, Scored before the
     update); donates `state`. `old_logp` None means on-policy; `ref_logp` is None without a KL
     term in the loss, `targets` without a critic.
     """
 
     @jax.jit
-    def score(params: PyTree, batch: TrainBatch) -> Float[Array, "B T"]:
+    def score(params: PyTree, batch: TrainBatch) -> Scored:
         def one(micro):
-            return forward_logps(graphdef, params, micro, objective)[0]
+            return _scored(forward(graphdef, params, micro, objective)[1])
 
         return by_microbatch(one, batch, objective.microbatch)
 
@@ -151,7 +163,12 @@ def make_programs(
             found = _critic_metrics(objective.critic, at.value, targets, batch.mask, grads.critic)
             finite &= jnp.isfinite(found["critic/vf_loss"] + found["critic/grad_norm"])
             metrics |= found
-        return apply_if_finite(state, grads, optimizer, objective, finite), metrics, at.logp
+        if at.routing is not None:
+            found = router_metrics(at.routing, batch.routing, real_tokens(batch))
+            metrics["loss"] += objective.router_aux_coef * found["router/aux_loss"]
+            metrics["loss"] += objective.router_z_coef * found["router/z_loss"]
+            metrics |= found
+        return apply_if_finite(state, grads, optimizer, objective, finite), metrics, _scored(at)
 
     return Programs(score, update)
 
@@ -160,17 +177,29 @@ def forward_logps(
     graphdef: nnx.GraphDef, params: PyTree, batch: TrainBatch, objective: Objective
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability and entropy at each response token."""
-    return forward(graphdef, params, batch, objective)[1:]
+    return forward(graphdef, params, batch, objective)[1][:2]
 
 
 def forward(
     graphdef: nnx.GraphDef, params: PyTree, batch: TrainBatch, objective: Objective
-) -> tuple[Float[Array, "B T D"], Float[Array, "B T"], Float[Array, "B T"]]:
+) -> tuple[Float[Array, "B T D"], Forward]:
     """The hidden state before each response token, its log-probability and its entropy."""
     model = nnx.merge(graphdef, cast(params, objective.dtype))
-    states, tokens = before_response(model(batch.tokens, remat=objective.remat), batch)
+    hidden, routing = model.routed(
+        batch.tokens,
+        remat=objective.remat,
+        replay=None if objective.routing_replay == "off" else batch.routing,
+        counted=real_tokens(batch),
+    )
+    states, tokens = before_response(hidden, batch)
     logp, entropy = token_logps(states, model.unembed(), tokens, temperature=objective.temperature)
-    return states, logp, entropy
+    return states, Forward(logp, entropy, routing=routing)
+
+
+def real_tokens(batch: TrainBatch) -> Bool[Array, "B S"]:
+    """True on the prompt and on the response tokens that are trained on."""
+    end = batch.prompt_length + jnp.sum(batch.mask, axis=1, dtype=jnp.int32)
+    return jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)[None] < end[:, None]
 
 
 def before_response(
@@ -206,9 +235,11 @@ def accumulate(
     weight = objective.loss(zeros, zeros, batch.adv, batch.mask)[0].weight
     kl_weight = kl_penalty(zeros, zeros, batch.mask, kind=objective.kl_kind)[0].weight
     tokens = jnp.sum(batch.mask, dtype=jnp.float32)
+    real = jnp.sum(real_tokens(batch), dtype=jnp.float32)
 
     def share_of_loss(trained, micro, old, ref, target):
-        states, logp, entropy = forward(graphdef, trained.policy, micro, objective)
+        states, found = forward(graphdef, trained.policy, micro, objective)
+        logp, entropy = found.logp, found.entropy
         total = objective.loss(logp, old, micro.adv, micro.mask)[0].total / jnp.maximum(weight, 1)
         if ref is not None:
             penalty = kl_penalty(logp, ref, micro.mask, kind=objective.kl_kind)[0]
@@ -216,12 +247,14 @@ def accumulate(
         if objective.entropy_coef:
             bonus = entropy_bonus(entropy, micro.mask)[0]
             total += objective.entropy_coef * bonus.total / jnp.maximum(tokens, 1)
+        if found.routing is not None:
+            total += _router_loss(found.routing, micro, objective, real)
         if (term := objective.critic) is None:
-            return total, Forward(logp, entropy)
+            return total, found
         value = term.values(trained.critic, micro, states)
         error = value_loss(value, target.value, target.returns, micro.mask, clip=term.clip)[0]
         total += term.coef * error.total / jnp.maximum(tokens, 1)
-        return total, Forward(logp, entropy, value)
+        return total, found._replace(value=value)
 
     gradient = jax.grad(share_of_loss, has_aux=True)
     trained = Gradients(params, critic)
@@ -236,6 +269,20 @@ def accumulate(
     nothing = jax.tree.map(jnp.zeros_like, trained)
     grads, found = jax.lax.scan(add, nothing, _split(inputs, objective.microbatch))
     return grads, _merge(found)
+
+
+def _router_loss(
+    routing: Routing, micro: TrainBatch, objective: Objective, real: Float[Array, ""]
+) -> Float[Array, ""]:
+    """A microbatch's share of the routers' losses: its own balance, weighted by its tokens."""
+    counted = real_tokens(micro)
+    aux, z, _ = balance(routing, counted)
+    loss = objective.router_aux_coef * aux + objective.router_z_coef * z
+    return loss * jnp.sum(counted, dtype=jnp.float32) / jnp.maximum(real, 1)
+
+
+def _scored(found: Forward) -> Scored:
+    return Scored(found.logp, None if found.routing is None else found.routing.experts)
 
 
 def _critic_metrics(term, value, targets, mask, grads) -> Metrics:
@@ -302,17 +349,20 @@ def update_on_rollout(
     goals = [place(goal) for goal in goals]
     # The first update is on-policy by construction, and tells its own π_old; the others' is needed
     # before the policy moves.
-    old = [None] + [programs.score(state.params, part) for part in parts[1:]]
+    old: list[Scored | None] = [None]
+    old += [programs.score(state.params, part) for part in parts[1:]]
     metrics = []
-    for epoch in range(epochs):
+    for _ in range(epochs):
         for i, part in enumerate(parts):
-            first = epoch == 0 and i == 0
-            known = None if first else old[i]
-            state, stats, logp = programs.update(state, part, known, refs[i], goals[i])
+            known = old[i]
+            if known is not None and part.routing is None:
+                part = part._replace(routing=known.experts)
+            known_logp = None if known is None else known.logp
+            state, stats, scored = programs.update(state, part, known_logp, refs[i], goals[i])
             metrics.append(stats)
-            if first:
-                old[0] = logp
-    return state._replace(step=state.step + 1), metrics, np.concatenate(jax.device_get(old))
+            old[i] = scored if known is None else known
+    logp = [jax.device_get(scored.logp) for scored in old if scored is not None]
+    return state._replace(step=state.step + 1), metrics, np.concatenate(logp)
 
 
 def cast(params: PyTree, dtype: str) -> PyTree:
@@ -320,9 +370,7 @@ def cast(params: PyTree, dtype: str) -> PyTree:
     return jax.tree.map(lambda p: p.astype(dtype), params)
 
 
-def by_microbatch(
-    function: Callable[[TrainBatch], Float[Array, "b T"]], batch: TrainBatch, rows: int
-) -> Float[Array, "B T"]:
+def by_microbatch(function: Callable[[TrainBatch], PyTree], batch: TrainBatch, rows: int) -> PyTree:
     """`function` of all rows, `rows` at a time; 0 is all at once."""
     _, out = jax.lax.scan(lambda _, micro: (None, function(micro)), None, _split(batch, rows))
     return _merge(out)
@@ -358,10 +406,10 @@ def summarise(per_update: list[Metrics]) -> Metrics:
     """A step's metrics from those of its updates: means, extremes, and lists of what differs."""
     host = jax.device_get(per_update)
     summary: Metrics = {}
-    for name in host[0]:
-        values = [float(m[name]) for m in host]
+    for name in dict.fromkeys(name for m in host for name in m):
+        values = [float(m[name]) for m in host if name in m]
         combine = min if name.endswith("_min") else max if name.endswith("_max") else np.mean
         summary[name] = float(combine(values))
-        if name in ("clip_frac", "ratio_std", "loss"):
+        if name in ("clip_frac", "ratio_std", "loss", "router/changed"):
             summary[f"{name}_by_update"] = values
     return summary

@@ -3,7 +3,7 @@
 import pytest
 
 from gspo_jax.errors import DataError
-from gspo_jax.models.config import QwenConfig
+from gspo_jax.models.config import ExpertsConfig, QwenConfig
 
 # As published with DeepSeek-R1-Distill-Qwen-1.5B (older keys) ...
 R1_DISTILL = {
@@ -56,6 +56,43 @@ QWEN3 = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+# As published with Qwen3-30B-A3B.
+QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
 
 
 def without(hf, *keys):
@@ -102,6 +139,56 @@ def test_published_qwen3_with_the_keys_of_transformers_5():
     )
 
 
+def test_published_mixture_of_experts():
+    config = QwenConfig.from_hf(QWEN3_MOE)
+    assert config.experts == ExpertsConfig(count=128, per_token=8, size=768, normalise=True)
+    assert (config.qk_norm, config.qkv_bias, config.head_dim) == (True, False, 128)
+    assert all(config.is_sparse(layer) for layer in range(48))
+    # transformers 5 writes the number of experts under another name.
+    renamed = without(QWEN3_MOE, "num_experts") | {"num_local_experts": 128}
+    assert QwenConfig.from_hf(renamed) == config
+
+
+def test_which_layers_have_experts():
+    """As in transformers: layer i where (i + 1) % step == 0, less the layers named dense."""
+    config = QwenConfig.from_hf(QWEN3_MOE | {"decoder_sparse_step": 3, "mlp_only_layers": [5, 6]})
+    assert [i for i in range(12) if config.is_sparse(i)] == [2, 8, 11]
+    assert not QwenConfig.from_hf(QWEN3).is_sparse(0)
+
+
+def test_head_dim_of_a_mixture_is_derived_unless_given():
+    assert QwenConfig.from_hf(without(QWEN3_MOE, "head_dim")).head_dim == 64  # 2048 / 32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts": None}, "num_experts is missing"),
+        ({"num_experts": 10**6}, "num_experts=1000000: wanted 1 to 32767"),
+        ({"num_local_experts": 64}, "num_experts=128, num_local_experts=64"),
+        ({"num_experts_per_tok": 200}, "num_experts_per_tok=200 is more than num_experts=128"),
+        ({"moe_intermediate_size": "768"}, "moe_intermediate_size='768': wanted an integer"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step=0: wanted 1 to"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers=3: wanted a list"),
+        ({"mlp_only_layers": [48]}, "mlp_only_layers has 48; wanted layers from 0 to 47"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob=1: wanted one of False, True"),
+        ({"attention_bias": True}, "attention_bias=True is not implemented for qwen3_moe"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is missing"),
+    ],
+)
+def test_impossible_experts_are_refused(change, message):
+    with pytest.raises(DataError, match=message):
+        QwenConfig.from_hf(QWEN3_MOE | change)
+
+
+def test_experts_belong_to_the_family_that_has_them():
+    settings = {f: getattr(QwenConfig.from_hf(QWEN3), f) for f in QwenConfig.__dataclass_fields__}
+    with pytest.raises(DataError, match="model_type qwen3 and experts"):
+        QwenConfig(**settings | {"experts": ExpertsConfig(count=2, per_token=1, size=8)})
+    with pytest.raises(DataError, match="model_type qwen3_moe and experts=None"):
+        QwenConfig(**settings | {"family": "qwen3_moe"})
+
+
 def test_qwen3_head_dim_is_128_unless_given_and_never_derived():
     assert QwenConfig.from_hf(without(QWEN3, "head_dim")).head_dim == 128
     assert QwenConfig.from_hf(QWEN3 | {"head_dim": 96}).head_dim == 96
@@ -139,13 +226,13 @@ def test_unknown_keys_and_remote_code_are_ignored():
     assert QwenConfig.from_hf(R1_DISTILL | extra) == QwenConfig.from_hf(R1_DISTILL)
 
 
-@pytest.mark.parametrize("hf", [R1_DISTILL, QWEN3, R1_DISTILL | {"head_dim": 32}])
+@pytest.mark.parametrize("hf", [R1_DISTILL, QWEN3, QWEN3_MOE, R1_DISTILL | {"head_dim": 32}])
 def test_what_is_written_reads_back_as_the_same(hf):
     config = QwenConfig.from_hf(hf)
     assert QwenConfig.from_hf(config.to_hf()) == config
 
 
-@pytest.mark.parametrize("hf", [R1_DISTILL, QWEN3])
+@pytest.mark.parametrize("hf", [R1_DISTILL, QWEN3, QWEN3_MOE])
 def test_both_generations_of_readers_find_their_keys(hf):
     written = QwenConfig.from_hf(hf).to_hf()
     theta = float(hf.get("rope_theta") or hf["rope_parameters"]["rope_theta"])
@@ -163,7 +250,6 @@ def test_both_generations_of_readers_find_their_keys(hf):
         ({"model_type": "llama"}, "model_type='llama': wanted one of 'qwen2', 'qwen3'"),
         ({"model_type": None}, "model_type=None: wanted one of"),
         ({"model_type": ["qwen2"]}, r"model_type=\[...\]: wanted one of"),
-        ({"model_type": "qwen3_moe"}, "qwen3_moe.*not supported yet"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not implemented; wanted 'silu'"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not implemented"),
         ({"quantization_config": {"bits": 4}}, "quantization_config={...} is not implemented"),

@@ -109,7 +109,7 @@ def test_rematerialisation_changes_memory_and_not_the_gradient(tiny_view):
 def test_the_first_minibatch_has_ratio_exactly_1_and_a_later_one_moves(tiny_view):
     graphdef, optimizer, state = fresh(tiny_view)
     programs = make_programs(graphdef, optimizer, Objective(GSPO))
-    before = programs.score(state.params, on_device(make_batch()))
+    before = programs.score(state.params, on_device(make_batch())).logp
     state, stats, old = update_on_rollout(
         programs, state, make_batch(), minibatches=4, epochs=1, place=on_device
     )
@@ -180,7 +180,7 @@ def test_the_kl_term_pulls_towards_the_reference(tiny_view):
     objective = Objective(GSPO, kl_coef=1.0)
     programs = make_programs(graphdef, optimizer, objective)
     batch = on_device(make_batch()._replace(adv=np.zeros(B, np.float32)))
-    ref = programs.score(state.params, batch) + 0.3
+    ref = programs.score(state.params, batch).logp + 0.3
     values = []
     for _ in range(5):
         state, metrics, _ = programs.update(state, batch, None, ref)

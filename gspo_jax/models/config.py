@@ -9,7 +9,12 @@ from typing import Any
 
 from gspo_jax.errors import DataError
 
-FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # and its architecture
+# model_type -> its architecture's name.
+FAMILIES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
 DTYPES = ("float32", "float16", "bfloat16")
 
 # Our name -> (the key in config.json, the largest value that we believe). The limits are far
@@ -23,6 +28,14 @@ SIZES = {
     "num_kv_heads": ("num_key_value_heads", 2**12),
     "head_dim": ("head_dim", 2**12),
     "max_position_embeddings": ("max_position_embeddings", 2**30),
+}
+
+# The same of a mixture of experts. transformers 5 writes num_local_experts.
+EXPERT_SIZES = {
+    "count": ("num_experts", 2**15 - 1),  # ids are kept as int16
+    "per_token": ("num_experts_per_tok", 2**10),
+    "size": ("moe_intermediate_size", 2**19),
+    "step": ("decoder_sparse_step", 1000),
 }
 
 # Key -> the values under which it changes nothing; any other value is refused.
@@ -39,11 +52,32 @@ NEUTRAL = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class QwenConfig:
-    """Everything that fixes the parameter shapes and the mathematics of a dense Qwen model.
+class ExpertsConfig:
+    """The mixture of experts that takes the place of a layer's MLP.
 
     Attributes:
-        family: "qwen2" (also Qwen2.5 and its distillates) or "qwen3".
+        count: E experts.
+        per_token: X of them serve a token.
+        size: F of one expert.
+        normalise: the X gates of a token are scaled to sum to 1.
+        step: every step-th layer has experts, the first of them layer step - 1 (from 0).
+        dense_layers: layers that have a plain MLP all the same.
+    """
+
+    count: int
+    per_token: int
+    size: int
+    normalise: bool = False
+    step: int = 1
+    dense_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenConfig:
+    """Everything that fixes the parameter shapes and the mathematics of a Qwen model.
+
+    Attributes:
+        family: "qwen2" (also Qwen2.5 and its distillates), "qwen3" or "qwen3_moe".
         vocab_size: V, rows of the embedding; often more than the tokenizer has tokens.
         hidden_size: D.
         intermediate_size: F, the width of the gated MLP.
@@ -58,6 +92,7 @@ class QwenConfig:
         qk_norm: an RMS norm over each head's query and key (Qwen3).
         max_position_embeddings: the longest sequence the model was made for.
         dtype: of the weight files: "float32", "float16" or "bfloat16".
+        experts: the mixture of experts of qwen3_moe; None elsewhere.
     """
 
     family: str
@@ -75,9 +110,15 @@ class QwenConfig:
     qk_norm: bool
     max_position_embeddings: int = 32768
     dtype: str = "float32"
+    experts: ExpertsConfig | None = None
 
     def __post_init__(self):
         _check(vars(self))
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether this layer (from 0) has experts."""
+        e = self.experts
+        return e is not None and layer not in e.dense_layers and (layer + 1) % e.step == 0
 
     @classmethod
     def from_hf(cls, hf: Any) -> "QwenConfig":
@@ -89,8 +130,6 @@ class QwenConfig:
         if not isinstance(hf, dict):
             raise DataError(f"wanted an object, got a {type(hf).__name__}.")
         family: Any = hf.get("model_type")
-        if family == "qwen3_moe":
-            raise DataError("model_type='qwen3_moe': mixtures of experts are not supported yet.")
         _one_of("model_type", family, tuple(FAMILIES))
         _refuse_unimplemented(hf, family)
         settings: dict[str, Any] = {name: hf.get(key) for name, (key, _) in SIZES.items()}
@@ -103,8 +142,9 @@ class QwenConfig:
             "rms_norm_eps": _as_float(hf.get("rms_norm_eps", 1e-6)),
             "tie_word_embeddings": hf.get("tie_word_embeddings", False),
             "qkv_bias": family == "qwen2",
-            "qk_norm": family == "qwen3",
+            "qk_norm": family != "qwen2",
             "dtype": _dtype(hf),
+            "experts": _experts(hf) if family == "qwen3_moe" else None,
         }
         _check(settings)
         return cls(**settings)
@@ -129,7 +169,11 @@ class QwenConfig:
             "dtype": self.dtype,
             "torch_dtype": self.dtype,
         }
-        if self.family == "qwen3":
+        if self.experts is not None:
+            e = self.experts
+            hf |= {key: getattr(e, name) for name, (key, _) in EXPERT_SIZES.items()}
+            hf |= {"norm_topk_prob": e.normalise, "mlp_only_layers": list(e.dense_layers)}
+        if self.family != "qwen2":
             hf["attention_bias"] = False
         elif self.head_dim * self.num_heads == self.hidden_size:
             del hf["head_dim"]  # Qwen2 directories do not have the key
@@ -155,11 +199,48 @@ def _check(settings: dict[str, Any]) -> None:
         )
     if c["head_dim"] % 2:
         raise DataError(f"head_dim={c['head_dim']} is odd; rotary positions turn pairs.")
-    if (c["qkv_bias"], c["qk_norm"]) != (c["family"] == "qwen2", c["family"] == "qwen3"):
+    if (c["qkv_bias"], c["qk_norm"]) != (c["family"] == "qwen2", c["family"] != "qwen2"):
         raise DataError(
             f"qkv_bias={c['qkv_bias']} with qk_norm={c['qk_norm']}: qwen2 has the biases and no "
             f"norms, qwen3 the norms and no biases; model_type is {c['family']}."
         )
+    if (c.get("experts") is not None) != (c["family"] == "qwen3_moe"):
+        raise DataError(f"model_type {c['family']} and experts={c.get('experts')}: not a pair.")
+    if c.get("experts") is not None:
+        _check_experts(vars(c["experts"]), c["num_layers"])
+
+
+def _experts(hf: dict[str, Any]) -> ExpertsConfig:
+    """The mixture of experts that `config.json` describes, checked by `_check_experts`."""
+    found: dict[str, Any] = {name: hf.get(key) for name, (key, _) in EXPERT_SIZES.items()}
+    local = hf.get("num_local_experts")
+    if found["count"] is not None and local not in (None, found["count"]):
+        raise DataError(f"num_experts={_short(found['count'])}, num_local_experts={_short(local)}.")
+    found["count"] = _either(found["count"], local)
+    found["step"] = _either(found["step"], 1)
+    dense = _either(hf.get("mlp_only_layers"), [])
+    if not isinstance(dense, list):
+        raise DataError(f"mlp_only_layers={_short(dense)}: wanted a list of layer numbers.")
+    found |= {"normalise": hf.get("norm_topk_prob", False), "dense_layers": tuple(dense)}
+    _check_experts(found, hf.get("num_hidden_layers"))
+    return ExpertsConfig(**found)
+
+
+def _check_experts(e: dict[str, Any], num_layers: Any) -> None:
+    """Raise unless these are fields of an `ExpertsConfig` for this many layers."""
+    _check_size("num_hidden_layers", num_layers, SIZES["num_layers"][1])
+    for name, (key, limit) in EXPERT_SIZES.items():
+        _check_size(key, e[name], limit)
+    _one_of("norm_topk_prob", e["normalise"], (False, True))
+    if e["per_token"] > e["count"]:
+        raise DataError(
+            f"num_experts_per_tok={e['per_token']} is more than num_experts={e['count']}."
+        )
+    for layer in e["dense_layers"]:
+        if type(layer) is not int or not 0 <= layer < num_layers:
+            raise DataError(
+                f"mlp_only_layers has {_short(layer)}; wanted layers from 0 to {num_layers - 1}."
+            )
 
 
 def _refuse_unimplemented(hf: dict[str, Any], family: str) -> None:
@@ -197,7 +278,7 @@ def _refuse_windows(hf: dict[str, Any]) -> None:
 
 
 def _default_head_dim(hf: dict[str, Any], family: str) -> Any:
-    """Without a `head_dim` key: 128 for Qwen3, hidden_size / num_attention_heads for Qwen2."""
+    """Without a `head_dim` key: 128 for dense Qwen3, hidden_size / num_attention_heads else."""
     if family == "qwen3":
         return 128
     for name in ("hidden_size", "num_heads"):

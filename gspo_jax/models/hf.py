@@ -8,7 +8,9 @@ dtype in memory is the wider one.
 
 import dataclasses
 import json
+import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +28,8 @@ from gspo_jax.models.qwen import Qwen
 from gspo_jax.sharding import sharding_for
 
 # Our attribute path -> the name on disk, and whether the matrix is transposed there: torch's
-# Linear keeps [out, in], our kernels are [in, out].
+# Linear keeps [out, in], our kernels are [in, out]. A second {} is the expert: we keep all
+# experts of a layer in one array, the disk has a tensor for each.
 NAMES = {
     "embed": ("model.embed_tokens.weight", False),
     "layers.{}.input_norm": ("model.layers.{}.input_layernorm.weight", False),
@@ -43,10 +46,21 @@ NAMES = {
     "layers.{}.gate": ("model.layers.{}.mlp.gate_proj.weight", True),
     "layers.{}.up": ("model.layers.{}.mlp.up_proj.weight", True),
     "layers.{}.down": ("model.layers.{}.mlp.down_proj.weight", True),
+    "layers.{}.moe.router": ("model.layers.{}.mlp.gate.weight", True),
+    "layers.{}.moe.gate": ("model.layers.{}.mlp.experts.{}.gate_proj.weight", True),
+    "layers.{}.moe.up": ("model.layers.{}.mlp.experts.{}.up_proj.weight", True),
+    "layers.{}.moe.down": ("model.layers.{}.mlp.experts.{}.down_proj.weight", True),
     "final_norm": ("model.norm.weight", False),
     "head": ("lm_head.weight", True),
 }
 EMBED, HEAD = NAMES["embed"][0], NAMES["head"][0]
+
+# transformers 5 can also write the experts of a layer as two tensors. End of such a name -> what
+# each expert's rows of it are, in order.
+FUSED = {
+    ".experts.gate_up_proj": ("gate_proj", "up_proj"),
+    ".experts.down_proj": ("down_proj",),
+}
 
 # What a directory lends to another model's export, byte for byte, where it has them.
 LENT_FILES = (
@@ -66,10 +80,11 @@ SHARD_BYTES = 5 * 10**9
 
 
 class Slot(NamedTuple):
-    """One parameter of ours and its counterpart on disk."""
+    """One tensor on disk and where it lies in ours."""
 
     path: tuple[Any, ...]
     param: nnx.Variable
+    expert: int | None  # which part of the parameter; None is all of it
     name: str
     shape: tuple[int, ...]  # on disk
     transposed: bool
@@ -78,7 +93,7 @@ class Slot(NamedTuple):
 def load_model(
     path: str | os.PathLike, *, dtype: DTypeLike = "float32", mesh: Mesh | None = None
 ) -> Qwen:
-    """Read a Qwen2, Qwen2.5 or Qwen3 model from a directory of safetensors.
+    """Read a Qwen2, Qwen2.5, Qwen3 or Qwen3-MoE model from a directory of safetensors.
 
     Args:
         path: a Hugging Face directory, or a hub id like `Qwen/Qwen3-0.6B`.
@@ -96,7 +111,7 @@ def load_model(
     target = _known_dtype(dtype)
     directory = files.resolve(path)
     config = read_config(directory)
-    found = files.find_tensors(directory)
+    found = _unfused(files.find_tensors(directory))
     config = _with_dtype_of(found, config)
     graphdef, state = nnx.split(
         nnx.eval_shape(lambda: Qwen(config, rngs=nnx.Rngs(0), dtype=target))
@@ -106,8 +121,8 @@ def load_model(
     if config.tie_word_embeddings and HEAD in found:
         _check_tied(directory, found)
     slots.sort(key=lambda slot: (found[slot.name].file, found[slot.name].offset))
-    filled = [(slot.path, _read(found[slot.name], slot, target, mesh)) for slot in slots]
-    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+    filled = _read_all(found, slots, target, mesh)
+    return nnx.merge(graphdef, nnx.from_flat_state(list(filled.items())))
 
 
 def save_model(
@@ -157,15 +172,39 @@ def read_config(directory: Path) -> QwenConfig:
 
 
 def _slots(state: nnx.State) -> list[Slot]:
-    """Every parameter with its counterpart on disk, in the order of the tree."""
+    """Every tensor on disk with its place in our parameters, in the order of the tree."""
     slots = []
     for path, param in nnx.to_flat_state(state):
         numbers = [part for part in path if isinstance(part, int)]
         pattern = ".".join("{}" if isinstance(part, int) else str(part) for part in path)
         name, transposed = NAMES[pattern]
-        shape = tuple(reversed(param.shape)) if transposed else tuple(param.shape)
-        slots.append(Slot(path, param, name.format(*numbers), shape, transposed))
+        stacked = name.count("{}") > len(numbers)
+        shape = tuple(param.shape[1:] if stacked else param.shape)
+        shape = shape[::-1] if transposed else shape
+        for expert in range(param.shape[0]) if stacked else [None]:
+            slots.append(
+                Slot(path, param, expert, name.format(*numbers, expert), shape, transposed)
+            )
     return slots
+
+
+def _unfused(found: dict[str, files.Tensor]) -> dict[str, files.Tensor]:
+    """With each fused tensor of experts replaced by its parts: stretches of the same bytes."""
+    parts: dict[str, files.Tensor] = {}
+    for name, tensor in found.items():
+        end = next((end for end in FUSED if name.endswith(end)), None)
+        if end is None or len(tensor.shape) != 3 or tensor.shape[1] % len(FUSED[end]):
+            parts[name] = tensor  # of another shape it is no tensor of ours, and named as such
+            continue
+        shape = (tensor.shape[1] // len(FUSED[end]), tensor.shape[2])
+        size = shape[0] * shape[1] * tensor.dtype.itemsize
+        stem = name.rpartition(".")[0]
+        names = [f"{stem}.{e}.{p}.weight" for e in range(tensor.shape[0]) for p in FUSED[end]]
+        for i, part in enumerate(names):
+            if part in found:
+                raise DataError(f"{tensor.file}: {part} is there alone and within {name}.")
+            parts[part] = tensor._replace(shape=shape, offset=tensor.offset + i * size)
+    return parts
 
 
 def _check_tensors(directory: Path, found: dict[str, files.Tensor], slots: list[Slot]) -> None:
@@ -200,29 +239,51 @@ def _check_tied(directory: Path, found: dict[str, files.Tensor]) -> None:
         )
 
 
-def _read(tensor: files.Tensor, slot: Slot, dtype: np.dtype, mesh: Mesh | None) -> nnx.Variable:
-    """One tensor, from the file to its devices."""
+def _read_all(
+    found: dict[str, files.Tensor], slots: list[Slot], dtype: np.dtype, mesh: Mesh | None
+) -> dict[tuple[Any, ...], nnx.Variable]:
+    """Every parameter, as soon as its last tensor is read, on its devices."""
+    filled, stacks = {}, {}
+    left = Counter(slot.path for slot in slots)
+    for slot in slots:
+        values = _read(found[slot.name], slot, dtype)
+        left[slot.path] -= 1
+        if slot.expert is not None:
+            stack = stacks.setdefault(slot.path, np.empty(slot.param.shape, dtype))
+            stack[slot.expert] = values
+            if left[slot.path]:
+                continue
+            values = stacks.pop(slot.path)
+        if mesh is None:
+            placed = jnp.asarray(values)
+        else:
+            placed = jax.device_put(values, sharding_for(slot.param.axes, mesh, values.shape))
+        filled[slot.path] = slot.param.replace(placed)
+    return filled
+
+
+def _read(tensor: files.Tensor, slot: Slot, dtype: np.dtype) -> np.ndarray:
+    """One tensor from the file, finite, in our layout and dtype."""
     values = files.read_tensor(tensor)
     _check_finite(values, DataError, f"{tensor.file}: {slot.name}")
     values = _turned(values, slot, dtype)
     if tensor.dtype != dtype:  # float16 ends at 65504
         _check_finite(values, DataError, f"{tensor.file}: {slot.name} in {dtype.name}")
-    if mesh is None:
-        return slot.param.replace(jnp.asarray(values))
-    sharding = sharding_for(slot.param.axes, mesh, values.shape)
-    return slot.param.replace(jax.device_put(values, sharding))
+    return values
 
 
 def _write_weights(directory: Path, slots: list[Slot], dtype: str, shard_bytes: int) -> None:
     """All weights, in one file or in shards with an index."""
     target = np.dtype(jnp.dtype(dtype))
-    sizes = {slot.name: slot.param.size * target.itemsize for slot in slots}
+    sizes = {slot.name: math.prod(slot.shape) * target.itemsize for slot in slots}
     shards: list[list[Slot]] = [[]]
+    filled = 0
     for slot in slots:
-        filled = sum(sizes[s.name] for s in shards[-1])
         if shards[-1] and filled + sizes[slot.name] > shard_bytes:
             shards.append([])
+            filled = 0
         shards[-1].append(slot)
+        filled += sizes[slot.name]
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         one = len(shards) == 1
@@ -236,8 +297,9 @@ def _write_weights(directory: Path, slots: list[Slot], dtype: str, shard_bytes: 
 
 
 def _host(slot: Slot, dtype: np.dtype) -> np.ndarray:
-    """One parameter as it will lie on disk."""
-    values = _turned(np.asarray(jax.device_get(slot.param[...])), slot, dtype)
+    """One tensor as it will lie on disk."""
+    param = slot.param[...] if slot.expert is None else slot.param[...][slot.expert]
+    values = _turned(np.asarray(jax.device_get(param)), slot, dtype)
     _check_finite(values, NumericalError, f"{slot.name} in {dtype.name}")
     return values
 

@@ -4,10 +4,11 @@
     for each layer:  x += attention(rms_norm(x)) ;  x += swiglu(rms_norm(x))
     hidden = rms_norm(x) ;  logits = hidden @ unembed
 
-Qwen2 adds biases to q, k, v; Qwen3 normalises each head of q and k instead. The network computes
-in the dtype of its parameters (cast them to choose), with norms, rotations and softmax in
-float32. Layers are unrolled: decoding copies nothing and XLA's CPU programs run faster.
-Projections work on [B * S, D]: the weight gradients of 3-D operands are slow on CPUs.
+Qwen2 adds biases to q, k, v; Qwen3 normalises each head of q and k instead; Qwen3-MoE has a
+mixture of experts (`moe`) where the others have the gated MLP. The network computes in the dtype
+of its parameters (cast them to choose), with norms, rotations and softmax in float32. Layers are
+unrolled: decoding copies nothing and XLA's CPU programs run faster. Projections work on
+[B * S, D]: the weight gradients of 3-D operands are slow on CPUs.
 
 Axes: B rows, S positions, D width, N query heads, K key/value heads, R = N // K, H head width,
 F MLP width, V vocabulary, W cache slots. Kernels are [in, out].
@@ -21,35 +22,43 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from gspo_jax.masked import float_dtype
 from gspo_jax.models.cache import Cache, LayerCache, write
 from gspo_jax.models.config import QwenConfig
+from gspo_jax.models.init import constant, kernel
+from gspo_jax.models.moe import Experts, Routing, join
 from gspo_jax.sharding import constrain
 
 Rope = tuple[Float[Array, "B 1 S H"], Float[Array, "B 1 S H"]]  # cos, sin
 
 
 class Layer(nnx.Module):
-    """One decoder block: pre-norm grouped-query attention, then a gated MLP."""
+    """One decoder block: pre-norm grouped-query attention, then a gated MLP or experts."""
 
-    def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+    def __init__(
+        self, config: QwenConfig, number: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
+    ):
         c = config
         D, F, H = c.hidden_size, c.intermediate_size, c.head_dim
         NH, KH = c.num_heads * H, c.num_kv_heads * H
         self.config = c
-        self.input_norm = _constant(1, (D,), ("norm",), dtype)
-        self.q = _kernel(rngs, (D, NH), ("embed", "heads"), dtype)
-        self.k = _kernel(rngs, (D, KH), ("embed", "kv_heads"), dtype)
-        self.v = _kernel(rngs, (D, KH), ("embed", "kv_heads"), dtype)
-        self.o = _kernel(rngs, (NH, D), ("heads", "embed"), dtype)
+        self.input_norm = constant(1, (D,), ("norm",), dtype)
+        self.q = kernel(rngs, (D, NH), ("embed", "heads"), dtype)
+        self.k = kernel(rngs, (D, KH), ("embed", "kv_heads"), dtype)
+        self.v = kernel(rngs, (D, KH), ("embed", "kv_heads"), dtype)
+        self.o = kernel(rngs, (NH, D), ("heads", "embed"), dtype)
         if c.qkv_bias:
-            self.q_bias = _constant(0, (NH,), ("heads",), dtype)
-            self.k_bias = _constant(0, (KH,), ("kv_heads",), dtype)
-            self.v_bias = _constant(0, (KH,), ("kv_heads",), dtype)
+            self.q_bias = constant(0, (NH,), ("heads",), dtype)
+            self.k_bias = constant(0, (KH,), ("kv_heads",), dtype)
+            self.v_bias = constant(0, (KH,), ("kv_heads",), dtype)
         if c.qk_norm:
-            self.q_norm = _constant(1, (H,), ("norm",), dtype)
-            self.k_norm = _constant(1, (H,), ("norm",), dtype)
-        self.post_norm = _constant(1, (D,), ("norm",), dtype)
-        self.gate = _kernel(rngs, (D, F), ("embed", "mlp"), dtype)
-        self.up = _kernel(rngs, (D, F), ("embed", "mlp"), dtype)
-        self.down = _kernel(rngs, (F, D), ("mlp", "embed"), dtype)
+            self.q_norm = constant(1, (H,), ("norm",), dtype)
+            self.k_norm = constant(1, (H,), ("norm",), dtype)
+        self.post_norm = constant(1, (D,), ("norm",), dtype)
+        self.sparse = c.is_sparse(number)
+        if self.sparse:
+            self.moe = Experts(c, rngs=rngs, dtype=dtype)
+        else:
+            self.gate = kernel(rngs, (D, F), ("embed", "mlp"), dtype)
+            self.up = kernel(rngs, (D, F), ("embed", "mlp"), dtype)
+            self.down = kernel(rngs, (F, D), ("mlp", "embed"), dtype)
 
     def __call__(
         self,
@@ -58,16 +67,24 @@ class Layer(nnx.Module):
         allowed: Bool[Array, "B S W"],
         cache: LayerCache | None = None,
         slot: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "B S D"], LayerCache]:
-        """The block's output and its keys and values: the written cache, or the new ones alone."""
+        replay: Int[Array, "B S X"] | None = None,
+        counted: Bool[Array, "B S"] | None = None,
+    ) -> tuple[Float[Array, "B S D"], LayerCache, Routing | None]:
+        """The block's output, its keys and values, and where it has experts its routing.
+
+        The keys and values are the written cache, or the new ones alone.
+        """
         eps = self.config.rms_norm_eps
         q, k, v = self._qkv(rms_norm(x, self.input_norm[...], eps), rope)
         cache = LayerCache(k, v) if cache is None else write(cache, k, v, jnp.int32(slot))
         x = x + _dense(attend(q, cache.k, cache.v, allowed), self.o[...])
         h = rms_norm(x, self.post_norm[...], eps)
-        gated = jax.nn.silu(_dense(h, self.gate[...])) * _dense(h, self.up[...])
-        x = x + _dense(gated, self.down[...])
-        return constrain(x, "batch", None, None), cache
+        if self.sparse:
+            y, routing = self.moe(h, replay, counted)
+        else:
+            gated = jax.nn.silu(_dense(h, self.gate[...])) * _dense(h, self.up[...])
+            y, routing = _dense(gated, self.down[...]), None
+        return constrain(x + y, "batch", None, None), cache, routing
 
     def _qkv(self, h: Float[Array, "B S D"], rope: Rope):
         """Queries [B, N, S, H], keys and values [B, K, S, H]; queries and keys rotated."""
@@ -91,13 +108,13 @@ class Qwen(nnx.Module):
     def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         V, D = config.vocab_size, config.hidden_size
         self.config = config
-        self.embed = _kernel(rngs, (V, D), ("vocab", "embed"), dtype)
+        self.embed = kernel(rngs, (V, D), ("vocab", "embed"), dtype)
         self.layers = nnx.List(
-            [Layer(config, rngs=rngs, dtype=dtype) for _ in range(config.num_layers)]
+            [Layer(config, i, rngs=rngs, dtype=dtype) for i in range(config.num_layers)]
         )
-        self.final_norm = _constant(1, (D,), ("norm",), dtype)
+        self.final_norm = constant(1, (D,), ("norm",), dtype)
         if not config.tie_word_embeddings:
-            self.head = _kernel(rngs, (D, V), ("embed", "vocab"), dtype)
+            self.head = kernel(rngs, (D, V), ("embed", "vocab"), dtype)
 
     def __call__(
         self,
@@ -106,28 +123,44 @@ class Qwen(nnx.Module):
         mask: Bool[Array, "B S"] | None = None,
         remat: bool = False,
     ) -> Float[Array, "B S D"]:
-        """Hidden states after the last norm.
+        """Hidden states after the last norm; see `routed`."""
+        return self.routed(tokens, mask=mask, remat=remat)[0]
+
+    def routed(
+        self,
+        tokens: Int[Array, "B S"],
+        *,
+        mask: Bool[Array, "B S"] | None = None,
+        remat: bool = False,
+        replay: Int[Array, "B S M X"] | None = None,
+        counted: Bool[Array, "B S"] | None = None,
+    ) -> tuple[Float[Array, "B S D"], Routing | None]:
+        """Hidden states after the last norm, and what the routers chose where there are experts.
 
         Args:
             tokens: token ids.
             mask: true on real tokens. Left- and right-padding both work; right-padded rows need
                 none, since no real token looks to its right.
             remat: recompute each layer in the backward pass instead of keeping its activations.
+            replay: experts to use in the M layers that have them; negative ids are the router's.
+            counted: the tokens over which the sums in `Routing` run; None is all.
         """
         rope = self._rope(_positions(tokens, mask))
         allowed = _causal(tokens, mask)
-        x = self._embed(tokens)
+        x, routings = self._embed(tokens), []
         for layer in self.layers:
-            if remat:
-                graphdef, state = nnx.split(layer)
-                x = jax.checkpoint(
-                    lambda state, x, graphdef=graphdef: nnx.merge(graphdef, state)(
-                        x, rope, allowed
-                    )[0]
-                )(state, x)
-            else:
-                x, _ = layer(x, rope, allowed)
-        return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
+            # The layers with experts take theirs in order.
+            ids = None if replay is None or not layer.sparse else replay[:, :, len(routings)]
+            graphdef, state = nnx.split(layer)
+
+            def run(state, x, ids, graphdef=graphdef):
+                layer = nnx.merge(graphdef, state)
+                x, _, routing = layer(x, rope, allowed, replay=ids, counted=counted)
+                return x, routing
+
+            x, routing = (jax.checkpoint(run) if remat else run)(state, x, ids)
+            routings += [] if routing is None else [routing]
+        return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), join(routings)
 
     def prefill(
         self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]
@@ -136,7 +169,7 @@ class Qwen(nnx.Module):
         rope, allowed = self._rope(_positions(tokens, mask)), _causal(tokens, mask)
         x, caches = self._embed(tokens), []
         for layer in self.layers:
-            x, cache = layer(x, rope, allowed)
+            x, cache, _ = layer(x, rope, allowed)
             caches.append(cache)
         return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), tuple(caches)
 
@@ -161,7 +194,7 @@ class Qwen(nnx.Module):
         rope = self._rope(position[:, None])
         x, caches = self._embed(token[:, None]), []
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x, written = layer(x, rope, live[:, None], layer_cache, slot)
+            x, written, _ = layer(x, rope, live[:, None], layer_cache, slot)
             caches.append(written)
         x = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
         return x[:, 0], tuple(caches)
@@ -251,12 +284,3 @@ def _causal(tokens: Array, mask: Array | None) -> Bool[Array, "B S S"]:
     B, S = tokens.shape
     allowed = jnp.tril(jnp.ones((S, S), bool))[None]
     return jnp.broadcast_to(allowed, (B, S, S)) if mask is None else allowed & mask[:, None]
-
-
-def _kernel(rngs: nnx.Rngs, shape: tuple[int, int], axes: tuple[str, str], dtype) -> nnx.Param:
-    """A matrix drawn as Qwen's own initialiser does: normal with standard deviation 0.02."""
-    return nnx.Param((jax.random.normal(rngs.params(), shape) * 0.02).astype(dtype), axes=axes)
-
-
-def _constant(value: int, shape: tuple[int], axes: tuple[str], dtype) -> nnx.Param:
-    return nnx.Param(jnp.full(shape, value, dtype), axes=axes)
