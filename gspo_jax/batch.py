@@ -39,12 +39,16 @@ class Completions(NamedTuple):
         mask: true on response tokens up to and including EOS.
         logp: log-probability of each token at the sampling temperature, in nats.
         truncated: true where the response ended at the length limit instead of an EOS.
+        routing: where it was asked for, the X experts of each token of the row's prompt and then
+            of its response, in the M layers that have experts; -1 where the sampler ran no token:
+            from the last one on.
     """
 
     tokens: Int[np.ndarray, "B T"]
     mask: Bool[np.ndarray, "B T"]
     logp: Float[np.ndarray, "B T"]
     truncated: Bool[np.ndarray, " B"]
+    routing: Int[np.ndarray, "B R M X"] | None = None
 
 
 @dataclass(frozen=True)

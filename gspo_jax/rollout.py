@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from gspo_jax.advantages import soft_overlong
 from gspo_jax.batch import Completions, Problem, Rollout, TrainBatch
@@ -87,6 +87,8 @@ def join_groups(parts: Sequence[tuple[Rollout, Sequence[int]]]) -> Rollout:
     rollouts = [(rollout, list(groups)) for rollout, groups in parts if len(groups)]
     size = len(rollouts[0][0].texts) // len(rollouts[0][0].problems)
     rows = [[g * size + i for g in groups for i in range(size)] for _, groups in rollouts]
+    routed = [r.completions.routing for r, _ in rollouts if r.completions.routing is not None]
+    widest = max((x.shape[1] for x in routed), default=None)
 
     def stack(field: Callable[[Rollout], np.ndarray]) -> np.ndarray:
         return np.concatenate([field(r)[n] for (r, _), n in zip(rollouts, rows, strict=True)])
@@ -95,7 +97,11 @@ def join_groups(parts: Sequence[tuple[Rollout, Sequence[int]]]) -> Rollout:
         problems=[r.problems[g] for r, groups in rollouts for g in groups],
         prompts=[r.prompts[g] for r, groups in rollouts for g in groups],
         completions=Completions(
-            *(stack(lambda r, n=name: getattr(r.completions, n)) for name in Completions._fields)
+            tokens=stack(lambda r: r.completions.tokens),
+            mask=stack(lambda r: r.completions.mask),
+            logp=stack(lambda r: r.completions.logp),
+            truncated=stack(lambda r: r.completions.truncated),
+            routing=None if widest is None else stack(lambda r: _routing(r.completions, widest)),
         ),
         texts=[r.texts[i] for (r, _), n in zip(rollouts, rows, strict=True) for i in n],
         rewards={name: stack(lambda r, n=name: r.rewards[n]) for name in rollouts[0][0].rewards},
@@ -159,7 +165,16 @@ def to_train_batch(
         response = completions.tokens[row, : used[row]]
         filled = [*rollout.prompts[row // group_size], *response.tolist()]
         tokens[row, : len(filled)] = filled
-    return TrainBatch(tokens, lengths, mask, np.asarray(adv))
+    routing = None if completions.routing is None else _routing(completions, tokens.shape[1])
+    return TrainBatch(tokens, lengths, mask, np.asarray(adv), routing)
+
+
+def _routing(completions: Completions, width: int) -> Int[np.ndarray, "B S M X"]:
+    """The recorded experts, cut or filled up with -1 to `width` positions."""
+    assert completions.routing is not None
+    cut = completions.routing[:, :width]
+    fill = ((0, 0), (0, width - cut.shape[1]), (0, 0), (0, 0))
+    return np.pad(cut, fill, constant_values=-1)
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
