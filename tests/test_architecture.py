@@ -11,11 +11,12 @@ PACKAGE = Path(gspo_jax.__file__).parent
 
 LAYERS = [
     {"errors", "batch", "masked", "console"},
-    {"models.config", "penalties", "mismatch", "advantages", "logps", "quant", "sharding"}
+    {"models.fields", "penalties", "mismatch", "advantages", "logps", "quant", "sharding"}
     | {"chat_template", "tasks.task", "tasks.verify"},
     {"losses", "models.cache", "models.files", "optim", "tokenizer", "checkpoint", "metrics"}
-    | {"rewards", "tasks.math", "tasks.sources", "report"},
-    {"models.qwen", "tasks.data"},
+    | {"models.rope", "rewards", "tasks.math", "tasks.sources", "report"},
+    {"models.config", "tasks.data"},
+    {"models.qwen"},
     {"models.hf"},
     {"models", "tasks", "generate"},
     {"settings", "rollout", "update"},

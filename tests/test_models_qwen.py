@@ -57,6 +57,9 @@ def test_fixtures_cover_both_families_and_every_option():
     assert names == [
         "qwen2_tied",
         "qwen2_untied",
+        "qwen2_windows",
+        "qwen2_yarn",
+        "qwen3_linear_rope",
         "qwen3_tied",
         "qwen3_untied",
         "qwen3_wide_heads",
