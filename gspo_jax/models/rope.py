@@ -11,7 +11,7 @@ rounded step by step as transformers rounds it.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -65,31 +65,12 @@ class RopeScaling:
     truncate: bool = True
 
     def __post_init__(self):
-        one_of("rope_type", self.kind, ("linear", "yarn"))
-        check_number("factor", self.factor, high=1e6)
-        if self.factor < 1:
-            raise DataError(f"factor={self.factor!r}: wanted at least 1; texts become longer.")
-        if self.kind == "linear":
-            return
-        check_size(
-            "original_max_position_embeddings", self.original_max_position_embeddings, POSITIONS
-        )
-        for key in ("beta_fast", "beta_slow"):
-            check_number(key, getattr(self, key), high=1e6)
-        for key in ("attention_factor", "mscale", "mscale_all_dim"):
-            if getattr(self, key) is not None:
-                check_number(key, getattr(self, key), high=1e6)
-        if self.beta_fast < self.beta_slow:
-            raise DataError(
-                f"beta_fast={self.beta_fast!r} is below beta_slow={self.beta_slow!r}; "
-                "wanted it above."
-            )
-        one_of("truncate", self.truncate, (False, True))
+        _check(vars(self))
 
     def to_hf(self) -> dict[str, Any]:
         """The object that a `config.json` has under `rope_scaling`; defaults are left out."""
-        values = asdict(self)
-        changed = {k: values[k] for k in KEYS[self.kind] if values[k] != getattr(type(self), k, 0)}
+        values = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
+        changed = {k: v for k, v, default in values if k in KEYS[self.kind] and v != default}
         return {"rope_type": self.kind, **changed}
 
 
@@ -177,6 +158,28 @@ def _attention_factor(scaling: RopeScaling) -> float:
     return 0.1 * log + 1
 
 
+def _check(settings: dict[str, Any]) -> None:
+    """Raise unless these are fields of a `RopeScaling`: each of its type, and possible together."""
+    c = settings
+    one_of("rope_type", c["kind"], ("linear", "yarn"))
+    check_number("factor", c["factor"], high=1e6)
+    if c["factor"] < 1:
+        raise DataError(f"factor={c['factor']!r}: wanted at least 1; texts become longer.")
+    if c["kind"] == "linear":
+        return
+    check_size("original_max_position_embeddings", c["original_max_position_embeddings"], POSITIONS)
+    for key in ("beta_fast", "beta_slow"):
+        check_number(key, c[key], high=1e6)
+    for key in ("attention_factor", "mscale", "mscale_all_dim"):
+        if c[key] is not None:
+            check_number(key, c[key], high=1e6)
+    if c["beta_fast"] < c["beta_slow"]:
+        raise DataError(
+            f"beta_fast={c['beta_fast']!r} is below beta_slow={c['beta_slow']!r}; wanted it above."
+        )
+    one_of("truncate", c["truncate"], (False, True))
+
+
 def _read_scaling(key: str, rope: dict[str, Any], hf: dict[str, Any]) -> RopeScaling | None:
     """One of the two objects; None where it is the default kind."""
     kind = either(either(rope.get("rope_type"), rope.get("type")), "default")
@@ -196,13 +199,15 @@ def _read_scaling(key: str, rope: dict[str, Any], hf: dict[str, Any]) -> RopeSca
         return None
     if "factor" not in rope:
         raise DataError(f"{key}.factor is missing; wanted a number from 1 on.")
-    values = {k: as_float(v) for k, v in rope.items() if k in KEYS[kind]}
+    values: dict[str, Any] = {f.name: f.default for f in fields(RopeScaling)} | {"kind": kind}
+    values |= {k: as_float(v) for k, v in rope.items() if k in KEYS[kind]}
     if kind == "yarn":
         values |= _yarn_defaults(key, rope, hf)
     try:
-        return RopeScaling(kind=kind, **values)
+        _check(values)
     except DataError as error:
         raise DataError(f"{key}.{error}") from None
+    return RopeScaling(**values)
 
 
 def _yarn_defaults(key: str, rope: dict[str, Any], hf: dict[str, Any]) -> dict[str, Any]:
