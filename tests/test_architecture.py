@@ -11,20 +11,13 @@ PACKAGE = Path(gspo_jax.__file__).parent
 
 LAYERS = [
     {"errors", "batch", "masked", "console"},
-    {"models.config", "penalties", "mismatch", "advantages", "logps", "quant", "sharding"}
-    | {"chat_template", "tasks.task", "tasks.verify", "models.init"},
-    {
-        "losses",
-        "models.cache",
-        "models.moe",
-        "models.files",
-        "optim",
-        "tokenizer",
-        "checkpoint",
-        "metrics",
-    }
-    | {"rewards", "tasks.math", "tasks.sources", "report"},
-    {"models.qwen", "tasks.data"},
+    {"models.fields", "models.init", "penalties", "mismatch", "advantages", "logps", "quant"}
+    | {"sharding", "chat_template", "tasks.task", "tasks.verify"},
+    {"losses", "models.cache", "models.files", "optim", "tokenizer", "checkpoint", "metrics"}
+    | {"models.rope", "rewards", "tasks.math", "tasks.sources", "report"},
+    {"models.config", "tasks.data"},
+    {"models.moe"},
+    {"models.qwen"},
     {"models.hf"},
     {"models", "tasks", "generate"},
     {"settings", "rollout", "update"},

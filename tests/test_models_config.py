@@ -1,5 +1,7 @@
 """What config.json may say, and what is refused."""
 
+import dataclasses
+
 import pytest
 
 from gspo_jax.errors import DataError
@@ -218,7 +220,42 @@ def test_a_sliding_window_that_no_layer_uses_is_accepted():
     plain = QwenConfig.from_hf(R1_DISTILL)
     unused = {"use_sliding_window": True, "max_window_layers": 28}
     assert QwenConfig.from_hf(R1_DISTILL | unused) == plain
-    assert QwenConfig.from_hf(R1_DISTILL | {"use_sliding_window": True, "sliding_window": None})
+    null = {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}
+    assert QwenConfig.from_hf(R1_DISTILL | null) == plain
+    # layer_types, the newer key, has the last word.
+    full = {"use_sliding_window": True, "layer_types": ["full_attention"] * 28}
+    assert QwenConfig.from_hf(R1_DISTILL | full) == plain
+
+
+@pytest.mark.parametrize("hf", [R1_DISTILL, QWEN3 | {"sliding_window": 4096}])
+def test_windows_from_a_layer_on_have_an_older_and_a_newer_form(hf):
+    older = without(hf, "layer_types") | {"use_sliding_window": True, "max_window_layers": 21}
+    kinds = ["full_attention"] * 21 + ["sliding_attention"] * 7
+    newer = without(hf, "max_window_layers") | {"use_sliding_window": True, "layer_types": kinds}
+    config = QwenConfig.from_hf(older)
+    assert (config.sliding_window, config.window_layers) == (4096, tuple(range(21, 28)))
+    assert QwenConfig.from_hf(newer) == config
+    written = config.to_hf()
+    for key, value in (older | newer).items():
+        if "window" in key or key == "layer_types":
+            assert written[key] == value, key
+    assert QwenConfig.from_hf(without(written, "layer_types")) == config
+    assert QwenConfig.from_hf(without(written, "max_window_layers")) == config
+
+
+def test_windows_of_any_layers_are_read_and_written():
+    kinds = ["sliding_attention", "full_attention"] * 14
+    hf = QWEN3 | {"use_sliding_window": True, "sliding_window": 128, "layer_types": kinds}
+    config = QwenConfig.from_hf(hf)
+    assert config.window_layers == tuple(range(0, 28, 2))
+    assert config.to_hf()["layer_types"] == kinds
+    assert QwenConfig.from_hf(config.to_hf()) == config
+
+
+def test_the_defaults_of_windows_are_those_of_transformers():
+    hf = without(R1_DISTILL, "sliding_window", "max_window_layers") | {"num_hidden_layers": 30}
+    config = QwenConfig.from_hf(hf | {"use_sliding_window": True})
+    assert (config.sliding_window, config.window_layers) == (4096, (28, 29))
 
 
 def test_unknown_keys_and_remote_code_are_ignored():
@@ -257,25 +294,42 @@ def test_both_generations_of_readers_find_their_keys(hf):
         ({"attention_bias": False}, "attention_bias=False is not implemented for qwen2"),
         ({"mlp_bias": True}, "mlp_bias=True is not implemented"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not implemented"),
-        (
-            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-            "rope_scaling.rope_type='yarn' is not implemented",
-        ),
-        (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
-            "rope_parameters.rope_type='linear' is not implemented",
-        ),
-        (
-            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-            "rope_parameters.partial_rotary_factor is not implemented",
-        ),
         ({"rope_parameters": {"rope_theta": 5e5}}, "rope_theta=10000, but .*=500000.0"),
         ({"rope_scaling": "yarn"}, "rope_scaling='yarn': wanted an object"),
-        ({"use_sliding_window": True}, "use_sliding_window=true from layer 21 on"),
+        ({"use_sliding_window": "yes"}, "use_sliding_window='yes': wanted one of"),
+        (
+            {"use_sliding_window": True, "sliding_window": 0},
+            "sliding_window=0: wanted 1 to",
+        ),
+        (
+            {"use_sliding_window": True, "sliding_window": 4096.0},
+            "sliding_window=4096.0: wanted an integer",
+        ),
+        (
+            {"use_sliding_window": True, "max_window_layers": -1},
+            "max_window_layers=-1: wanted an integer from 0 on",
+        ),
+        (
+            {"use_sliding_window": True, "max_window_layers": None},
+            "max_window_layers=None: wanted an integer",
+        ),
         ({"layer_types": ["full_attention"] * 27}, "layer_types=.*wanted a list of 28"),
+        ({"layer_types": "full_attention"}, "layer_types='full_attention': wanted a list of 28"),
+        (
+            {"layer_types": ["full_attention"] * 27 + ["linear_attention"]},
+            "layer_types='linear_attention': wanted one of 'full_attention', 'sliding_attention'",
+        ),
         (
             {"layer_types": ["full_attention"] * 27 + ["sliding_attention"]},
-            "layer_types has 'sliding_attention'",
+            "layer_types has 'sliding_attention', but use_sliding_window=False with .*=4096",
+        ),
+        (
+            {
+                "layer_types": ["sliding_attention"] * 28,
+                "use_sliding_window": True,
+                "sliding_window": None,
+            },
+            "layer_types has 'sliding_attention', but use_sliding_window=True with .*=None",
         ),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no': wanted one of False, True"),
         ({"torch_dtype": "int8"}, "dtype='int8': wanted one of 'float32'"),
@@ -330,6 +384,20 @@ def test_a_missing_size_is_named(key):
 def test_a_config_that_is_no_object_is_refused():
     with pytest.raises(DataError, match="wanted an object, got a list"):
         QwenConfig.from_hf([R1_DISTILL])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sliding_window": 5}, r"window_layers=\(\): wanted ascending layers below 28"),
+        ({"sliding_window": 5, "window_layers": (28,)}, r"window_layers=\(28,\): wanted"),
+        ({"sliding_window": 5, "window_layers": (2, 1)}, r"window_layers=\(2, 1\): wanted asc"),
+        ({"window_layers": (1,)}, "sliding_window is missing; wanted an integer"),
+    ],
+)
+def test_windows_without_layers_and_layers_without_windows_are_refused(change, message):
+    with pytest.raises(DataError, match=message):
+        dataclasses.replace(QwenConfig.from_hf(QWEN3), **change)
 
 
 def test_biases_and_norms_that_the_family_does_not_have_are_refused():

@@ -1,5 +1,6 @@
 """The network against transformers (recorded in tests/fixtures), and its own identities."""
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +58,9 @@ def test_fixtures_cover_both_families_and_every_option():
     assert names == [
         "qwen2_tied",
         "qwen2_untied",
+        "qwen2_windows",
+        "qwen2_yarn",
+        "qwen3_linear_rope",
         "qwen3_tied",
         "qwen3_untied",
         "qwen3_wide_heads",
@@ -147,7 +151,38 @@ def test_cached_decoding_equals_the_full_forward(case):
         np.testing.assert_allclose(np.stack(steps, axis=1)[rows], full, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["qwen2_untied", "qwen3_untied"])
+def with_windows(model, window, layers):
+    """The same weights under another config."""
+    config = dataclasses.replace(model.config, sliding_window=window, window_layers=layers)
+    other = nnx.eval_shape(lambda: Qwen(config, rngs=nnx.Rngs(0)))
+    return nnx.merge(nnx.split(other)[0], nnx.state(model, nnx.Param))
+
+
+def test_windows_bound_how_far_a_token_reaches():
+    """Two layers that look back on 2 tokens each: 4 positions further, and no more."""
+    model = with_windows(load_model(FIXTURES[0]), 3, (0, 1))
+    tokens = np.arange(20, 38)[None].astype(np.int32)
+    changed = tokens.copy()
+    changed[0, 5] += 1
+    before, after = (logits(model, t)[0] for t in (tokens, changed))
+    difference = np.abs(after - before).max(axis=-1)
+    np.testing.assert_array_equal(np.flatnonzero(difference), [5, 6, 7, 8, 9])
+    assert difference[5:10].min() > 1e-3
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_window_as_long_as_the_text_changes_nothing_and_a_shorter_one_does(side):
+    model = load_model(FIXTURES[0])
+    tokens, real = np.arange(20, 44)[None].astype(np.int32), np.zeros((1, 24), bool)
+    real[:, slice(0, 12) if side == "right" else slice(12, 24)] = True
+    plain = logits(model, tokens, real)
+    enough, short = (logits(with_windows(model, w, (1,)), tokens, real) for w in (12, 11))
+    np.testing.assert_array_equal(enough[real], plain[real])
+    differs = np.abs(short - plain)[real].max(axis=-1) > 1e-4
+    np.testing.assert_array_equal(differs, [False] * 11 + [True])
+
+
+@pytest.mark.parametrize("name", ["qwen2_untied", "qwen2_windows", "qwen3_untied"])
 def test_every_parameter_has_a_gradient_and_rematerialised_layers_give_the_same(name):
     """A gradient that is zero for a whole parameter would mean that it is not used."""
     graphdef, params = nnx.split(load_model(FIXTURES[0].parent / name))

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gspo_jax.errors import DataError
+from gspo_jax.models.fields import as_float, check_number, check_size, either, one_of, short
+from gspo_jax.models.rope import POSITIONS, RopeScaling, read_rope
 
 # model_type -> its architecture's name.
 FAMILIES = {
@@ -16,6 +18,7 @@ FAMILIES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 DTYPES = ("float32", "float16", "bfloat16")
+KINDS = ("full_attention", "sliding_attention")  # of a layer; the second has the window
 
 # Our name -> (the key in config.json, the largest value that we believe). The limits are far
 # above every published model: they stop a lying file before anything is allocated for it.
@@ -27,7 +30,7 @@ SIZES = {
     "num_heads": ("num_attention_heads", 2**12),
     "num_kv_heads": ("num_key_value_heads", 2**12),
     "head_dim": ("head_dim", 2**12),
-    "max_position_embeddings": ("max_position_embeddings", 2**30),
+    "max_position_embeddings": ("max_position_embeddings", POSITIONS),
 }
 
 # The same of a mixture of experts. transformers 5 writes num_local_experts.
@@ -86,6 +89,10 @@ class QwenConfig:
         num_kv_heads: K key/value heads; divides N.
         head_dim: H; even, and not always D / N.
         rope_theta: base of the rotary position frequencies.
+        rope_scaling: how positions are stretched to texts longer than trained on; None: not.
+        sliding_window: tokens, the own one included, that each layer of `window_layers` looks
+            back on; None where there is no such layer.
+        window_layers: the layers, counted from 0, whose attention has the window.
         rms_norm_eps: added to the mean square inside every norm.
         tie_word_embeddings: the unembedding is the embedding transposed.
         qkv_bias: biases on the q, k and v projections (Qwen2).
@@ -104,6 +111,9 @@ class QwenConfig:
     num_kv_heads: int
     head_dim: int
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    window_layers: tuple[int, ...] = ()
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     qkv_bias: bool
@@ -130,16 +140,21 @@ class QwenConfig:
         if not isinstance(hf, dict):
             raise DataError(f"wanted an object, got a {type(hf).__name__}.")
         family: Any = hf.get("model_type")
-        _one_of("model_type", family, tuple(FAMILIES))
+        one_of("model_type", family, tuple(FAMILIES))
         _refuse_unimplemented(hf, family)
+        theta, scaling = read_rope(hf)
+        window, window_layers = _windows(hf)
         settings: dict[str, Any] = {name: hf.get(key) for name, (key, _) in SIZES.items()}
         settings |= {
             "family": family,
-            "num_kv_heads": _either(settings["num_kv_heads"], settings["num_heads"]),
-            "head_dim": _either(settings["head_dim"], _default_head_dim(hf, family)),
+            "num_kv_heads": either(settings["num_kv_heads"], settings["num_heads"]),
+            "head_dim": either(settings["head_dim"], _default_head_dim(hf, family)),
             "max_position_embeddings": hf.get("max_position_embeddings", 32768),
-            "rope_theta": _rope_theta(hf),
-            "rms_norm_eps": _as_float(hf.get("rms_norm_eps", 1e-6)),
+            "rope_theta": theta,
+            "rope_scaling": scaling,
+            "sliding_window": window,
+            "window_layers": window_layers,
+            "rms_norm_eps": as_float(hf.get("rms_norm_eps", 1e-6)),
             "tie_word_embeddings": hf.get("tie_word_embeddings", False),
             "qkv_bias": family == "qwen2",
             "qk_norm": family != "qwen2",
@@ -152,8 +167,11 @@ class QwenConfig:
     def to_hf(self) -> dict[str, Any]:
         """The content of a `config.json` that transformers 4 and 5 both read.
 
-        The position base and the dtype are written under their old and their new keys.
+        Positions, windows and the dtype are written under their old and their new keys.
         """
+        scaling = (
+            {"rope_type": "default"} if self.rope_scaling is None else self.rope_scaling.to_hf()
+        )
         hf = {
             "architectures": [FAMILIES[self.family]],
             "model_type": self.family,
@@ -161,7 +179,7 @@ class QwenConfig:
             "hidden_act": "silu",
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_theta,
-            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
+            "rope_parameters": {"rope_theta": self.rope_theta, **scaling},
             "tie_word_embeddings": self.tie_word_embeddings,
             "use_sliding_window": False,
             "attention_dropout": 0.0,
@@ -169,6 +187,10 @@ class QwenConfig:
             "dtype": self.dtype,
             "torch_dtype": self.dtype,
         }
+        if self.rope_scaling is not None:
+            hf["rope_scaling"] = scaling
+        if self.window_layers:
+            hf |= self._windows_to_hf()
         if self.experts is not None:
             e = self.experts
             hf |= {key: getattr(e, name) for name, (key, _) in EXPERT_SIZES.items()}
@@ -179,18 +201,33 @@ class QwenConfig:
             del hf["head_dim"]  # Qwen2 directories do not have the key
         return hf
 
+    def _windows_to_hf(self) -> dict[str, Any]:
+        """The keys of sliding windows.
+
+        Versions before `layer_types` (transformers 4.53) give a window to every layer from
+        `max_window_layers` on, as all published models have them; other orders they cannot read.
+        """
+        kinds = [KINDS[i in self.window_layers] for i in range(self.num_layers)]
+        return {
+            "use_sliding_window": True,
+            "sliding_window": self.sliding_window,
+            "max_window_layers": self.window_layers[0],
+            "layer_types": kinds,
+        }
+
 
 def _check(settings: dict[str, Any]) -> None:
     """Raise unless these are fields of a `QwenConfig`: each of its type, and possible together."""
     c = settings
-    _one_of("model_type", c["family"], tuple(FAMILIES))
-    _one_of("dtype", c["dtype"], DTYPES)
+    one_of("model_type", c["family"], tuple(FAMILIES))
+    one_of("dtype", c["dtype"], DTYPES)
     for name, (key, limit) in SIZES.items():
-        _check_size(key, c[name], limit)
+        check_size(key, c[name], limit)
     for name in ("tie_word_embeddings", "qkv_bias", "qk_norm"):
-        _one_of(name, c[name], (False, True))
-    _check_number("rope_theta", c["rope_theta"], high=1e15)
-    _check_number("rms_norm_eps", c["rms_norm_eps"], high=1.0)
+        one_of(name, c[name], (False, True))
+    check_number("rope_theta", c["rope_theta"], high=1e15)
+    _check_windows(c["sliding_window"], c["window_layers"], c["num_layers"])
+    check_number("rms_norm_eps", c["rms_norm_eps"], high=1.0)
     if c["num_heads"] % c["num_kv_heads"]:
         raise DataError(
             f"num_attention_heads={c['num_heads']} is not a multiple of "
@@ -215,12 +252,12 @@ def _experts(hf: dict[str, Any]) -> ExpertsConfig:
     found: dict[str, Any] = {name: hf.get(key) for name, (key, _) in EXPERT_SIZES.items()}
     local = hf.get("num_local_experts")
     if found["count"] is not None and local not in (None, found["count"]):
-        raise DataError(f"num_experts={_short(found['count'])}, num_local_experts={_short(local)}.")
-    found["count"] = _either(found["count"], local)
-    found["step"] = _either(found["step"], 1)
-    dense = _either(hf.get("mlp_only_layers"), [])
+        raise DataError(f"num_experts={short(found['count'])}, num_local_experts={short(local)}.")
+    found["count"] = either(found["count"], local)
+    found["step"] = either(found["step"], 1)
+    dense = either(hf.get("mlp_only_layers"), [])
     if not isinstance(dense, list):
-        raise DataError(f"mlp_only_layers={_short(dense)}: wanted a list of layer numbers.")
+        raise DataError(f"mlp_only_layers={short(dense)}: wanted a list of layer numbers.")
     found |= {"normalise": hf.get("norm_topk_prob", False), "dense_layers": tuple(dense)}
     _check_experts(found, hf.get("num_hidden_layers"))
     return ExpertsConfig(**found)
@@ -228,10 +265,10 @@ def _experts(hf: dict[str, Any]) -> ExpertsConfig:
 
 def _check_experts(e: dict[str, Any], num_layers: Any) -> None:
     """Raise unless these are fields of an `ExpertsConfig` for this many layers."""
-    _check_size("num_hidden_layers", num_layers, SIZES["num_layers"][1])
+    check_size("num_hidden_layers", num_layers, SIZES["num_layers"][1])
     for name, (key, limit) in EXPERT_SIZES.items():
-        _check_size(key, e[name], limit)
-    _one_of("norm_topk_prob", e["normalise"], (False, True))
+        check_size(key, e[name], limit)
+    one_of("norm_topk_prob", e["normalise"], (False, True))
     if e["per_token"] > e["count"]:
         raise DataError(
             f"num_experts_per_tok={e['per_token']} is more than num_experts={e['count']}."
@@ -239,42 +276,63 @@ def _check_experts(e: dict[str, Any], num_layers: Any) -> None:
     for layer in e["dense_layers"]:
         if type(layer) is not int or not 0 <= layer < num_layers:
             raise DataError(
-                f"mlp_only_layers has {_short(layer)}; wanted layers from 0 to {num_layers - 1}."
+                f"mlp_only_layers has {short(layer)}; wanted layers from 0 to {num_layers - 1}."
             )
+
+
+def _check_windows(window: Any, window_layers: tuple[int, ...], layers: int) -> None:
+    if not window_layers and window is None:
+        return
+    check_size("sliding_window", window, POSITIONS)
+    known = [i for i in range(layers) if i in window_layers]
+    if not known or list(window_layers) != known:
+        raise DataError(
+            f"window_layers={short(window_layers)}: wanted ascending layers below {layers}."
+        )
 
 
 def _refuse_unimplemented(hf: dict[str, Any], family: str) -> None:
     """Raise on the first setting that asks for other mathematics than ours."""
     for key, allowed in NEUTRAL.items():
         if key in hf and hf[key] not in allowed:
-            raise DataError(f"{key}={_short(hf[key])} is not implemented; wanted {allowed[-1]!r}.")
+            raise DataError(f"{key}={short(hf[key])} is not implemented; wanted {allowed[-1]!r}.")
     # transformers gives Qwen2 its three biases whatever the key says, and Qwen3 with
     # attention_bias a fourth one, on the output projection.
     bias = hf.get("attention_bias")
     if bias is not None and bias is not (family == "qwen2"):
-        raise DataError(f"attention_bias={_short(bias)} is not implemented for {family}.")
-    _refuse_windows(hf)
+        raise DataError(f"attention_bias={short(bias)} is not implemented for {family}.")
 
 
-def _refuse_windows(hf: dict[str, Any]) -> None:
-    """Refuse attention windows, if any layer has one; most configs carry unused settings."""
-    layers, kinds = hf.get("num_hidden_layers"), hf.get("layer_types")
+def _windows(hf: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
+    """The width of the attention window and the layers that have it; None and () without any.
+
+    Most configs carry settings of windows that no layer uses: those are ignored.
+    """
+    layers: Any = hf.get("num_hidden_layers")
+    kinds = hf.get("layer_types")
+    check_size("num_hidden_layers", layers, SIZES["num_layers"][1])
+    one_of("use_sliding_window", hf.get("use_sliding_window"), (None, False, True))
+    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
     if kinds is not None:
         if not isinstance(kinds, list) or len(kinds) != layers:
-            raise DataError(f"layer_types={_short(kinds)}: wanted a list of {layers} names.")
-        other = [kind for kind in kinds if kind != "full_attention"]
-        if other:
-            raise DataError(
-                f"layer_types has {_short(other[0])}; only full_attention is implemented."
-            )
-        return
-    if hf.get("use_sliding_window") and hf.get("sliding_window", 4096) is not None:
+            raise DataError(f"layer_types={short(kinds)}: wanted a list of {layers} names.")
+        for kind in kinds:
+            one_of("layer_types", kind, KINDS)
+        found = tuple(i for i, kind in enumerate(kinds) if kind == KINDS[1])
+    elif window is None:
+        found = ()
+    else:
         first = hf.get("max_window_layers", 28)
-        if not isinstance(first, int) or not isinstance(layers, int) or first < layers:
-            raise DataError(
-                f"use_sliding_window=true from layer {_short(first)} on is not implemented; set it "
-                f"to false if your sequences stay below {_short(hf.get('sliding_window', 4096))}."
-            )
+        if type(first) is not int or first < 0:
+            raise DataError(f"max_window_layers={short(first)}: wanted an integer from 0 on.")
+        found = tuple(range(first, layers))
+    if found and window is None:
+        raise DataError(
+            f"layer_types has {KINDS[1]!r}, but "
+            f"use_sliding_window={short(hf.get('use_sliding_window'))} with "
+            f"sliding_window={short(hf.get('sliding_window'))}; wanted true and a number."
+        )
+    return (window, found) if found else (None, ())
 
 
 def _default_head_dim(hf: dict[str, Any], family: str) -> Any:
@@ -283,7 +341,7 @@ def _default_head_dim(hf: dict[str, Any], family: str) -> Any:
         return 128
     for name in ("hidden_size", "num_heads"):
         key, limit = SIZES[name]
-        _check_size(key, hf.get(key), limit)
+        check_size(key, hf.get(key), limit)
     if hf["hidden_size"] % hf["num_attention_heads"]:
         raise DataError(
             f"hidden_size={hf['hidden_size']} does not split into "
@@ -292,66 +350,7 @@ def _default_head_dim(hf: dict[str, Any], family: str) -> Any:
     return hf["hidden_size"] // hf["num_attention_heads"]
 
 
-def _rope_theta(hf: dict[str, Any]) -> Any:
-    """The position base, at the top level or in `rope_parameters`; other kinds are refused."""
-    theta = hf.get("rope_theta")
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = hf.get(key)
-        if rope is None:
-            continue
-        if not isinstance(rope, dict):
-            raise DataError(f"{key}={_short(rope)}: wanted an object.")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise DataError(f"{key}.rope_type={_short(kind)} is not implemented; only default is.")
-        extra = sorted(set(rope) - {"rope_theta", "rope_type", "type"})
-        if extra:
-            raise DataError(f"{key}.{extra[0][:40]} is not implemented; only rope_theta is.")
-        inner = rope.get("rope_theta")
-        if theta is not None and inner is not None and inner != theta:
-            raise DataError(f"rope_theta={_short(theta)}, but {key}.rope_theta={_short(inner)}.")
-        theta = _either(theta, inner)
-    return _as_float(_either(theta, 10000.0))
-
-
 def _dtype(hf: dict[str, Any]) -> Any:
     """`dtype` or the older `torch_dtype`; where neither is given the weight files decide."""
-    dtype = _either(_either(hf.get("dtype"), hf.get("torch_dtype")), "float32")
+    dtype = either(either(hf.get("dtype"), hf.get("torch_dtype")), "float32")
     return dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
-
-
-def _check_size(key: str, value: Any, limit: int) -> None:
-    if value is None:
-        raise DataError(f"{key} is missing; wanted an integer.")
-    if type(value) is not int:  # bool is an int, and "12" is neither
-        raise DataError(f"{key}={_short(value)}: wanted an integer.")
-    if not 1 <= value <= limit:
-        raise DataError(f"{key}={_short(value)}: wanted 1 to {limit}.")
-
-
-def _check_number(key: str, value: Any, *, high: float) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < high:  # NaN fails the comparison
-        raise DataError(f"{key}={_short(value)}: wanted a number between 0 and {high:g}.")
-
-
-def _one_of(key: str, value: Any, allowed: tuple) -> None:
-    if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
-        raise DataError(f"{key}={_short(value)}: wanted one of {', '.join(map(repr, allowed))}.")
-
-
-def _as_float(value: Any) -> Any:
-    """JSON writes 1000000 for 1000000.0; what is no number is left for the check to refuse."""
-    return float(value) if type(value) is int and abs(value) < 2**53 else value
-
-
-def _either(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
-def _short(value: Any) -> str:
-    """`repr`, cut: a hostile file must not fill the screen."""
-    if isinstance(value, dict | list):
-        return "{...}" if isinstance(value, dict) else "[...]"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."

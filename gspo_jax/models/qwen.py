@@ -24,6 +24,7 @@ from gspo_jax.models.cache import Cache, LayerCache, write
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.init import constant, kernel
 from gspo_jax.models.moe import Experts, Routing, join
+from gspo_jax.models.rope import inverse_frequencies
 from gspo_jax.sharding import constrain
 
 Rope = tuple[Float[Array, "B 1 S H"], Float[Array, "B 1 S H"]]  # cos, sin
@@ -146,14 +147,14 @@ class Qwen(nnx.Module):
             counted: the tokens over which the sums in `Routing` run; None is all.
         """
         rope = self._rope(_positions(tokens, mask))
-        allowed = _causal(tokens, mask)
+        masks = self._masks(_causal(tokens, mask))
         x, routings = self._embed(tokens), []
-        for layer in self.layers:
+        for layer, allowed in zip(self.layers, masks, strict=True):
             # The layers with experts take theirs in order.
             ids = None if replay is None or not layer.sparse else replay[:, :, len(routings)]
             graphdef, state = nnx.split(layer)
 
-            def run(state, x, ids, graphdef=graphdef):
+            def run(state, x, ids, graphdef=graphdef, allowed=allowed):
                 layer = nnx.merge(graphdef, state)
                 x, _, routing = layer(x, rope, allowed, replay=ids, counted=counted)
                 return x, routing
@@ -166,9 +167,10 @@ class Qwen(nnx.Module):
         self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]
     ) -> tuple[Float[Array, "B S D"], Cache]:
         """Hidden states of left-padded prompts, and the cache they leave behind (S slots)."""
-        rope, allowed = self._rope(_positions(tokens, mask)), _causal(tokens, mask)
+        rope = self._rope(_positions(tokens, mask))
+        masks = self._masks(_causal(tokens, mask))
         x, caches = self._embed(tokens), []
-        for layer in self.layers:
+        for layer, allowed in zip(self.layers, masks, strict=True):
             x, cache, _ = layer(x, rope, allowed)
             caches.append(cache)
         return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), tuple(caches)
@@ -191,10 +193,10 @@ class Qwen(nnx.Module):
             position: the token's own position in its text, for the rotation.
             live: slots that hold real tokens, the new one included.
         """
-        rope = self._rope(position[:, None])
+        rope, masks = self._rope(position[:, None]), self._masks(live[:, None], slot)
         x, caches = self._embed(token[:, None]), []
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x, written, _ = layer(x, rope, live[:, None], layer_cache, slot)
+        for layer, allowed, layer_cache in zip(self.layers, masks, cache, strict=True):
+            x, written, _ = layer(x, rope, allowed, layer_cache, slot)
             caches.append(written)
         x = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
         return x[:, 0], tuple(caches)
@@ -213,12 +215,29 @@ class Qwen(nnx.Module):
         return constrain(self.embed[...][tokens], "batch", None, None)
 
     def _rope(self, positions: Int[Array, "B S"]) -> Rope:
-        """cos and sin of position * theta^(-2i/H), each angle serving dimensions i and i + H/2."""
-        H = self.config.head_dim
-        inv_freq = self.config.rope_theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+        """cos and sin of position * frequency, each angle serving dimensions i and i + H/2."""
+        c = self.config
+        inv_freq, scale = inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         angle = positions[:, None, :, None].astype(jnp.float32) * inv_freq[None, None, None]
         angle = jnp.concatenate([angle, angle], axis=-1)
-        return jnp.cos(angle), jnp.sin(angle)
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        return (cos, sin) if scale == 1 else (cos * scale, sin * scale)
+
+    def _masks(
+        self, allowed: Bool[Array, "B S W"], first: Int[Array, ""] | int = 0
+    ) -> list[Bool[Array, "B S W"]]:
+        """What each layer may look at: `allowed`, or of that the window's latest slots alone.
+
+        Slots, not positions, are counted, as transformers does: real tokens lie side by side, so
+        that both are the same. The S queries are the tokens in slots `first`, `first` + 1, ...
+        """
+        c = self.config
+        if c.sliding_window is None:
+            return [allowed] * c.num_layers
+        S, W = allowed.shape[1:]
+        back = (first + jnp.arange(S))[:, None] - jnp.arange(W)[None]
+        near = allowed & (back < c.sliding_window)[None]
+        return [near if i in c.window_layers else allowed for i in range(c.num_layers)]
 
 
 def rms_norm(
