@@ -176,6 +176,10 @@ def test_head_dim_of_a_mixture_is_derived_unless_given():
         ({"norm_topk_prob": 1}, "norm_topk_prob=1: wanted one of False, True"),
         ({"attention_bias": True}, "attention_bias=True is not implemented for qwen3_moe"),
         ({"num_hidden_layers": None}, "num_hidden_layers is missing"),
+        (
+            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0},
+            "use_sliding_window=true is not implemented for qwen3_moe",
+        ),
     ],
 )
 def test_impossible_experts_are_refused(change, message):

@@ -61,6 +61,8 @@ def test_fixtures_cover_both_families_and_every_option():
         "qwen2_windows",
         "qwen2_yarn",
         "qwen3_linear_rope",
+        "qwen3_moe",
+        "qwen3_moe_fused",
         "qwen3_tied",
         "qwen3_untied",
         "qwen3_wide_heads",

@@ -144,6 +144,11 @@ class QwenConfig:
         _refuse_unimplemented(hf, family)
         theta, scaling = read_rope(hf)
         window, window_layers = _windows(hf)
+        if family == "qwen3_moe" and window_layers:
+            raise DataError(
+                "use_sliding_window=true is not implemented for qwen3_moe: which layers have the "
+                "window differs between versions of transformers; no published model uses it."
+            )
         settings: dict[str, Any] = {name: hf.get(key) for name, (key, _) in SIZES.items()}
         settings |= {
             "family": family,
