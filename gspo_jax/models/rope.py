@@ -121,11 +121,9 @@ def inverse_frequencies(
     if scaling.kind == "linear":
         return np.float32(1) / turn / np.float32(scaling.factor), 1.0
     kept = np.float32(1) - _stretched_share(head_dim, theta, scaling)
-    short_text, long_text = (
-        np.float32(1) / turn,
-        np.float32(1) / (np.float32(scaling.factor) * turn),
-    )
-    return long_text * (np.float32(1) - kept) + short_text * kept, _attention_factor(scaling)
+    stretched = np.float32(1) / (np.float32(scaling.factor) * turn)
+    frequencies = stretched * (np.float32(1) - kept) + np.float32(1) / turn * kept
+    return frequencies, _attention_factor(scaling)
 
 
 def _stretched_share(
