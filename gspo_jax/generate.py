@@ -1,9 +1,14 @@
-"""The sampler: prompts in, completions out, in three jitted programs that never leave the device.
+"""The sampler: prompts in, completions out, in few jitted programs that never leave the device.
 
     prefill   left-padded prompts -> their cache, each prompt once
-    share     the cache and the first logits repeated for the G rows of a group, first token drawn
-    decode    a fixed number of steps over donated buffers; the host looks between chunks whether
-              every row has met an EOS
+    fit       rows of a cache in more slots: shares a prompt's cache with its G rows, makes room
+              as decoding goes on, and leaves out rows that are done
+    decode    a fixed number of steps over a donated cache that is no longer than they need
+
+The host dispatches a chunk of steps, and only then looks at what the chunk before has drawn: the
+device never waits, and at most one chunk is decoded in vain. Where at most half of the rows are
+left without an EOS, they go on in half the batch. `schedule` fixes beforehand, from shapes alone,
+which sizes there can be; `programs_for` lists them.
 
 Keys are stateless: row (prompt p, sample g) draws token t with fold_in(fold_in(fold_in(key, p),
 g), t). So the samples do not depend on batch layout, device count, chunk length or when other
@@ -18,14 +23,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from gspo_jax.batch import Completions
-from gspo_jax.models.cache import Cache, share
+from gspo_jax.models.cache import Cache, LayerCache, fit
 from gspo_jax.models.qwen import Qwen, head_logits
-from gspo_jax.sharding import constrain
+from gspo_jax.sharding import batch_ways, constrain
 
 PureModel = tuple[nnx.GraphDef, nnx.State]
+
+BATCHES = 5  # sizes of the batch at most, each half of the one before ...
+SMALLEST_BATCH = 8  # ... and none below this many rows
+LAST_SHRINK = 16  # with fewer steps left, a smaller batch is not worth its compilation
+LENGTHS = 8  # lengths of the cache at most, and none ...
+SHORTEST_GROWTH = 128  # ... that adds fewer slots than this
 
 
 class Sampling(NamedTuple):
@@ -36,15 +47,89 @@ class Sampling(NamedTuple):
     top_k: int = 0
 
 
-class DecodeState(NamedTuple):
-    """All that changes while decoding; donated from chunk to chunk."""
+class Rows(NamedTuple):
+    """What decoding knows of each row of its batch, besides the cache."""
 
-    cache: Cache  # W slots: the prompt's S, then one per response token
-    live: Bool[Array, "B W"]  # slots that hold real tokens
-    tokens: Int[Array, "B T"]
-    logp: Float[Array, "B T"]
-    done: Bool[Array, " B"]  # rows that have drawn an EOS
-    step: Int[Array, ""]  # tokens drawn so far
+    token: Int[Array, " B"]  # drawn last
+    start: Int[Array, " B"]  # length of its prompt
+    key: Key[Array, " B"]
+
+
+class Drawn(NamedTuple):
+    """What `n` steps leave behind, of every row of their batch."""
+
+    tokens: Int[Array, "n B"]
+    logp: Float[Array, "n B"]
+
+
+Record = list[tuple[np.ndarray, Drawn]]  # chunk by chunk: the numbers of its rows, their tokens
+
+
+class Schedule(NamedTuple):
+    """Sizes that one call can need: `steps` per chunk, and the cache's slots in each chunk."""
+
+    steps: int
+    slots: tuple[int, ...]
+    batches: tuple[int, ...]  # rows, largest first
+
+    def batch(self, chunk: int, now: int, alive: int) -> int:
+        """Rows of a chunk: the smallest size that holds the living; near the end, as it is."""
+        if (len(self.slots) - chunk) * self.steps < LAST_SHRINK:
+            return now
+        return min(b for b in self.batches if b >= alive)
+
+
+class Program(NamedTuple):
+    """The shape of one compiled decode program."""
+
+    batch: int
+    slots: int
+    steps: int
+
+
+def schedule(
+    rows: int, prompt_slots: int, max_new_tokens: int, *, ways: int = 1, chunk: int | None = None
+) -> Schedule:
+    """How `rows` rows are decoded, from shapes alone.
+
+    A chunk is a sixteenth of the response, within 4 and 32 steps: the end of a row takes effect
+    one to two chunks later. Slots come in at most 8 portions of 128 or more; batches are halved
+    four times at most.
+
+    Args:
+        rows: completions wanted.
+        prompt_slots: padded length of the prompts.
+        max_new_tokens: response tokens at most; the first comes with the prompts.
+        ways: devices that the rows are split over; every batch is a multiple of it.
+        chunk: decode steps between two looks at who is done.
+    """
+    rest = max_new_tokens - 1
+    chunks = -(-rest // (chunk or min(max(max_new_tokens // 16, 4), 32)))
+    steps = -(-rest // max(chunks, 1))
+    portion = max(SHORTEST_GROWTH, (1 << rest.bit_length()) // LENGTHS)
+    ends = [(n + 1) * steps for n in range(chunks)]
+    slots = tuple(prompt_slots + min(_round_up(end, portion), ends[-1]) for end in ends)
+    batches = [_round_up(rows, ways)]
+    while len(batches) < BATCHES and (chunks - 1) * steps >= LAST_SHRINK:
+        half = _round_up(-(-batches[-1] // 2), ways)
+        if half < SMALLEST_BATCH or half == batches[-1]:
+            break
+        batches.append(half)
+    return Schedule(steps, slots, tuple(batches))
+
+
+def programs_for(
+    rows: int, prompt_slots: int, max_new_tokens: int, *, ways: int = 1, chunk: int | None = None
+) -> list[Program]:
+    """Every decode program that `generate` may compile for these sizes; arguments as `schedule`.
+
+    Which of them it does compile depends on when rows end: a batch that no row leaves takes
+    one program per length of the cache.
+    """
+    s = schedule(rows, prompt_slots, max_new_tokens, ways=ways, chunk=chunk)
+    first = [Program(s.batches[0], s.slots[0], s.steps)] if s.slots else []
+    later = [Program(b, slots, s.steps) for b in s.batches for slots in s.slots[1:]]
+    return list(dict.fromkeys(first + later))
 
 
 def generate(
@@ -59,7 +144,7 @@ def generate(
     eos_ids: Sequence[int],
     key: Key[Array, ""],
     first_prompt: int = 0,
-    chunk: int = 16,
+    chunk: int | None = None,
 ) -> Completions:
     """Sample `group_size` completions of each prompt; row b answers prompt b // group_size.
 
@@ -75,7 +160,7 @@ def generate(
         eos_ids: any of these ends a row; it is kept, and is part of `mask`.
         key: a `jax.random.key`, folded with prompt, sample and position.
         first_prompt: the first prompt's own number, where `prompts` is part of a longer list.
-        chunk: decode steps between two looks at who is done.
+        chunk: decode steps between two looks at who is done; see `schedule`.
 
     Returns:
         Completions on the host. `logp` is the log-probability of each token under the full
@@ -83,23 +168,46 @@ def generate(
     """
     graphdef, params = nnx.split(model) if isinstance(model, Qwen) else model
     sampling = Sampling(float(temperature), float(top_p), int(top_k))
-    chunk = max(1, min(chunk, max_new_tokens - 1))
-    chunks = -(-(max_new_tokens - 1) // chunk)
-    capacity = 1 + chunks * chunk
-
     tokens, mask = _pad_left(prompts)
-    numbers = jnp.arange(len(prompts), dtype=jnp.int32) + jnp.int32(first_prompt)
-    row_keys = _row_keys(key, numbers, group_size)
-    eos = jnp.asarray(sorted(set(eos_ids)), jnp.int32)
-    start = jnp.asarray(np.repeat(mask.sum(1), group_size), jnp.int32)
+    B, S = len(prompts) * group_size, tokens.shape[1]
+    sizes = schedule(B, S, max_new_tokens, ways=batch_ways(), chunk=chunk)
 
+    number = np.arange(sizes.batches[0], dtype=np.int32)
+    prompt_of = np.minimum(number // group_size, len(prompts) - 1)  # rows from B on are fillers
+    keys = _row_keys(key, prompt_of + np.int32(first_prompt), number % group_size)
+    start = mask.sum(1, dtype=np.int32)[prompt_of]
     last, cache = _prefill(graphdef, params, tokens, mask)
-    state = _share(last, cache, mask, row_keys, eos, group_size, capacity, sampling)
-    for _ in range(chunks):
-        if bool(state.done.all()):
+    rows, first = _begin(last, prompt_of, start, keys, sampling)
+
+    decode = partial(_decode, graphdef, params, sampling=sampling, steps=sizes.steps)
+    eos = np.asarray(sorted(set(eos_ids)))
+    if sizes.slots:
+        cache = _refit(cache, prompt_of, sizes.slots[0])
+    record = _decode_all(decode, sizes, cache, rows, first, S, number >= B, eos)
+    return _completions(record, B, max_new_tokens, eos)
+
+
+def _decode_all(decode, sizes: Schedule, cache, rows, first, prompt_slots, ended, eos) -> Record:
+    """All chunks until every row has met an EOS; `ended` holds for the fillers beforehand."""
+    number = np.arange(len(ended))
+    record = [(number, first)]
+    for n, slots in enumerate(sizes.slots):
+        alive = ~ended[number]
+        batch = sizes.batch(n, len(number), int(alive.sum()))
+        if batch < len(number):  # the living first; who has ended fills up what is left
+            kept = np.argsort(~alive, kind="stable")[:batch]
+            number, rows, cache = number[kept], _pick(rows, kept), _refit(cache, kept, slots)
+        elif slots > cache[0].k.shape[2]:
+            cache = _refit(cache, None, slots)
+        step = np.int32(1 + n * sizes.steps)
+        cache, rows, drawn = decode(cache, rows, np.int32(prompt_slots), step)
+        jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
+        record.append((number, drawn))
+        seen, before = record[n]  # ready, or soon: the device is already at work on the next
+        ended[seen] |= np.isin(before.tokens, eos).any(axis=0)
+        if ended.all():
             break
-        state = _decode(graphdef, params, state, start, row_keys, eos, chunk, sampling)
-    return _completions(state, eos_ids, max_new_tokens)
+    return record
 
 
 @partial(jax.jit, static_argnums=0)
@@ -111,51 +219,61 @@ def _prefill(graphdef, params, tokens, mask) -> tuple[Float[Array, "P V"], Cache
     return head_logits(hidden[:, -1], model.unembed()), cache
 
 
-@partial(jax.jit, static_argnums=(5, 6, 7))
-def _share(logits, cache, mask, row_keys, eos, group_size, capacity, sampling) -> DecodeState:
-    """The state of all B rows after their first token, which is drawn from the prompt's logits."""
-    B, S = logits.shape[0] * group_size, mask.shape[1]
-    logits = constrain(jnp.repeat(logits, group_size, axis=0), "batch", None)
-    token, logp = sample(logits, _fold(row_keys, jnp.int32(0)), sampling)
-    cache = jax.tree.map(
-        lambda x: constrain(x, "batch", None, None, None), share(cache, group_size, S + capacity)
-    )
-    live = jnp.repeat(mask, group_size, axis=0)
-    return DecodeState(
-        cache=cache,
-        live=jnp.pad(live, ((0, 0), (0, capacity))),
-        tokens=jnp.zeros((B, capacity), jnp.int32).at[:, 0].set(token),
-        logp=jnp.zeros((B, capacity), logp.dtype).at[:, 0].set(logp),
-        done=_is_eos(token, eos),
-        step=jnp.int32(1),
-    )
+@partial(jax.jit, static_argnames="sampling")
+def _begin(logits, prompt_of, start, keys, sampling) -> tuple[Rows, Drawn]:
+    """Each row's first token, drawn from its prompt's logits."""
+    logits = constrain(logits[prompt_of], "batch", None)
+    token, logp = sample(logits, _fold(keys, jnp.int32(0)), sampling)
+    return _split(Rows(token, start, keys)), Drawn(token[None], logp[None])
 
 
-@partial(jax.jit, static_argnums=(0, 6, 7), donate_argnums=2)
-def _decode(graphdef, params, state, start, row_keys, eos, steps, sampling) -> DecodeState:
-    """`steps` more tokens for every row. Rows that are done go on, and are masked at the end."""
+@partial(jax.jit, static_argnames=("graphdef", "sampling", "steps"), donate_argnames="cache")
+def _decode(
+    graphdef, params, cache, rows, prompt_slots, step, *, sampling, steps
+) -> tuple[Cache, Rows, Drawn]:
+    """Tokens `step` to `step + steps` of every row. Rows that have ended go on regardless."""
     model = nnx.merge(graphdef, params)
     unembed = model.unembed()
-    prompt_slots = state.live.shape[1] - state.tokens.shape[1]
+    slots = jnp.arange(cache[0].k.shape[2], dtype=jnp.int32)[None]
+    real = slots >= (prompt_slots - rows.start)[:, None]  # right of the padding
 
-    def draw_one(_, s: DecodeState) -> DecodeState:
-        previous = jax.lax.dynamic_index_in_dim(s.tokens, s.step - 1, axis=1, keepdims=False)
-        slot = prompt_slots + s.step - 1
-        live = s.live | (jnp.arange(s.live.shape[1]) == slot)[None]
+    def draw_one(carry, t):
+        cache, token = carry
+        slot = prompt_slots + t - 1
         hidden, cache = model.decode(
-            previous, s.cache, slot=slot, position=start + s.step - 1, live=live
+            token, cache, slot=slot, position=rows.start + t - 1, live=real & (slots <= slot)
         )
-        token, logp = sample(head_logits(hidden, unembed), _fold(row_keys, s.step), sampling)
-        return DecodeState(
-            cache=cache,
-            live=live,
-            tokens=jax.lax.dynamic_update_index_in_dim(s.tokens, token, s.step, axis=1),
-            logp=jax.lax.dynamic_update_index_in_dim(s.logp, logp, s.step, axis=1),
-            done=s.done | _is_eos(token, eos),
-            step=s.step + 1,
-        )
+        token, logp = sample(head_logits(hidden, unembed), _fold(rows.key, t), sampling)
+        return (cache, token), Drawn(token, logp)
 
-    return jax.lax.fori_loop(0, steps, draw_one, state)
+    number = step + jnp.arange(steps, dtype=jnp.int32)
+    (cache, token), drawn = jax.lax.scan(draw_one, (cache, rows.token), number)
+    return cache, _split(rows._replace(token=token)), drawn
+
+
+def _refit(cache: Cache, rows: Int[np.ndarray, " C"] | None, slots: int) -> Cache:
+    """`fit` of every buffer in turn, each freed before the next: never two caches at a time."""
+
+    def move(x: Array) -> Array:
+        y = _fit(x, rows, slots)
+        x.delete()
+        return y
+
+    return tuple(LayerCache(move(layer.k), move(layer.v)) for layer in cache)
+
+
+@partial(jax.jit, static_argnums=2)
+def _fit(x, rows, slots) -> Float[Array, "C K W H"]:
+    return constrain(fit(x, rows, slots), "batch", None, None, None)
+
+
+@jax.jit
+def _pick(rows: Rows, kept) -> Rows:
+    return _split(jax.tree.map(lambda x: x[kept], rows))
+
+
+def _split(rows: Rows) -> Rows:
+    return jax.tree.map(lambda x: constrain(x, "batch"), rows)
 
 
 def bucket(length: int) -> int:
@@ -174,17 +292,23 @@ def sample(
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Draw one token per row by the Gumbel-max rule, with its log-probability.
 
-    argmax(z / temperature + gumbel) is a draw from softmax(z / temperature). The log-probability
-    is that of the full vocabulary at this temperature, as the training program computes it.
+    argmax(z / temperature + gumbel) is a draw from softmax(z / temperature). With gumbel =
+    -log(-log u) it is argmax(p / -log u): one logarithm less, and p is wanted for the
+    log-probability anyway. That one is of the full vocabulary at this temperature, as the
+    training program computes it.
     """
     z = logits / sampling.temperature if sampling.temperature > 0 else logits
+    top = jnp.max(z, axis=-1, keepdims=True)
+    p = jnp.exp(z - top)  # up to a factor
     choice = z
     if sampling.temperature > 0:
-        choice = keep_likely(z, sampling.top_p, sampling.top_k)
-        choice = choice + jax.vmap(lambda k: jax.random.gumbel(k, z.shape[1:], z.dtype))(keys)
+        kept = keep_likely(z, sampling.top_p, sampling.top_k)
+        tiny = jnp.finfo(z.dtype).tiny
+        draw = partial(jax.random.uniform, shape=z.shape[1:], dtype=z.dtype, minval=tiny)
+        choice = jnp.where(kept > -jnp.inf, p, 0) / -jnp.log(jax.vmap(draw)(keys))
     token = jnp.argmax(choice, axis=-1).astype(jnp.int32)
-    logp = jnp.take_along_axis(z, token[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(z, axis=-1)
-    return token, logp
+    chosen = jnp.take_along_axis(z, token[:, None], axis=-1)
+    return token, (chosen - top)[:, 0] - jnp.log(jnp.sum(p, axis=-1))
 
 
 def keep_likely(z: Float[Array, "B V"], top_p: float, top_k: int) -> Float[Array, "B V"]:
@@ -211,20 +335,18 @@ def keep_likely(z: Float[Array, "B V"], top_p: float, top_k: int) -> Float[Array
     return z
 
 
-@partial(jax.jit, static_argnums=2)
-def _row_keys(key, numbers, group_size) -> Key[Array, " B"]:
-    prompt_keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(numbers)
-    samples = jnp.arange(group_size, dtype=jnp.int32)
-    fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-    return fold(prompt_keys, samples).reshape(-1)
+@jax.jit
+def _row_keys(key, prompt, sample) -> Key[Array, " B"]:
+    fold = jax.vmap(jax.random.fold_in, (0, 0))
+    return fold(jax.vmap(jax.random.fold_in, (None, 0))(key, prompt), sample)
 
 
 def _fold(row_keys: Key[Array, " B"], position: Int[Array, ""]) -> Key[Array, " B"]:
     return jax.vmap(jax.random.fold_in, (0, None))(row_keys, position)
 
 
-def _is_eos(token: Int[Array, " B"], eos: Int[Array, " E"]) -> Bool[Array, " B"]:
-    return jnp.any(token[:, None] == eos[None], axis=1)
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -237,12 +359,23 @@ def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]
     return tokens, mask
 
 
-def _completions(state: DecodeState, eos_ids: Sequence[int], limit: int) -> Completions:
-    """Cut at the limit, and mask what lies after the first EOS of each row."""
-    tokens, logp = jax.device_get((state.tokens, state.logp))
-    tokens, logp = tokens[:, :limit], logp[:, :limit]
-    drawn = np.arange(limit)[None] < int(state.step)
-    is_eos = np.isin(tokens, list(eos_ids)) & drawn
-    before = np.cumsum(is_eos, axis=1) - is_eos  # EOS tokens to the left
-    mask = (before == 0) & drawn
-    return Completions(tokens, mask, logp, truncated=np.asarray(~is_eos.any(axis=1)))
+def _completions(record: Record, rows: int, limit: int, eos: np.ndarray) -> Completions:
+    """The chunks put together, masked after the first EOS of each row.
+
+    Rows that were left out have zeros from there on: an EOS lies before.
+    """
+
+    def join(*chunks: Array) -> np.ndarray:
+        parts = jax.device_get(chunks)
+        whole = np.zeros((len(record[0][0]), limit, *parts[0].shape[2:]), parts[0].dtype)
+        step = 0
+        for (number, _), part in zip(record, parts, strict=True):
+            part = part[: limit - step].swapaxes(0, 1)
+            whole[number, step : step + part.shape[1]] = part
+            step += part.shape[1]
+        return whole[:rows]
+
+    drawn = jax.tree.map(join, *(drawn for _, drawn in record))
+    is_eos = np.isin(drawn.tokens, eos)
+    mask = np.cumsum(is_eos, axis=1) == is_eos  # no EOS to the left
+    return Completions(drawn.tokens, mask, drawn.logp, truncated=np.asarray(~is_eos.any(axis=1)))

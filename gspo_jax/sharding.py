@@ -9,6 +9,7 @@ function here is the identity.
     fsdp        rows of the batch, and parameters, gradients and moments along "embed"
 """
 
+import math
 from typing import Any
 
 import jax
@@ -74,6 +75,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, mesh, x.shape))
+
+
+def batch_ways() -> int:
+    """Devices of the current mesh that a batch is split over: what its rows must divide into."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"] or ())
 
 
 def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:

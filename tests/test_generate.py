@@ -1,5 +1,7 @@
 """The sampler draws from the model's own distribution, whatever the batch looks like."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,20 @@ import pytest
 from flax import nnx
 
 from gspo_jax import generate as generate_module
-from gspo_jax.batch import TrainBatch
-from gspo_jax.generate import Sampling, bucket, generate, keep_likely, sample
+from gspo_jax.batch import Completions, TrainBatch
+from gspo_jax.generate import Program as P
+from gspo_jax.generate import (
+    Sampling,
+    bucket,
+    generate,
+    keep_likely,
+    programs_for,
+    sample,
+    schedule,
+)
 from gspo_jax.losses import LOSSES
+from gspo_jax.models.cache import fit
+from gspo_jax.sharding import make_mesh
 from gspo_jax.update import Objective, forward_logps
 
 PROMPTS = [[5, 9, 11], [7], [3, 4, 5, 6, 7, 8, 9]]
@@ -99,16 +112,77 @@ def test_rows_of_a_group_differ_from_the_first_token_on(tiny):
         assert len(set(group.tolist())) > 3
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 64])
-def test_samples_do_not_depend_on_chunk_length(tiny, chunk):
-    def run(chunk):
-        return generate(
-            tiny, PROMPTS, group_size=2, max_new_tokens=9, eos_ids=[1, 2], key=KEY, chunk=chunk
-        )
+@pytest.fixture
+def decoded(monkeypatch):
+    """The caches that `_decode` is called with, as (batch, slots, steps) and shard shape."""
+    calls, decode = [], generate_module._decode
 
-    want, got = run(16), run(chunk)
+    def watched(graphdef, params, cache, *rest, **options):
+        k = cache[-1].k
+        program = P(k.shape[0], k.shape[2], options["steps"])
+        calls.append((program, k.addressable_shards[0].data.shape))
+        return decode(graphdef, params, cache, *rest, **options)
+
+    monkeypatch.setattr(generate_module, "_decode", watched)
+    return calls
+
+
+LONG = {"group_size": 16, "max_new_tokens": 61, "key": KEY}
+SOME_EOS = [1, 2, 3]  # of 64 tokens: rows end after 22 on average, some at 2, some never
+
+
+@pytest.fixture(scope="module")
+def undivided(tiny):
+    """48 rows in one batch, one cache and one chunk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate_module, "BATCHES", 1)
+        return generate(tiny, PROMPTS, eos_ids=SOME_EOS, chunk=64, **LONG)
+
+
+def assert_same_samples(got, want):
     np.testing.assert_array_equal(got.mask, want.mask)
+    np.testing.assert_array_equal(got.truncated, want.truncated)
     np.testing.assert_array_equal(got.tokens[got.mask], want.tokens[want.mask])
+    np.testing.assert_allclose(got.logp[got.mask], want.logp[want.mask], atol=1e-5)
+
+
+@pytest.mark.parametrize(("chunk", "shortest_growth"), [(1, 128), (3, 8), (8, 8)])
+def test_samples_do_not_depend_on_chunks_halving_or_the_length_of_the_cache(
+    tiny, undivided, decoded, monkeypatch, chunk, shortest_growth
+):
+    monkeypatch.setattr(generate_module, "SHORTEST_GROWTH", shortest_growth)
+    got = generate(tiny, PROMPTS, eos_ids=SOME_EOS, chunk=chunk, **LONG)
+    assert_same_samples(got, undivided)
+    lengths = undivided.mask.sum(1)
+    assert lengths.min() == 2 and undivided.truncated.any()
+    programs = [program for program, _ in decoded]
+    assert {p.batch for p in programs} == {48, 24, 12}
+    assert len({p.slots for p in programs}) == (1 if shortest_growth == 128 else 8)
+    assert set(programs) <= set(programs_for(48, 16, 61, chunk=chunk))
+
+
+def test_rows_are_left_out_one_chunk_after_half_of_them_have_ended(tiny, undivided, decoded):
+    generate(tiny, PROMPTS, eos_ids=SOME_EOS, chunk=4, **LONG)
+    lengths = undivided.mask.sum(1)
+    for n, (program, _) in enumerate(decoded):
+        seen = 1 + 4 * (n - 1) if n else 0  # tokens of every row before the last chunk dispatched
+        alive = int((lengths > seen).sum()) if n else 48
+        if (15 - n) * 4 >= 16:
+            assert program.batch == min(size for size in (48, 24, 12) if size >= alive)
+        else:  # the last 16 steps never begin a new size
+            assert program.batch == decoded[n - 1][0].batch
+
+
+def test_a_mesh_splits_every_batch_evenly_and_samples_the_same(tiny, undivided, decoded, caplog):
+    """45 rows on 8 devices: 48 with fillers, then 24 and 16, each compiled once."""
+    options = LONG | {"group_size": 15}
+    with jax.set_mesh(make_mesh(data=2, fsdp=4)), jax.log_compiles():
+        got = generate(tiny, PROMPTS, eos_ids=SOME_EOS, chunk=4, **options)
+    rows = [row for row in range(48) if row % 16 < 15]
+    assert_same_samples(got, Completions(*(field[rows] for field in undivided)))
+    assert {p.batch for p, _ in decoded} == {48, 24, 16}
+    assert all(shard[0] == p.batch // 8 for p, shard in decoded)
+    assert len(re.findall(r"Compiling .*_decode", caplog.text)) == 3
 
 
 def test_samples_do_not_depend_on_the_other_prompts_of_the_batch(tiny):
@@ -131,15 +205,21 @@ def test_eos_is_kept_and_closes_the_mask_whichever_of_several_it_is(tiny):
     assert got.truncated.any() and not got.truncated.all()
 
 
-def test_decoding_stops_when_every_row_has(tiny, monkeypatch):
-    calls = []
-    decode = generate_module._decode
-    monkeypatch.setattr(generate_module, "_decode", lambda *a: calls.append(a) or decode(*a))
-    everything = list(range(64))  # any token ends a row: one token each, and no decoding at all
-    got = generate(tiny, PROMPTS, max_new_tokens=33, eos_ids=everything, key=KEY, chunk=4)
-    assert not calls and got.mask.sum(1).tolist() == [1, 1, 1]
-    generate(tiny, PROMPTS, max_new_tokens=33, eos_ids=NO_EOS, key=KEY, chunk=4)
-    assert len(calls) == 8  # 32 further tokens in chunks of 4
+def test_decoding_stops_one_chunk_after_the_last_row_has(tiny, decoded):
+    """The next chunk is on its way before the host looks: the device never waits."""
+
+    def chunks(eos):
+        decoded.clear()
+        got = generate(tiny, PROMPTS, max_new_tokens=33, eos_ids=eos, key=KEY, chunk=4)
+        return got, len(decoded)
+
+    got, count = chunks(list(range(64)))  # any token ends a row
+    assert count == 1 and got.mask.sum(1).tolist() == [1, 1, 1]
+    free, count = chunks(NO_EOS)
+    assert count == 8  # 32 further tokens in chunks of 4
+    eos = free.tokens[:, 2].tolist()  # all rows end at token 2 or before: in the first chunk
+    got, count = chunks(eos)
+    assert count == 2 and got.mask.sum(1).max() <= 3 and not got.truncated.any()
 
 
 def test_each_prompt_is_run_once_for_its_whole_group(tiny, monkeypatch):
@@ -155,21 +235,62 @@ def test_each_prompt_is_run_once_for_its_whole_group(tiny, monkeypatch):
 
 
 def test_the_cache_is_written_in_place(tiny_view):
-    """XLA's own account: decoding reuses the donated state and copies no layer's cache."""
+    """XLA's own account: decoding reuses the donated cache and copies no layer of it."""
     graphdef, params = tiny_view
-    keys = generate_module._row_keys(KEY, jnp.arange(16, dtype=jnp.int32), 4)
-    eos = jnp.asarray([1], jnp.int32)
-    mask = jnp.ones((16, 32), bool)
-    last, cache = generate_module._prefill(graphdef, params, jnp.ones((16, 32), jnp.int32), mask)
-    state = generate_module._share(last, cache, mask, keys, eos, 4, 17, Sampling())
-    start = jnp.full((64,), 32, jnp.int32)
+    keys = jax.random.split(KEY, 64)
+    tokens, mask = jnp.ones((64, 64), jnp.int32), jnp.ones((64, 64), bool)
+    _, cache = generate_module._prefill(graphdef, params, tokens, mask)
+    rows = generate_module.Rows(tokens[:, 0], tokens[:, 0], keys)
     lowered = generate_module._decode.lower(
-        graphdef, params, state, start, keys, eos, 16, Sampling()
+        graphdef, params, cache, rows, jnp.int32(40), jnp.int32(1), sampling=Sampling(), steps=16
     )
     memory = lowered.compile().memory_analysis()
-    cache_bytes = sum(x.nbytes for x in jax.tree.leaves(state.cache))
+    cache_bytes = sum(x.nbytes for x in jax.tree.leaves(cache))
     assert memory.alias_size_in_bytes >= cache_bytes
-    assert memory.temp_size_in_bytes < cache_bytes
+    assert memory.temp_size_in_bytes < cache_bytes / 2
+
+
+def test_fit_takes_rows_and_adds_empty_slots():
+    x = jnp.arange(24.0).reshape(3, 2, 2, 2)
+    got = fit(x, jnp.asarray([2, 0]), 5)
+    np.testing.assert_array_equal(got[:, :, :2], np.asarray(x)[[2, 0]])
+    np.testing.assert_array_equal(got[:, :, 2:], np.zeros((2, 2, 3, 2)))
+    np.testing.assert_array_equal(fit(x, None, 2), x)
+
+
+def test_a_cache_is_moved_buffer_by_buffer(tiny_view):
+    ones = jnp.ones((3, 16), jnp.int32)
+    _, cache = generate_module._prefill(*tiny_view, ones, ones.astype(bool))
+    moved = generate_module._refit(cache, np.asarray([0, 0, 1, 1]), 20)
+    assert moved[1].v.shape == (4, 2, 20, 8)
+    assert all(x.is_deleted() for x in jax.tree.leaves(cache))
+
+
+def test_programs_follow_from_shapes_alone():
+    # 63 tokens after the first in chunks of 4; one length of cache, since less than 128.
+    assert programs_for(64, 32, 64) == [P(b, 96, 4) for b in (64, 32, 16, 8)]
+    # 1023 in chunks of 32 = 256 + 1024 slots, in portions of 1024 / 8; the first chunk is whole.
+    lengths = range(256 + 128, 256 + 1024 + 1, 128)
+    listed = programs_for(512, 256, 1024)
+    assert listed == [P(b, w, 32) for b in (512, 256, 128, 64, 32) for w in lengths]
+    assert programs_for(5, 16, 300) == [P(5, w, 18) for w in (16 + 128, 16 + 256, 16 + 306)]
+    assert programs_for(64, 16, 1) == []
+    assert programs_for(64, 16, 2) == [P(64, 17, 1)]
+
+
+@pytest.mark.parametrize("rows", [1, 9, 43, 100, 1000])
+@pytest.mark.parametrize("ways", [1, 2, 8])
+@pytest.mark.parametrize("limit", [2, 17, 100, 1000, 5000])
+def test_a_schedule_holds_all_rows_and_all_tokens_in_few_sizes(rows, ways, limit):
+    s = schedule(rows, 48, limit, ways=ways)
+    assert s.batches[0] >= rows and all(b % ways == 0 for b in s.batches)
+    assert all(small < large for large, small in zip(s.batches, s.batches[1:], strict=False))
+    assert len(s.batches) <= 5 and len(set(s.slots)) <= 9
+    assert 1 + len(s.slots) * s.steps >= limit  # all tokens, the first included ...
+    assert (len(s.slots) - 1) * s.steps < limit - 1  # ... without a chunk too many
+    for n, slots in enumerate(s.slots):
+        assert slots >= 48 + (n + 1) * s.steps  # the last write of chunk n lies inside
+        assert slots >= s.slots[n - 1] or n == 0
 
 
 @pytest.mark.parametrize(("top_p", "top_k"), [(0.5, 0), (0.9, 0), (1.0, 3), (0.7, 5), (1e-6, 0)])
@@ -184,6 +305,18 @@ def test_nucleus_and_top_k_keep_the_sets_that_a_sort_finds(top_p, top_k):
         mass = np.cumsum(p / p.sum())
         count = int((mass < top_p).sum()) + 1  # the smallest set that reaches top_p
         assert set(np.flatnonzero(kept[row])) == set(ranked[:count].tolist())
+
+
+def test_a_draw_is_the_gumbel_argmax_with_its_log_probability():
+    """argmax(p / -log u) = argmax(z - log(-log u)), where u are the keys' own uniforms."""
+    z = 3 * jax.random.normal(jax.random.key(5), (50, 30))
+    keys = jax.random.split(KEY, 50)
+    token, logp = sample(z, keys, Sampling(temperature=0.5))
+    tiny = np.finfo(np.float32).tiny
+    u = np.stack([jax.random.uniform(k, (30,), minval=tiny) for k in keys]).astype(np.float64)
+    np.testing.assert_array_equal(token, np.argmax(z / 0.5 - np.log(-np.log(u)), axis=1))
+    want = jax.nn.log_softmax(z / 0.5)[jnp.arange(50), token]
+    np.testing.assert_allclose(logp, want, atol=1e-5)
 
 
 def test_top_k_restricts_draws_but_not_their_log_probability():

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from gspo_jax.models import Qwen, QwenConfig, load_model
-from gspo_jax.models.cache import share
+from gspo_jax.models.cache import fit
 from gspo_jax.models.qwen import head_logits
 
 WIDTH = 24  # of the longest text: 12 tokens of prompt and 12 of answer
@@ -128,7 +128,8 @@ def test_cached_decoding_equals_the_full_forward(case):
     S, T, G = case.tokens.shape[1], greedy.shape[1], 2
     tokens, mask = jnp.array(case.left_tokens), jnp.array(case.left_mask)
     _, cache = nnx.jit(lambda model, *args: model.prefill(*args))(case.model, tokens, mask)
-    cache = share(cache, G, S + T)
+    rows = jnp.repeat(jnp.arange(len(length), dtype=jnp.int32), G)
+    cache = jax.tree.map(lambda x: fit(x, rows, S + T), cache)
     answers = np.repeat(greedy, G, axis=0)
     answers[1::G] = answers[1::G, ::-1]  # the group's second member says something else
     live = np.repeat(np.pad(case.left_mask, ((0, 0), (0, T))), G, axis=0)

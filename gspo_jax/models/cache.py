@@ -2,7 +2,8 @@
 
 Layout [B, K, S, H] per layer, so that attention reads it without a transpose, in separate
 buffers, so that a layer's update never copies another layer's. All rows write the same slot:
-prompts are padded on the left and end together.
+prompts are padded on the left and end together. The buffers are no longer than decoding needs
+for the time being, since attention reads all of them; `fit` widens them.
 """
 
 from typing import NamedTuple
@@ -36,11 +37,13 @@ def write(
     )
 
 
-def share(cache: Cache, group_size: int, slots: int) -> Cache:
-    """Each prompt's cache, computed once, repeated for its group and widened to `slots`."""
+def fit(
+    x: Float[Array, "B K S H"], rows: Int[Array, " C"] | None, slots: int
+) -> Float[Array, "C K W H"]:
+    """The given rows of one layer's keys or values (None: all as they are), in `slots` slots.
 
-    def widen(x: Float[Array, "P K S H"]) -> Float[Array, "B K W H"]:
-        x = jnp.repeat(x, group_size, axis=0)
-        return jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)))
-
-    return tuple(LayerCache(widen(layer.k), widen(layer.v)) for layer in cache)
+    It shares a prompt with its group, shrinks a batch to the rows that still grow, and makes
+    room for more tokens.
+    """
+    x = x if rows is None else x[rows]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)))

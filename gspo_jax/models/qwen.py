@@ -269,7 +269,11 @@ def attend(
     K, W = k.shape[1], k.shape[2]
     wide = float_dtype(q)
     grouped = q.reshape(B, K, (N // K) * S, H)  # one matmul per key head
-    scores = jnp.einsum("bkqh,bkwh->bkqw", grouped, k, preferred_element_type=wide)
+    if S == 1:  # keys on the left: XLA's CPU programs would pack a right operand at every step
+        scores = jnp.einsum("bkwh,bkqh->bkwq", k, grouped, preferred_element_type=wide)
+        scores = jax.lax.optimization_barrier(scores).swapaxes(2, 3)
+    else:
+        scores = jnp.einsum("bkqh,bkwh->bkqw", grouped, k, preferred_element_type=wide)
     scores = scores.reshape(B, K, N // K, S, W) * H**-0.5
     scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(wide).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, (N // K) * S, W)
