@@ -10,12 +10,12 @@ import gspo_jax
 PACKAGE = Path(gspo_jax.__file__).parent
 
 LAYERS = [
-    {"errors", "batch", "masked", "console"},
+    {"errors", "batch", "masked", "console", "sandbox"},
     {"models.config", "penalties", "mismatch", "advantages", "logps", "quant", "sharding"}
     | {"chat_template", "tasks.task", "tasks.verify"},
-    {"losses", "models.cache", "models.files", "optim", "tokenizer", "checkpoint", "metrics"}
+    {"losses", "models.cache", "models.files", "optim", "checkpoint", "metrics"}
     | {"rewards", "tasks.math", "tasks.sources", "report"},
-    {"models.qwen", "tasks.data"},
+    {"models.qwen", "tasks.data", "tokenizer"},
     {"models.hf"},
     {"models", "tasks", "generate"},
     {"settings", "rollout", "update"},

@@ -249,6 +249,7 @@ def test_the_reward_is_the_boxed_answer(write):
 
 def test_saved_datasets_and_parquet_files_are_read(tmp_path):
     import datasets
+
     rows = datasets.Dataset.from_list([{"question": f"q{i}", "answer": str(i)} for i in range(6)])
     rows.to_parquet(tmp_path / "rows.parquet")
     rows.save_to_disk(tmp_path / "one")
