@@ -156,6 +156,15 @@ def load_tokenizer(path: str | Path, *, template_args: dict[str, Any] | None = N
     )
 
 
+def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """`eos_token_id`, `pad_token_id` and, if there is one, `bos_token_id`, as configs have them."""
+    eos = list(tokenizer.eos_ids)
+    bos = tokenizer.backend.token_to_id(tokenizer.specials.get("bos_token", ""))
+    ids = {"bos_token_id": bos, "eos_token_id": eos[0] if len(eos) == 1 else eos}
+    ids["pad_token_id"] = tokenizer.pad_id
+    return {name: value for name, value in ids.items() if value is not None}
+
+
 def _find(directory: Path, name: str) -> Path | None:
     """The file `name` of the directory, or None if there is none."""
     return files.file_in(directory, name) if os.path.lexists(directory / name) else None

@@ -21,7 +21,7 @@ LAYERS = [
     {"settings", "rollout", "update"},
     {"checks", "critic"},
     {"config"},
-    {"policy"},
+    {"policy", "model_card"},
     {"evaluate", "plan"},
     {"run"},
     {"train"},

@@ -108,6 +108,23 @@ def test_the_export_is_the_trained_model_in_the_dtype_of_its_source(config):
         np.testing.assert_array_equal(np.asarray(param[...]), wanted)
 
 
+def test_the_export_says_what_it_is_and_takes_the_place_of_the_former(config, tiny_dir):
+    """Of the run, and of `gspo-jax export`, which has only the run's files to go by."""
+    overrides = ["run.steps=1", "eval.split=train", "eval.samples=0"]
+    run_dir = train(config("cards", *overrides)).run_dir
+    card = (run_dir / "export" / "README.md").read_text()
+    assert "- gspo\n" in card and "| steps | 1 |" in card and str(tiny_dir) not in card
+    assert "On 6 held-out problems" in card and "| greedy | 0.0% [0.0%, 39.0%]" in card
+    (run_dir / "export" / "README.md").write_text("stale")
+    assert main(["export", str(run_dir)]) == 0
+    assert (run_dir / "export" / "README.md").read_text() == card
+    lent = json.loads((tiny_dir / "generation_config.json").read_text())
+    assert json.loads((run_dir / "export" / "generation_config.json").read_text()) == lent
+    assert not list(run_dir.glob(".export*"))
+    assert main(["export", str(run_dir), str(run_dir / "export")]) == 0  # its own, by name
+    assert main(["export", str(run_dir), str(tiny_dir)]) == 3  # and no other
+
+
 @pytest.mark.parametrize("stop", [1, 3])  # in the middle of an epoch, and at the end of the second
 def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(config, stop):
     straight = train(config("straight", "optim.schedule=linear")).run_dir
