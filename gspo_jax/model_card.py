@@ -179,7 +179,7 @@ def _results(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     if not names:
         return "## Results\n\nNothing was measured on held-out problems.\n"
     lines = [
-        f"| {_plain(n.removeprefix('eval/'))} | {_share(before, n)} | {_share(after, n)} |"
+        f"| {_plain(n.removeprefix('eval/'))} | {_score(before, n)} | {_score(after, n)} |"
         for n in names
     ]
     return "\n".join(
@@ -196,12 +196,12 @@ def _results(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     )
 
 
-def _share(metrics: Mapping[str, Any], name: str) -> str:
+def _score(metrics: Mapping[str, Any], name: str) -> str:
     value, *interval = (metrics.get(f"{name}{end}") for end in ("", "_low", "_high"))
     if value is None:  # how metrics.jsonl writes what is not a number
         return "?"
-    known = [f"{end:.1%}" for end in interval if end is not None]
-    return f"{value:.1%} [{', '.join(known)}]" if len(known) == 2 else f"{value:.1%}"
+    known = [f"{end:.3f}" for end in interval if end is not None]
+    return f"{value:.3f} [{', '.join(known)}]" if len(known) == 2 else f"{value:.3f}"
 
 
 def _options(settings: Mapping[str, Any]) -> str:

@@ -105,13 +105,13 @@ def test_a_local_directory_and_a_data_file_are_named_without_their_place(tmp_pat
 def test_results_have_their_number_and_intervals():
     text = card()
     assert "On 1,234 held-out problems" in text
-    assert row(text, "greedy") == "40.0% [36.0%, 44.3%] | 75.0% [71.0%, 78.7%]"
-    assert row(text, "avg@4") == "25.0% [20.0%, 30.0%] | 25.0% [20.0%, 30.0%]"
-    assert row(text, "truncated") == "12.5% | 12.5%"
+    assert row(text, "greedy") == "0.400 [0.360, 0.443] | 0.750 [0.710, 0.787]"
+    assert row(text, "avg@4") == "0.250 [0.200, 0.300] | 0.250 [0.200, 0.300]"
+    assert row(text, "truncated") == "0.125 | 0.125"
     assert "Nothing was measured" in card(before={}, after={})
     # One problem has no interval: metrics.jsonl has null for infinity.
     lone = MEASURED | {"eval/avg@4_low": None, "eval/avg@4_high": None}
-    assert row(card(before=lone), "avg@4").startswith("25.0% | ")
+    assert row(card(before=lone), "avg@4").startswith("0.250 | ")
 
 
 @pytest.mark.parametrize(
