@@ -80,6 +80,8 @@ def check_model(model: ModelConfig) -> None:
     """A model is named; whether it is there is for the model's own loader to say."""
     if not model.path:
         raise ConfigError('model.path is empty; give a model directory, or "demo".')
+    for name in model.template_args.keys() & {"messages", "add_generation_prompt"}:
+        raise ConfigError(f"model.template_args.{name}: the prompt's own; it cannot be set.")
 
 
 def check_task(task: TaskConfig, evaluation: EvalConfig) -> None:
@@ -256,8 +258,10 @@ ELSEWHERE = {
     "adam_beta2": "optim.b2",
     "adam_epsilon": "optim.eps",
     "beta": "algo.kl.coef",
+    "chat_template_kwargs": "model.template_args",
     "dataset": "task.path",
     "dataset_name": "task.path",
+    "enable_thinking": "model.template_args",
     "epsilon": "algo.loss.clip_low",
     "epsilon_high": "algo.loss.clip_high",
     "eval_steps": "eval.every",

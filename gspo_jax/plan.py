@@ -8,7 +8,7 @@ from gspo_jax.checks import check_experts
 from gspo_jax.config import Config, model_dir, run_dir
 from gspo_jax.metrics import check_place
 from gspo_jax.models.files import find_tensors
-from gspo_jax.models.hf import read_config
+from gspo_jax.models.hf import lent_files, read_config
 from gspo_jax.policy import load_problems
 from gspo_jax.tokenizer import load_tokenizer
 
@@ -27,7 +27,9 @@ def plan(config: Config) -> str:
     if config.model.init == "pretrained":
         count = sum(math.prod(tensor.shape) for tensor in find_tensors(directory).values())
         size = f"{count / 1e6:,.2f} M parameters"
-    problems = load_problems(config, load_tokenizer(directory))
+    lent_files(directory)
+    tokenizer = load_tokenizer(directory, template_args=config.model.template_args)
+    problems = load_problems(config, tokenizer)
     check_place(run_dir(config))
     lines = {
         "model": f"{directory}: {shape.family}, {shape.num_layers} layers, {size}",

@@ -17,7 +17,7 @@ from gspo_jax.config import Config, model_dir
 from gspo_jax.errors import DataError
 from gspo_jax.generate import PureModel
 from gspo_jax.models.config import QwenConfig
-from gspo_jax.models.hf import load_model, read_config
+from gspo_jax.models.hf import lent_files, load_model, read_config
 from gspo_jax.models.qwen import Qwen
 from gspo_jax.rollout import Scorer, encode_prompts
 from gspo_jax.sharding import make_mesh, sharding_for
@@ -68,7 +68,8 @@ def load_policy(config: Config) -> Policy:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     directory = model_dir(config)
     check_experts(config.algo, read_config(directory))
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, template_args=config.model.template_args)
+    lent_files(directory)  # an export that cannot be written should fail now, not at the end
     if config.model.init == "random":
         model = random_model(read_config(directory), config.run.seed, mesh)
     else:
@@ -100,7 +101,8 @@ def load_problems(config: Config, tokenizer: Tokenizer) -> Problems:
     """The task's problems with prompts of at most `task.max_prompt_length` tokens.
 
     Raises:
-        DataError: no training problem is left, or a reward function fails on the first of them.
+        DataError: a prompt is longer and `task.long_prompts` is "refuse", no training problem is
+            left, or a reward function fails on the first of them.
     """
     c = config.task
     task = load_task(c.name, c.path, seed=c.seed, fields=c.fields, **c.options)
@@ -110,6 +112,15 @@ def load_problems(config: Config, tokenizer: Tokenizer) -> Problems:
     for split, size in task.size.items():
         prompts = encode_prompts(tokenizer, [task.problem(split, i) for i in range(size)])
         kept = [i for i, ids in enumerate(prompts) if 0 < len(ids) <= c.max_prompt_length]
+        if len(kept) < size and c.long_prompts == "refuse":
+            first = min(set(range(size)) - set(kept))
+            raise DataError(
+                f"{c.path or c.name}: {split} problem {first} "
+                f"({task.problem(split, first).id!r:.60}) has a prompt of {len(prompts[first])} "
+                f"tokens, task.max_prompt_length={c.max_prompt_length}; "
+                f"{size - len(kept)} of {size} are like that. Raise it, shorten them, or set "
+                "task.long_prompts=drop to leave them out."
+            )
         too_long += size - len(kept)
         indices[split] = kept
     if not indices["train"]:

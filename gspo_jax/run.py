@@ -4,7 +4,6 @@
 """
 
 import os
-import shutil
 import signal
 import threading
 import time
@@ -28,11 +27,13 @@ from gspo_jax.critic import make_critic, make_term
 from gspo_jax.errors import INTERRUPTED, PREEMPTED, DataError, NumericalError, StorageError
 from gspo_jax.evaluate import evaluate_policy
 from gspo_jax.metrics import RunLog
+from gspo_jax.model_card import model_card, stated
 from gspo_jax.models.hf import save_model
 from gspo_jax.optim import make_optimizer, make_schedule
 from gspo_jax.policy import Policy, Problems, load_policy
 from gspo_jax.report import dynamics, read_metrics
 from gspo_jax.sharding import state_shardings
+from gspo_jax.tokenizer import token_ids
 from gspo_jax.update import CriticState, CriticTerm, TrainState, init_state
 
 EXIT_CODES = {"finished": 0, "preempted": PREEMPTED, "interrupted": INTERRUPTED}
@@ -176,7 +177,7 @@ class Run:
         state, meta = checkpoint.restore(root, step, state)
         self.tokens = meta["num_tokens"]
         self.log.start(step)
-        self.before = self._logged_eval(0)
+        self.before = logged_eval(self.directory, 0)
         of = self.config.run.steps
         self.log.say(f"Resumed after step {step} of {of}.")
         if step >= of:
@@ -260,9 +261,11 @@ class Run:
             self.log.say(f"Stopped after step {step}; the same command continues from here.")
             return Result(self.directory, step, self.stopped_by, self.before)
         # Measured in its last step, unless it was stopped in the middle of that.
-        after = self._logged_eval(step) or self._measured(step, state)
+        after = logged_eval(self.directory, step) or self._measured(step, state)
         self.log.doing("export")
-        export_params(self.policy, state.params, self.directory / "export", replace=True)
+        card = run_card(self.config, self.policy, self.directory, step)
+        out_dir = self.directory / "export"
+        export_params(self.policy, state.params, out_dir, card=card, replace=True)
         dynamics(self.directory)
         self.log.status("finished")
         return Result(self.directory, step, "finished", self.before, after)
@@ -322,14 +325,6 @@ class Run:
             self.log.step(step, result)
         return result
 
-    def _logged_eval(self, step: int) -> dict[str, float]:
-        try:
-            rows = read_metrics(self.directory)
-        except DataError:  # no line yet
-            return {}
-        row = next((row for row in rows if row["step"] == step), {})
-        return {name: value for name, value in row.items() if name.startswith("eval/")}
-
 
 def sample_rows(rollout: Rollout, adv: np.ndarray, prompts: int = 4) -> list[dict[str, Any]]:
     """The best and the worst response to each of the first few prompts, for people to read."""
@@ -370,15 +365,51 @@ def export(run_dir: Path, out_dir: Path) -> Path:
         state, _ = add_critic(config, policy, state, updates=1)
         state, _ = checkpoint.restore(run_dir / "checkpoints", found[-1], state)
     own = Path(out_dir).resolve() == (run_dir / "export").resolve()
-    return export_params(policy, state.params, Path(out_dir), replace=own)
+    card = run_card(config, policy, run_dir, found[-1])
+    return export_params(policy, state.params, Path(out_dir), card=card, replace=own)
 
 
-def export_params(policy: Policy, params: PyTree, out_dir: Path, *, replace: bool = False) -> Path:
+def export_params(
+    policy: Policy,
+    params: PyTree,
+    out_dir: Path,
+    *,
+    card: str | None = None,
+    replace: bool = False,
+) -> Path:
     """`params` as a Hugging Face directory, with the tokenizer and template of the source.
 
-    Only a run's own export/ is ever replaced; any other directory in the way is refused.
+    Only a run's own export/ is ever replaced, at once; any other directory in the way is refused.
     """
-    if replace and out_dir.is_dir():
-        shutil.rmtree(out_dir)
-    save_model(nnx.merge(policy.graphdef, params), out_dir, like=policy.directory)
+    model = nnx.merge(policy.graphdef, params)
+    ids = token_ids(policy.tokenizer)
+    save_model(model, out_dir, like=policy.directory, card=card, token_ids=ids, replace=replace)
     return out_dir
+
+
+def run_card(config: Config, policy: Policy, directory: Path, step: int) -> str:
+    """The model card of a run after `step`, with what its metrics.jsonl says."""
+    trained = [row for row in logged(directory) if row["step"] > 0]
+    return model_card(
+        config,
+        steps=step,
+        # Reinforcement learning logs its rewards; supervised training has none.
+        supervised=bool(trained) and not any("reward" in row for row in trained),
+        before=logged_eval(directory, 0),
+        after=logged_eval(directory, step),
+        source=stated(policy.directory),
+    )
+
+
+def logged(directory: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; none before the first."""
+    try:
+        return read_metrics(directory)
+    except DataError:
+        return []
+
+
+def logged_eval(directory: Path, step: int) -> dict[str, float]:
+    """What was measured at `step`; empty where nothing was."""
+    row = next((row for row in logged(directory) if row["step"] == step), {})
+    return {name: value for name, value in row.items() if name.startswith("eval/")}

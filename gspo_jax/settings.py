@@ -21,6 +21,8 @@ class ModelConfig:
     """Of activations and cache; "auto" is bfloat16 on accelerators and float32 on the CPU."""
     remat: Literal["none", "full"] = "none"
     """"full" recomputes each layer in the backward pass: less memory, a third more compute."""
+    template_args: dict[str, Any] = field(default_factory=dict)
+    """Variables of the model's chat template, such as Qwen3's {enable_thinking: false}."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,9 @@ class TaskConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the built-in task, or of tasks.user_data."""
     max_prompt_length: int = 512
-    """Tokens, chat template included; longer prompts are left out and counted."""
+    """Tokens, chat template included."""
+    long_prompts: Literal["drop", "refuse"] = "drop"
+    """Problems with longer prompts: left out and counted, or a reason not to start."""
     rewards: list[str] = field(default_factory=list)
     """Reward functions, "module:function" or "file.py:function"; empty is the task's own."""
     reward_weights: list[float] = field(default_factory=list)

@@ -1,6 +1,6 @@
 """Text to token ids and back: the chat template, and the only file that knows special tokens."""
 
-import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +9,8 @@ from typing import Any
 import tokenizers
 
 from gspo_jax.chat_template import ChatTemplate
-from gspo_jax.errors import DataError
+from gspo_jax.errors import ConfigError, DataError
+from gspo_jax.models import files
 
 Prompt = str | list[dict[str, str]]
 
@@ -109,18 +110,22 @@ def load_tokenizer(path: str | Path, *, template_args: dict[str, Any] | None = N
 
     Raises:
         DataError: no such directory, no readable tokenizer in it, or no end-of-sequence token.
+            Nothing outside the directory is read.
+        ConfigError: a variable that the chat template does not look at.
     """
     path = Path(path)
     if not path.is_dir():
         raise DataError(f"{path}: no such model directory.")
-    settings = _read_json(path / "tokenizer_config.json")
+    settings = _read_json(path, "tokenizer_config.json")
+    template = _read_template(path, settings)
+    _check_arguments(path, template, template_args or {})
     backend = _read_backend(path)
     # Whoever calls cuts and pads; settings saved with the tokenizer must not do it behind them.
     backend.no_padding()
     backend.no_truncation()
-    specials = _special_tokens(settings, _read_json(path / "special_tokens_map.json"))
-    generation = _read_json(path / "generation_config.json")
-    model = _read_json(path / "config.json")
+    specials = _special_tokens(settings, _read_json(path, "special_tokens_map.json"))
+    generation = _read_json(path, "generation_config.json")
+    model = _read_json(path, "config.json")
 
     def token_id(name: str) -> list[int]:
         id_ = backend.token_to_id(specials[name]) if name in specials else None
@@ -136,46 +141,75 @@ def load_tokenizer(path: str | Path, *, template_args: dict[str, Any] | None = N
             "or eos_token in tokenizer_config.json."
         )
     pad_ids = token_id("pad_token") + _ids(generation.get("pad_token_id"))
+    pad_ids += _ids(model.get("pad_token_id")) + eos_ids
+    largest = max([v for v in [model.get("vocab_size")] if type(v) is int], default=2**31) - 1
+    for id_ in (*eos_ids, pad_ids[0]):
+        if not 0 <= id_ <= largest:
+            raise DataError(f"{path}: special token id {files.short(id_)}, wanted 0 to {largest}.")
     return Tokenizer(
         backend=backend,
         eos_ids=tuple(dict.fromkeys(eos_ids)),
-        pad_id=(pad_ids + _ids(model.get("pad_token_id")) + eos_ids)[0],
-        template=_read_template(path, settings),
+        pad_id=pad_ids[0],
+        template=template,
         specials=specials,
         template_args=dict(template_args or {}),
     )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """The object in `file`, or {} if there is no such file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """`eos_token_id`, `pad_token_id` and, if there is one, `bos_token_id`, as configs have them."""
+    eos = list(tokenizer.eos_ids)
+    bos = tokenizer.backend.token_to_id(tokenizer.specials.get("bos_token", ""))
+    ids = {"bos_token_id": bos, "eos_token_id": eos[0] if len(eos) == 1 else eos}
+    ids["pad_token_id"] = tokenizer.pad_id
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def _find(directory: Path, name: str) -> Path | None:
+    """The file `name` of the directory, or None if there is none."""
+    return files.file_in(directory, name) if os.path.lexists(directory / name) else None
+
+
+def _read_json(directory: Path, name: str) -> dict[str, Any]:
+    """The object in a file of the directory, or {} if there is no such file."""
+    file = _find(directory, name)
+    if file is None:
         return {}
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: not valid JSON ({error}).") from None
+    content = files.read_json(file)
     if not isinstance(content, dict):
         raise DataError(f"{file}: got a JSON {type(content).__name__}, wanted an object.")
     return content
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    file = path / "tokenizer.json"
-    if file.is_file():
-        try:
-            return tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the Rust library raises bare Exception
-            raise DataError(f"{file}: not a tokenizer ({error}).") from None
-    if not (path / "tokenizer_config.json").is_file() and not (path / "vocab.json").is_file():
+    file = _find(path, "tokenizer.json")
+    if file is None:
+        return _converted(path)
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except BaseException as error:  # the Rust library raises bare Exception, or panics
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise DataError(f"{file}: not a tokenizer ({_one_line(error)}).") from None
+
+
+def _converted(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a directory that has only older files."""
+    if _find(path, "tokenizer_config.json") is None and _find(path, "vocab.json") is None:
         raise DataError(f"{path}: no tokenizer.json in this directory.")
+    for entry in sorted(path.iterdir()):  # transformers follows links wherever they lead
+        if entry.is_symlink():
+            files.file_in(path, entry.name)
     from transformers import AutoTokenizer
 
     try:
-        converted = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        converted = AutoTokenizer.from_pretrained(
+            str(path), trust_remote_code=False, local_files_only=True
+        )
     except Exception as error:  # whatever the conversion of foreign files may raise
-        reason = str(error).strip().split("\n")[0]
         raise DataError(
-            f"{path}: no tokenizer.json, and transformers cannot read this tokenizer ({reason})."
+            f"{path}: no tokenizer.json, and transformers cannot read this tokenizer "
+            f"({_one_line(error)})."
         ) from None
     backend = getattr(converted, "backend_tokenizer", None)
     if backend is None:
@@ -183,6 +217,19 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
             f"{path}: {type(converted).__name__} has no fast form; add a tokenizer.json."
         )
     return backend
+
+
+def _check_arguments(path: Path, template: ChatTemplate | None, given: dict[str, Any]) -> None:
+    """An argument that no template looks at would change nothing: a slip of the pen."""
+    taken = template.variables if template else set()
+    for name in given:
+        if name not in taken:
+            has = f"looks at {sorted(taken)}" if template else "does not exist"
+            raise ConfigError(f"model.template_args.{name}: the chat template of {path} {has}.")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _special_tokens(*sources: dict[str, Any]) -> dict[str, str]:
@@ -203,9 +250,9 @@ def _ids(value: Any) -> list[int]:
 
 def _read_template(path: Path, settings: dict[str, Any]) -> ChatTemplate | None:
     """chat_template.jinja, else `chat_template` of tokenizer_config.json, else None."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return ChatTemplate(file.read_text(encoding="utf-8"), name=str(file))
+    file = _find(path, "chat_template.jinja")
+    if file is not None:
+        return ChatTemplate(files.read_text(file), name=str(file))
     file = path / "tokenizer_config.json"
     source = settings.get("chat_template")
     if isinstance(source, list):  # several templates, each with a name
@@ -214,5 +261,5 @@ def _read_template(path: Path, settings: dict[str, Any]) -> ChatTemplate | None:
     if source is None:
         return None
     if not isinstance(source, str):
-        raise DataError(f"{file}: chat_template is {source!r:.60}, wanted a text.")
+        raise DataError(f"{file}: chat_template is {files.short(source)}, wanted a text.")
     return ChatTemplate(source, name=str(file))

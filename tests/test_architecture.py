@@ -10,12 +10,12 @@ import gspo_jax
 PACKAGE = Path(gspo_jax.__file__).parent
 
 LAYERS = [
-    {"errors", "batch", "masked", "console"},
+    {"errors", "batch", "masked", "console", "sandbox"},
     {"models.fields", "models.init", "penalties", "mismatch", "advantages", "logps", "quant"}
     | {"sharding", "chat_template", "tasks.task", "tasks.verify"},
-    {"losses", "models.cache", "models.files", "optim", "tokenizer", "checkpoint", "metrics"}
+    {"losses", "models.cache", "models.files", "optim", "checkpoint", "metrics"}
     | {"models.rope", "rewards", "tasks.math", "tasks.sources", "report"},
-    {"models.config", "tasks.data"},
+    {"models.config", "tasks.data", "tokenizer"},
     {"models.moe"},
     {"models.qwen"},
     {"models.hf"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"settings", "rollout", "update"},
     {"checks", "critic"},
     {"config"},
-    {"policy"},
+    {"policy", "model_card"},
     {"evaluate", "plan"},
     {"run"},
     {"train"},

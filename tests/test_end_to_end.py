@@ -16,6 +16,7 @@ from gspo_jax.cli import main
 from gspo_jax.config import load_config
 from gspo_jax.metrics import lock, unlock
 from gspo_jax.models.hf import load_model
+from gspo_jax.tokenizer import load_tokenizer
 from gspo_jax.train import train
 
 HERE = Path(__file__).parent
@@ -108,6 +109,23 @@ def test_the_export_is_the_trained_model_in_the_dtype_of_its_source(config):
         np.testing.assert_array_equal(np.asarray(param[...]), wanted)
 
 
+def test_the_export_says_what_it_is_and_takes_the_place_of_the_former(config, tiny_dir):
+    """Of the run, and of `gspo-jax export`, which has only the run's files to go by."""
+    overrides = ["run.steps=1", "eval.split=train", "eval.samples=0"]
+    run_dir = train(config("cards", *overrides)).run_dir
+    card = (run_dir / "export" / "README.md").read_text()
+    assert "- gspo\n" in card and "| steps | 1 |" in card and str(tiny_dir) not in card
+    assert "On 6 held-out problems" in card and card.count("\n| greedy | ") == 1
+    (run_dir / "export" / "README.md").write_text("stale")
+    assert main(["export", str(run_dir)]) == 0
+    assert (run_dir / "export" / "README.md").read_text() == card
+    lent = json.loads((tiny_dir / "generation_config.json").read_text())
+    assert json.loads((run_dir / "export" / "generation_config.json").read_text()) == lent
+    assert not list(run_dir.glob(".export*"))
+    assert main(["export", str(run_dir), str(run_dir / "export")]) == 0  # its own, by name
+    assert main(["export", str(run_dir), str(tiny_dir)]) == 3  # and no other
+
+
 @pytest.mark.parametrize("stop", [1, 3])  # in the middle of an epoch, and at the end of the second
 def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(config, stop):
     straight = train(config("straight", "optim.schedule=linear")).run_dir
@@ -149,6 +167,62 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(
     for name in wanted:
         np.testing.assert_array_equal(wanted[name], got[name], err_msg=name)
     assert [row["step"] for row in metrics(result.run_dir)] == [1, 2, 3, 4]
+
+
+def test_padding_with_the_end_of_sequence_changes_nothing(config, tiny_dir, tmp_path):
+    """What tells padding from a response is a mask, and never the token."""
+    same = Path(shutil.copytree(tiny_dir, tmp_path / "same"))
+    for name, pad in (
+        ("config.json", {"pad_token_id": 295}),
+        ("generation_config.json", {"pad_token_id": 295}),
+        ("tokenizer_config.json", {"pad_token": "<|im_end|>"}),
+    ):
+        content = json.loads((same / name).read_text())
+        assert content.keys() >= pad.keys()
+        (same / name).write_text(json.dumps(content | pad))
+    tokenizers = [load_tokenizer(path) for path in (tiny_dir, same)]
+    assert [(t.pad_id, t.eos_ids) for t in tokenizers] == [(293, (295,)), (295, (295,))]
+    runs = [
+        train(config(name, "run.steps=2", f"model.path={path}")).run_dir
+        for name, path in (("other", tiny_dir), ("same", same))
+    ]
+    first, second = map(metrics, runs)
+    assert first == second
+    assert min(row["completions/clipped_ratio"] for row in first) < 1  # some ended by themselves
+    wanted, got = stored(runs[0], 2), stored(runs[1], 2)
+    for name in wanted:
+        np.testing.assert_array_equal(wanted[name], got[name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("policy", "code", "text"),
+    [
+        ("drop", 0, "3 train, 0 val, 0 test; 1 left out, longer than 24"),
+        ("refuse", 3, "train problem 2 ('mid.jsonl:3') has a prompt of"),
+    ],
+)
+def test_prompts_that_are_too_long_are_left_out_or_refused(
+    config, tiny_dir, tmp_path, capsys, policy, code, text
+):
+    rows = ["a", "b", "three words and more than twenty-four tokens", "d"]
+    path = tmp_path / "mid.jsonl"
+    path.write_text("".join(json.dumps({"prompt": r, "answer": "a", "split": "train"}) + "\n"
+                            for r in rows))  # fmt: skip
+    settings = [f"model.path={tiny_dir}", f"task.path={path}", "task.max_prompt_length=24"]
+    got = main(["train", *settings, f"task.long_prompts={policy}", "--dry-run"])
+    out, err = capsys.readouterr()
+    assert (got, text in out + err) == (code, True), out + err
+    if code:
+        assert "task.max_prompt_length=24; 1 of 4 are like that" in err and err.count("\n") == 1
+
+
+def test_a_run_says_how_many_problems_it_leaves_out(config, tmp_path, capsys):
+    path = tmp_path / "mid.jsonl"
+    rows = [{"prompt": "b " * n, "answer": "a", "split": "train"} for n in (1, 1, 1, 1, 60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(config("fewer", f"task.path={path}", "run.steps=1"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 problems have prompts of more than 32 tokens and are left out." in said
 
 
 def refused(capsys, *line):

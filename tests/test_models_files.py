@@ -370,6 +370,7 @@ def test_a_hub_id_asks_for_no_pickle_and_no_code(tmp_path, monkeypatch):
     assert files.resolve("some-org/some-model") == tmp_path
     assert asked["repo"] == "some-org/some-model"
     wanted = ("model-00001-of-00002.safetensors", "config.json", "chat_template.jinja")
+    wanted += ("README.md", "LICENSE")
     refused = ("pytorch_model.bin", "modeling.py", "model.pt", "weights.pkl")
     for names, expected in ((wanted, True), (refused, False)):
         for name in names:
@@ -426,19 +427,129 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+WRITER = """
+import os, signal, sys, time
+from pathlib import Path
+from gspo_jax.models.files import appearing
+renames, rename = [], Path.rename
+def counted(a, b):
+    if len(renames) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    renames.append(b)
+    return rename(a, b)
+Path.rename = counted
+with appearing(sys.argv[1], replace=True) as partial:
+    (partial / "x").write_text("new")
+    if sys.argv[3] == "waits":
+        print("writing", flush=True)
+        time.sleep(60)
+"""
+
+
+def writer(target, killed_at, then="goes on"):
+    """A process that writes `target`, and is killed just before this rename (the first is 0)."""
+    command = [sys.executable, "-c", WRITER, str(target), str(killed_at), then]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def write_anew(target, text):
+    with files.appearing(target, replace=True) as partial:
+        (partial / "x").write_text(text)
+
+
 def test_an_export_that_is_killed_leaves_no_half_directory(tmp_path):
     """SIGKILL between the first file and the rename: the target must be absent."""
-    code = (
-        "import sys, time; from gspo_jax.models.files import appearing\n"
-        "with appearing(sys.argv[1]) as partial:\n"
-        "    (partial / 'x').write_text('half'); print('writing', flush=True); time.sleep(60)\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "out")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with writer(tmp_path / "out", 9, "waits") as process:
         assert process.stdout.readline() == "writing\n"
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert not (tmp_path / "out").exists()
-    with files.appearing(tmp_path / "out") as partial:  # and the next attempt is not in its way
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".out.partial-")
+    with files.appearing(tmp_path / "out") as partial:  # the next attempt is not in its way
         (partial / "x").write_text("whole")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]  # and has cleared it away
     assert (tmp_path / "out" / "x").read_text() == "whole"
+
+
+def test_what_is_left_is_cleared_away_only_where_its_writer_is_dead_and_the_name_is_ours(tmp_path):
+    others = [".out.partial-", ".out.partial-0123456z", ".out2.partial-01234567", ".out.partial"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".out.partial-0123abcd").symlink_to(tmp_path / "elsewhere")
+    before = set(tmp_path.iterdir())
+    with writer(tmp_path / "out", 9, "waits") as process:
+        assert process.stdout.readline() == "writing\n"
+        (alive,) = set(tmp_path.iterdir()) - before
+        write_anew(tmp_path / "out", "ours")
+        assert (alive / "x").read_text() == "new"
+        process.kill()
+    write_anew(tmp_path / "out", "ours")
+    kept = {*others, "elsewhere", "out", ".out.partial-0123abcd"}
+    assert {p.name for p in tmp_path.iterdir()} == kept
+
+
+def test_a_replaced_directory_is_there_whole_whenever_the_writer_is_killed(tmp_path):
+    """Renames: the old one aside, the new one in its place."""
+    for killed_at, expected in [(0, "old"), (1, None), (2, "new")]:
+        target = tmp_path / str(killed_at) / "out"
+        write_anew(target, "old")
+        with writer(target, killed_at) as process:
+            process.wait(30)
+        assert process.returncode == (0 if killed_at == 2 else -signal.SIGKILL)
+        left = {p.name[:9]: (p / "x").read_text() for p in target.parent.iterdir()}
+        if expected is None:  # between the two: both are there, under their other names
+            assert left == {".out.old-": "old", ".out.part": "new"}
+        else:
+            assert left["out"] == expected
+        write_anew(target, "next")
+        assert [p.name for p in target.parent.iterdir()] == ["out"]
+        assert (target / "x").read_text() == "next"
+
+
+def test_a_replacement_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
+    write_anew(tmp_path / "out", "old")
+    with pytest.raises(RuntimeError), files.appearing(tmp_path / "out", replace=True) as partial:
+        (partial / "x").write_text("new")
+        raise RuntimeError
+    rename, calls = Path.rename, []
+
+    def second_fails(a, b):
+        calls.append(b)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(a, b)
+
+    monkeypatch.setattr(Path, "rename", second_fails)
+    with pytest.raises(StorageError, match="out cannot be written: Input/output error"):
+        write_anew(tmp_path / "out", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "x").read_text() == "old"
+
+
+def test_a_file_is_never_replaced(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(DataError, match="out is a file; choose a new directory"):
+        write_anew(tmp_path / "out", "new")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_file_system_without_locks_is_written_to_and_nothing_removed(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    (tmp_path / ".out.partial-01234567").mkdir()
+    write_anew(tmp_path / "out", "new")
+    assert {p.name for p in tmp_path.iterdir()} == {"out", ".out.partial-01234567"}
+
+
+def test_texts_are_read_up_to_a_limit_and_as_utf8(tmp_path):
+    (tmp_path / "x").write_bytes(b"a" * files.TEXT_LIMIT)
+    assert len(files.read_text(tmp_path / "x")) == files.TEXT_LIMIT
+    (tmp_path / "x").write_bytes(b"a" * (files.TEXT_LIMIT + 1))
+    with pytest.raises(DataError, match="x: more than 1048576 bytes of text"):
+        files.read_text(tmp_path / "x")
+    (tmp_path / "x").write_bytes(b"ab\xff")
+    with pytest.raises(DataError, match="x is not UTF-8: invalid start byte at byte 2"):
+        files.read_text(tmp_path / "x")

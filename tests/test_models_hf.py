@@ -240,6 +240,32 @@ def test_without_generation_settings_the_token_ids_become_them(source, tmp_path)
     assert (written["bos_token_id"], written["eos_token_id"]) == (4, 5)
 
 
+@pytest.mark.parametrize("lent", [False, True])
+def test_known_token_ids_are_written_where_the_lender_says_nothing(source, tmp_path, lent):
+    (source / "generation_config.json").unlink(missing_ok=True)
+    edit_config(source, eos_token_id=None, bos_token_id=4)
+    known = {"eos_token_id": [5, 6], "pad_token_id": 7, "bos_token_id": 8}
+    like = source if lent else None
+    save_model(load_model(source), tmp_path / "out", like=like, token_ids=known)
+    expected = known | ({"bos_token_id": 4} if lent else {})  # null says nothing, 4 does
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == expected
+    assert {key: config[key] for key in expected} == expected
+
+
+def test_generation_settings_of_the_lender_come_through_unchanged(source, tmp_path):
+    settings = b'{"eos_token_id": [1, 2],  "temperature": 0.6, "top_p": 0.95}'
+    (source / "generation_config.json").write_bytes(settings)
+    save_model(load_model(source), tmp_path / "out", like=source, token_ids={"eos_token_id": 5})
+    assert (tmp_path / "out" / "generation_config.json").read_bytes() == settings
+
+
+def test_only_when_asked_an_existing_model_is_replaced(source, tmp_path):
+    save_model(load_model(source), tmp_path / "out", card="first")
+    save_model(load_model(source), tmp_path / "out", card="second", replace=True)
+    assert (tmp_path / "out" / "README.md").read_text() == "second"
+
+
 def test_a_lender_is_read_no_further_than_its_directory(source, tmp_path):
     (tmp_path / "secret").write_text("secret")
     (source / "tokenizer.json").symlink_to(tmp_path / "secret")

@@ -246,7 +246,7 @@ def test_what_is_no_tokenizer_is_one_line(copy, tmp_path):
         load_tokenizer(tmp_path / "empty")
     path = copy(template=False, tokenizer_config=EOS)
     (path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(DataError, match=r"tokenizer_config\.json: not valid JSON"):
+    with pytest.raises(DataError, match=r"tokenizer_config\.json is not valid JSON"):
         load_tokenizer(path)
     (path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(DataError, match=r"got a JSON list, wanted an object"):
@@ -254,6 +254,7 @@ def test_what_is_no_tokenizer_is_one_line(copy, tmp_path):
     for source in ([{"name": "default"}], 5, ["x"]):
         with pytest.raises(DataError, match=r"tokenizer_config\.json: chat_template .* wanted"):
             load_tokenizer(copy(template=False, tokenizer_config=EOS | {"chat_template": source}))
+    path = copy(template=False, tokenizer_config=EOS)
     (path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"tokenizer\.json: not a tokenizer"):
         load_tokenizer(path)

@@ -9,6 +9,7 @@ by that library, because here a tensor at a time is in memory (the library maps 
 wants whole files in memory to write them), and a name that is given twice is refused.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -31,9 +32,13 @@ SAFETENSORS_DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 JSON_LIMIT = 16 * 2**20  # bytes; the largest Qwen index is about 4 MiB
+TEXT_LIMIT = 2**20
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]
+HUB_FILES = [
+    *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"),
+    *("LICENSE*", "NOTICE*", "README.md"),
+]
 
 
 class Tensor(NamedTuple):
@@ -95,6 +100,23 @@ def read_json(path: Path) -> Any:
     """A JSON file of at most 16 MiB in which no key is given twice."""
     with _open(path) as file:
         return _parse_json(path, file, os.fstat(file.fileno()).st_size)
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, of at most 1 MiB."""
+    content = read_start(path, TEXT_LIMIT + 1)
+    if len(content) > TEXT_LIMIT:
+        raise DataError(f"{path}: more than {TEXT_LIMIT} bytes of text, the most that is read.")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error.reason} at byte {error.start}.") from None
+
+
+def read_start(path: Path, count: int) -> bytes:
+    """At most the first `count` bytes of a file."""
+    with _open(path) as file:
+        return file.read(count)
 
 
 def find_tensors(directory: Path) -> dict[str, Tensor]:
@@ -186,33 +208,91 @@ def write_tensors(
 
 
 @contextmanager
-def appearing(out_dir: str | os.PathLike) -> Iterator[Path]:
+def appearing(out_dir: str | os.PathLike, *, replace: bool = False) -> Iterator[Path]:
     """A directory to fill, which becomes `out_dir` when the block ends well, and else vanishes.
 
     Files and directories are flushed to the disk before the rename and after it, so that also
-    after a power cut `out_dir` is complete or absent.
+    after a power cut `out_dir` is complete or absent. With `replace`, what was there before is
+    set aside until the new one has its place: killed at any moment, one of them is whole.
+
+    Whoever was killed while writing leaves `.{name}.partial-*`, or `.{name}.old-*`, beside
+    `out_dir`. The next to write there removes those whose writer no longer holds its lock.
 
     Raises:
-        DataError: `out_dir` exists and is not an empty directory.
+        DataError: `out_dir` exists and is not an empty directory; with `replace`, is a file.
         StorageError: it cannot be written.
     """
     target = Path(os.path.realpath(Path(out_dir).expanduser()))
     try:
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        if target.exists() and not target.is_dir():
+            raise DataError(f"{out_dir} is a file; choose a new directory, or remove it.")
+        if not replace and target.is_dir() and any(target.iterdir()):
             raise DataError(f"{out_dir} exists already; choose a new directory, or remove it.")
-        partial = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
+        _remove_abandoned(target, "partial")
+        partial = _beside(target, "partial")
         partial.mkdir(parents=True)
         try:
-            yield partial
-            for path in [*partial.iterdir(), partial]:
-                _fsync(path)
-            partial.rename(target)
+            with _locked(partial, must=False):
+                yield partial
+                for path in [*partial.iterdir(), partial]:
+                    _fsync(path)
+                _take_place(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         _fsync(target.parent)
+        _remove_abandoned(target, "old")
     except OSError as error:
         raise StorageError(f"{out_dir} cannot be written: {error.strerror or error}.") from error
+
+
+def _take_place(partial: Path, target: Path) -> None:
+    """Rename `partial` to `target`; a directory in the way is set aside, not removed."""
+    if not target.exists() or not any(target.iterdir()):
+        partial.rename(target)
+        return
+    old = _beside(target, "old")
+    target.rename(old)
+    try:
+        partial.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+
+
+def _beside(target: Path, kind: str) -> Path:
+    return target.parent / f".{target.name}.{kind}-{uuid.uuid4().hex[:8]}"
+
+
+def _remove_abandoned(target: Path, kind: str) -> None:
+    """Remove the `kind` directories of `target` that nobody holds a lock on."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.{kind}-[0-9a-f]{{8}}")
+    siblings = target.parent.iterdir() if target.parent.is_dir() else ()
+    for path in [p for p in siblings if name.fullmatch(p.name) and not p.is_symlink()]:
+        try:
+            with _locked(path, must=True):
+                shutil.rmtree(path, ignore_errors=True)
+        except OSError:  # its writer is alive, or there are no locks here: leave it
+            continue
+
+
+@contextmanager
+def _locked(directory: Path, *, must: bool) -> Iterator[None]:
+    """Hold the lock on a directory, which the system gives back however this process ends.
+
+    Raises:
+        OSError: another process holds it; or, where it `must` be held, there are no locks here.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if must:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def short(value: Any) -> str:

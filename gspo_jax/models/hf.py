@@ -10,7 +10,9 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,6 +76,9 @@ LENT_FILES = (
     "chat_template.json",
     "generation_config.json",
     "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
 )
 LENT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SHARD_BYTES = 5 * 10**9
@@ -131,16 +136,20 @@ def save_model(
     *,
     like: str | os.PathLike | None = None,
     card: str | None = None,
+    token_ids: Mapping[str, Any] | None = None,
+    replace: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a directory that transformers loads; it appears whole or not at all.
 
     Args:
         model: its weights are written in `model.config.dtype`.
-        out_dir: must not exist, or be empty.
+        out_dir: must not exist, or be empty, unless `replace`.
         like: a model directory or hub id that lends tokenizer, chat template, generation
             settings and special token ids.
         card: the text of README.md.
+        token_ids: `eos_token_id`, `pad_token_id`, `bos_token_id`, where `like` does not say.
+        replace: take the place of `out_dir` once the new directory is complete.
         shard_bytes: tensors of one file, at most, unless one alone is larger.
 
     Raises:
@@ -149,11 +158,11 @@ def save_model(
         StorageError: the disk is full or not writable.
     """
     lender = None if like is None else files.resolve(like)
-    with files.appearing(out_dir) as partial:
+    with files.appearing(out_dir, replace=replace) as partial:
         _write_weights(
             partial, _slots(nnx.state(model, nnx.Param)), model.config.dtype, shard_bytes
         )
-        ids = _lend(lender, partial) if lender else {}
+        ids = {**(token_ids or {}), **(_lend(lender, partial) if lender else {})}
         _write_json(partial / "config.json", {**model.config.to_hf(), **ids})
         if not (partial / "generation_config.json").exists():
             _write_json(partial / "generation_config.json", ids)
@@ -310,15 +319,24 @@ def _turned(values: np.ndarray, slot: Slot, dtype: np.dtype) -> np.ndarray:
         return (values.T if slot.transposed else values).astype(dtype, order="C", copy=False)
 
 
+def lent_files(directory: Path) -> list[Path]:
+    """What `directory` lends to an export: tokenizer, template, generation settings, licence.
+
+    Raises:
+        DataError: one of them is a link out of the directory, or not a regular file.
+    """
+    there = [name for name in LENT_FILES if os.path.lexists(directory / name)]
+    return [files.file_in(directory, name) for name in there]
+
+
 def _lend(lender: Path, directory: Path) -> dict[str, Any]:
-    """Copy tokenizer, template and generation settings; return the special token ids."""
-    for name in LENT_FILES:
-        if os.path.lexists(lender / name):
-            (directory / name).write_bytes(files.file_in(lender, name).read_bytes())
+    """Copy what `lender` lends; return its special token ids."""
+    for path in lent_files(lender):
+        shutil.copyfile(path, directory / path.name)
     if not os.path.lexists(lender / "config.json"):
         return {}
     hf = files.read_json(files.file_in(lender, "config.json"))
-    return {key: hf[key] for key in LENT_IDS if key in hf}
+    return {key: hf[key] for key in LENT_IDS if hf.get(key) is not None}
 
 
 def _with_dtype_of(found: dict[str, files.Tensor], config: QwenConfig) -> QwenConfig:

@@ -1,0 +1,87 @@
+"""Which rows of a minibatch run together: long ones with long ones, in arrays of few shapes.
+
+A sequence-level loss needs a row whole but rows in no particular company, and the halves of every
+mean are added (`masked.Mean`). So rows are sorted by length and cut into microbatches of about
+equally many tokens: a few long rows, or many short ones. Each has one of at most four widths,
+hence at most four compiled programs, all known before the first step.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PyTree
+
+from gspo_jax.batch import TrainBatch
+
+WIDTHS = 4  # at most, equally spaced ...
+SPACING = 32  # ... by this many tokens at least: a program less is worth more than less padding
+
+
+class Microbatch(NamedTuple):
+    """Rows that run together, cut to a common width. A row number of B stands for no row."""
+
+    rows: Int[np.ndarray, " m"]
+    width: int
+
+
+def widths(longest: int) -> tuple[int, ...]:
+    """The widths of microbatches of rows of at most `longest` tokens, widest first."""
+    step = max(SPACING, -(-longest // WIDTHS))
+    return tuple(range(longest, 0, -step))
+
+
+def rows_of(width: int, tokens: int, rows: int, ways: int = 1) -> int:
+    """Rows of a microbatch of this width: `tokens` in all, `rows` at most, a multiple of `ways`."""
+    most = -(-rows // ways) * ways
+    return min(max(tokens // width // ways * ways, ways), most) if tokens else most
+
+
+def split(
+    length: Int[np.ndarray, " B"], longest: int, *, tokens: int, ways: int = 1
+) -> list[Microbatch]:
+    """Every row in one microbatch, longest first.
+
+    Args:
+        length: tokens of each row.
+        longest: no row is longer, in this batch or any other of the run.
+        tokens: per microbatch, padding included; 0 is one microbatch of everything.
+        ways: devices that rows are split over.
+    """
+    B = len(length)
+    left = np.argsort(-length, kind="stable").astype(np.int32)
+    parts = []
+    while len(left):
+        width = min(w for w in widths(longest) if w >= length[left[0]])
+        count = rows_of(width, tokens, B, ways)
+        rows = np.full(count, B, np.int32)
+        rows[: len(left[:count])] = left[:count]
+        parts.append(Microbatch(rows, width))
+        left = left[count:]
+    return parts
+
+
+def take(batch: TrainBatch, rows: Int[Array, " m"], width: int) -> TrainBatch:
+    """These rows of the batch, their texts cut to `width`; no row has no response tokens."""
+    short = batch._replace(
+        tokens=batch.tokens[:, :width],
+        routing=None if batch.routing is None else batch.routing[:, :width],
+    )
+    picked = pick(short, rows)
+    return picked._replace(prompt_length=jnp.maximum(picked.prompt_length, 1))
+
+
+def pick(tree: PyTree, rows: Int[Array, " m"]) -> PyTree:
+    """These rows of every array; zeros for no row."""
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="fill", fill_value=0), tree)
+
+
+def put(whole: PyTree, part: PyTree, rows: Int[Array, " m"]) -> PyTree:
+    """`whole` with these rows replaced; axes that are shorter in `part` are filled with zeros."""
+
+    def place(x: Array, y: Array) -> Array:
+        short = [(0, n - k) for n, k in zip(x.shape[1:], y.shape[1:], strict=True)]
+        return x.at[rows].set(jnp.pad(y, [(0, 0), *short]), mode="drop")
+
+    return jax.tree.map(place, whole, part)
