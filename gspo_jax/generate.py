@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from gspo_jax.batch import Completions
 from gspo_jax.models.cache import Cache, LayerCache, fit
@@ -60,6 +60,7 @@ class Drawn(NamedTuple):
 
     tokens: Int[Array, "n B"]
     logp: Float[Array, "n B"]
+    experts: Int[Array, "n B M X"] | None = None  # at the position from which the token was drawn
 
 
 Record = list[tuple[np.ndarray, Drawn]]  # chunk by chunk: the numbers of its rows, their tokens
@@ -145,6 +146,7 @@ def generate(
     key: Key[Array, ""],
     first_prompt: int = 0,
     chunk: int | None = None,
+    record_routing: bool = False,
 ) -> Completions:
     """Sample `group_size` completions of each prompt; row b answers prompt b // group_size.
 
@@ -161,6 +163,7 @@ def generate(
         key: a `jax.random.key`, folded with prompt, sample and position.
         first_prompt: the first prompt's own number, where `prompts` is part of a longer list.
         chunk: decode steps between two looks at who is done; see `schedule`.
+        record_routing: also return the experts that every token went to.
 
     Returns:
         Completions on the host. `logp` is the log-probability of each token under the full
@@ -176,15 +179,20 @@ def generate(
     prompt_of = np.minimum(number // group_size, len(prompts) - 1)  # rows from B on are fillers
     keys = _row_keys(key, prompt_of + np.int32(first_prompt), number % group_size)
     start = mask.sum(1, dtype=np.int32)[prompt_of]
-    last, cache = _prefill(graphdef, params, tokens, mask)
-    rows, first = _begin(last, prompt_of, start, keys, sampling)
+    last, cache, experts = _prefill(graphdef, params, tokens, mask, record_routing)
+    rows, first = _begin(last, experts, prompt_of, start, keys, sampling)
 
     decode = partial(_decode, graphdef, params, sampling=sampling, steps=sizes.steps)
+    decode = partial(decode, record_routing=record_routing)
     eos = np.asarray(sorted(set(eos_ids)))
     if sizes.slots:
         cache = _refit(cache, prompt_of, sizes.slots[0])
     record = _decode_all(decode, sizes, cache, rows, first, S, number >= B, eos)
-    return _completions(record, B, max_new_tokens, eos)
+    found, drawn_experts = _completions(record, B, max_new_tokens, eos)
+    if experts is None or drawn_experts is None:
+        return found
+    routing = _routing(jax.device_get(experts), mask, drawn_experts, found.mask)
+    return found._replace(routing=routing)
 
 
 def _decode_all(decode, sizes: Schedule, cache, rows, first, prompt_slots, ended, eos) -> Record:
@@ -210,26 +218,34 @@ def _decode_all(decode, sizes: Schedule, cache, rows, first, prompt_slots, ended
     return record
 
 
-@partial(jax.jit, static_argnums=0)
-def _prefill(graphdef, params, tokens, mask) -> tuple[Float[Array, "P V"], Cache]:
-    """Logits after the last prompt token, and the prompt's cache."""
+@partial(jax.jit, static_argnums=(0, 4))
+def _prefill(
+    graphdef, params, tokens, mask, record_routing
+) -> tuple[Float[Array, "P V"], Cache, Int[Array, "P S M X"] | None]:
+    """Logits after the last prompt token, the prompt's cache, and its experts if asked for."""
     model = nnx.merge(graphdef, params)
     tokens, mask = constrain(tokens, "batch", None), constrain(mask, "batch", None)
-    hidden, cache = model.prefill(tokens, mask)
-    return head_logits(hidden[:, -1], model.unembed()), cache
+    hidden, cache, experts = model.prefill(tokens, mask)
+    logits = head_logits(hidden[:, -1], model.unembed())
+    return logits, cache, experts if record_routing else None
 
 
 @partial(jax.jit, static_argnames="sampling")
-def _begin(logits, prompt_of, start, keys, sampling) -> tuple[Rows, Drawn]:
+def _begin(logits, experts, prompt_of, start, keys, sampling) -> tuple[Rows, Drawn]:
     """Each row's first token, drawn from its prompt's logits."""
     logits = constrain(logits[prompt_of], "batch", None)
     token, logp = sample(logits, _fold(keys, jnp.int32(0)), sampling)
-    return _split(Rows(token, start, keys)), Drawn(token[None], logp[None])
+    experts = None if experts is None else experts[prompt_of, -1][None]
+    return _split(Rows(token, start, keys)), Drawn(token[None], logp[None], experts)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "sampling", "steps"), donate_argnames="cache")
+@partial(
+    jax.jit,
+    static_argnames=("graphdef", "sampling", "steps", "record_routing"),
+    donate_argnames="cache",
+)
 def _decode(
-    graphdef, params, cache, rows, prompt_slots, step, *, sampling, steps
+    graphdef, params, cache, rows, prompt_slots, step, *, sampling, steps, record_routing
 ) -> tuple[Cache, Rows, Drawn]:
     """Tokens `step` to `step + steps` of every row. Rows that have ended go on regardless."""
     model = nnx.merge(graphdef, params)
@@ -240,11 +256,12 @@ def _decode(
     def draw_one(carry, t):
         cache, token = carry
         slot = prompt_slots + t - 1
-        hidden, cache = model.decode(
+        hidden, cache, experts = model.decode(
             token, cache, slot=slot, position=rows.start + t - 1, live=real & (slots <= slot)
         )
         token, logp = sample(head_logits(hidden, unembed), _fold(rows.key, t), sampling)
-        return (cache, token), Drawn(token, logp)
+        experts = experts[:, 0] if record_routing and experts is not None else None
+        return (cache, token), Drawn(token, logp, experts)
 
     number = step + jnp.arange(steps, dtype=jnp.int32)
     (cache, token), drawn = jax.lax.scan(draw_one, (cache, rows.token), number)
@@ -359,8 +376,10 @@ def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]
     return tokens, mask
 
 
-def _completions(record: Record, rows: int, limit: int, eos: np.ndarray) -> Completions:
-    """The chunks put together, masked after the first EOS of each row.
+def _completions(
+    record: Record, rows: int, limit: int, eos: np.ndarray
+) -> tuple[Completions, np.ndarray | None]:
+    """The chunks put together, masked after the first EOS of each row, and their experts.
 
     Rows that were left out have zeros from there on: an EOS lies before.
     """
@@ -378,4 +397,25 @@ def _completions(record: Record, rows: int, limit: int, eos: np.ndarray) -> Comp
     drawn = jax.tree.map(join, *(drawn for _, drawn in record))
     is_eos = np.isin(drawn.tokens, eos)
     mask = np.cumsum(is_eos, axis=1) == is_eos  # no EOS to the left
-    return Completions(drawn.tokens, mask, drawn.logp, truncated=np.asarray(~is_eos.any(axis=1)))
+    truncated = np.asarray(~is_eos.any(axis=1))
+    return Completions(drawn.tokens, mask, drawn.logp, truncated), drawn.experts
+
+
+def _routing(
+    prompts: Int[np.ndarray, "P S M X"],
+    prompt_mask: Bool[np.ndarray, "P S"],
+    drawn: Int[np.ndarray, "B T M X"],
+    mask: Bool[np.ndarray, "B T"],
+) -> Int[np.ndarray, "B R M X"]:
+    """The experts of each row's prompt, then of its response but for the last token.
+
+    Response token t was drawn from the position before it, so those experts come one earlier.
+    """
+    (B, T), S = mask.shape, prompts.shape[1]
+    routing = np.full((B, S + T, *drawn.shape[2:]), -1, np.int16)
+    for row in range(B):
+        prompt = row // (B // len(prompts))
+        own, length = prompts[prompt, prompt_mask[prompt]], mask[row].sum()
+        routing[row, : len(own)] = own
+        routing[row, len(own) - 1 : len(own) - 1 + length] = drawn[row, :length]
+    return routing

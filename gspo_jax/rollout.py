@@ -31,6 +31,7 @@ def sample_completions(
     top_p: float = 1.0,
     top_k: int = 0,
     first_prompt: int = 0,
+    record_routing: bool = False,
 ) -> tuple[Completions, list[str]]:
     """Completions of each prompt, and their texts without special tokens."""
     completions = generate(
@@ -44,6 +45,7 @@ def sample_completions(
         eos_ids=tokenizer.eos_ids,
         key=key,
         first_prompt=first_prompt,
+        record_routing=record_routing,
     )
     rows = zip(completions.tokens, completions.mask, strict=True)
     return completions, [tokenizer.decode(row[m].tolist()) for row, m in rows]

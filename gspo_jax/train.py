@@ -120,6 +120,7 @@ def sample(run: Run, state: TrainState, step: int, number: int) -> Rollout:
             top_p=roll.top_p,
             top_k=roll.top_k,
             first_prompt=number * roll.prompts,
+            record_routing=c.algo.routing_replay == "R3",
         )
     with run.phase("reward"):
         return score_completions(  # 3 reward

@@ -23,7 +23,8 @@ from gspo_jax.models.hf import NAMES
 from gspo_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parent / "fixtures"
-FIXTURES = ["qwen2_tied", "qwen2_untied", "qwen3_tied", "qwen3_untied", "qwen3_wide_heads"]
+FIXTURES = sorted(path.name for path in ROOT.iterdir() if (path / "config.json").exists())
+DOWN = "model.layers.1.mlp.experts.down_proj"
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -60,6 +61,21 @@ def assert_same_tensors(directory, expected):
         np.testing.assert_array_equal(bits(read[name]), bits(value), err_msg=name)
 
 
+def apart(tensors):
+    """Fused experts [E, 2F, D] and [E, D, F] as the tensors of each expert, in numpy."""
+    out = {}
+    for name, value in tensors.items():
+        stem, _, kind = name.rpartition(".experts.")
+        if kind not in ("gate_up_proj", "down_proj"):
+            out[name] = value
+            continue
+        parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+        for e, expert in enumerate(value):
+            for part, half in zip(parts, np.split(expert, len(parts)), strict=True):
+                out[f"{stem}.experts.{e}.{part}.weight"] = half
+    return out
+
+
 # In and out
 
 
@@ -74,10 +90,51 @@ def test_round_trip_returns_every_bit_in_the_dtype_of_the_files(tmp_path, name, 
     model = load_model(directory)  # float32 holds float16 and bfloat16 exactly
     assert model.config.dtype == dtype
     save_model(model, tmp_path / "out")
-    assert_same_tensors(tmp_path / "out", tensors)
+    assert_same_tensors(tmp_path / "out", apart(tensors))
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["dtype"] == written["torch_dtype"] == dtype
     assert QwenConfig.from_hf(written) == model.config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.update({"model.layers.1.mlp.experts.2.up_proj.weight": t[DOWN][0]}),
+            "experts.2.up_proj.weight is there alone and within model.layers.1.mlp.experts.gate_up",
+        ),
+        (
+            lambda t: t.update({DOWN: t[DOWN][:-1]}),
+            r"model.layers.1.mlp.experts.5.down_proj.weight \[32, 12\] is missing",
+        ),
+        (
+            lambda t: t.update({DOWN: t[DOWN][0]}),
+            "'model.layers.1.mlp.experts.down_proj' has no place in it",
+        ),
+        (
+            lambda t: t.update({DOWN: t[DOWN].swapaxes(1, 2).copy()}),
+            r"experts.0.down_proj.weight has shape \[12, 32\], wanted \[32, 12\]",
+        ),
+    ],
+)
+def test_fused_experts_that_are_not_what_the_config_says_are_named(tmp_path, change, message):
+    directory = Path(shutil.copytree(ROOT / "qwen3_moe_fused", tmp_path / "source"))
+    edit_tensors(directory, change)
+    with pytest.raises(DataError, match=message):
+        load_model(directory)
+
+
+def test_a_shard_can_end_between_two_experts(tmp_path):
+    save_model(load_model(ROOT / "qwen3_moe"), tmp_path / "out", shard_bytes=9000)
+    tensors = load_file(ROOT / "qwen3_moe" / files.SINGLE)
+    assert_same_tensors(tmp_path / "out", tensors)
+    index = json.loads((tmp_path / "out" / files.INDEX).read_text())["weight_map"]
+    homes = [index[f"model.layers.1.mlp.experts.{e}.gate_proj.weight"] for e in range(7)]
+    assert len(set(homes)) > 1
+    again = nnx.state(load_model(tmp_path / "out"))
+    first = nnx.state(load_model(ROOT / "qwen3_moe"))
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(first), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_matrices_are_transposed_and_nothing_else_is():

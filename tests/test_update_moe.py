@@ -9,11 +9,13 @@ import optax
 import pytest
 from flax import nnx
 
-from gspo_jax.batch import TrainBatch
+from gspo_jax.batch import Problem, Rollout, TrainBatch
+from gspo_jax.generate import generate
 from gspo_jax.losses import LOSSES
 from gspo_jax.models import Qwen, QwenConfig
 from gspo_jax.models.moe import balance
 from gspo_jax.optim import make_optimizer
+from gspo_jax.rollout import join_groups, to_train_batch
 from gspo_jax.update import (
     Objective,
     accumulate,
@@ -219,3 +221,74 @@ def test_padding_does_not_reach_loss_balance_or_gradient(view):
     ]
     for a, b in zip(jax.tree.leaves(runs[0][0]), jax.tree.leaves(runs[1][0]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def sampled(view):
+    """Two prompts, sixteen responses each of very unequal length, with their routing."""
+    return generate(
+        view,
+        [[5, 6, 7], [8, 9, 10, 11, 12]],
+        group_size=16,
+        max_new_tokens=40,
+        eos_ids=range(8),  # an eighth of the vocabulary: rows end early, and leave the batch
+        key=jax.random.key(0),
+        record_routing=True,
+    )
+
+
+def rollout_of(sampled):
+    """Its rows, ready for an update."""
+    problems = [Problem("a", "A"), Problem("b", "B")]
+    zeros = np.zeros(32, np.float32)
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
+    return Rollout(problems, prompts, sampled, [""] * 32, {"f": zeros}, zeros)
+
+
+def test_the_sampler_records_what_the_full_forward_would_choose(view, sampled):
+    """At every token but the last of each row, in the row's own positions; -1 from there on."""
+    batch = to_train_batch(rollout_of(sampled), np.ones(32, np.float32))
+    lengths = sampled.mask.sum(1)
+    assert lengths.min() == 1 and lengths.max() > 16  # several chunks, and rows left out
+    _, routing = nnx.jit(lambda m, t: m.routed(t))(nnx.merge(*view), jnp.asarray(batch.tokens))
+    known = batch.routing[:, :, 0, 0] >= 0
+    np.testing.assert_array_equal(known.sum(1), batch.prompt_length + lengths - 1)
+    np.testing.assert_array_equal(known, np.sort(known, axis=1)[:, ::-1])  # from the left
+    np.testing.assert_array_equal(batch.routing[known], np.asarray(routing.experts)[known])
+
+
+def test_recording_changes_no_sample(view, sampled):
+    again = generate(
+        view,
+        [[5, 6, 7], [8, 9, 10, 11, 12]],
+        group_size=16,
+        max_new_tokens=40,
+        eos_ids=range(8),
+        key=jax.random.key(0),
+    )
+    assert again.routing is None
+    np.testing.assert_array_equal(again.tokens[again.mask], sampled.tokens[again.mask])
+
+
+def test_a_step_of_r3_at_the_weights_that_sampled_is_the_plain_step_bit_for_bit(view, sampled):
+    batch = to_train_batch(rollout_of(sampled), np.linspace(-1, 1, 32).astype(np.float32))
+
+    def step(replay, batch):
+        graphdef, optimizer, state = fresh(view)
+        programs = make_programs(graphdef, optimizer, Objective(GSPO, routing_replay=replay))
+        return update_on_rollout(programs, state, batch, minibatches=1, place=on_device)
+
+    plain, replayed = step("off", batch._replace(routing=None)), step("R3", batch)
+    for a, b in zip(jax.tree.leaves(plain[0]), jax.tree.leaves(replayed[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert float(replayed[1][0]["router/changed"]) == 0
+
+
+def test_rounds_of_different_width_are_joined_with_their_routing(sampled):
+    narrow = sampled._replace(routing=sampled.routing[:, :20])
+    joined = join_groups([(rollout_of(narrow), [1]), (rollout_of(sampled), [0])])
+    routing = joined.completions.routing
+    assert routing.shape == (32, *sampled.routing.shape[1:])
+    np.testing.assert_array_equal(routing[:16, :20], sampled.routing[16:, :20])
+    assert (routing[:16, 20:] == -1).all()
+    np.testing.assert_array_equal(routing[16:], sampled.routing[:16])

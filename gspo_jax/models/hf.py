@@ -13,6 +13,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -227,7 +228,8 @@ def _check_tensors(directory: Path, found: dict[str, files.Tensor], slots: list[
     ]
     # A copy of the embedding under the head's name is harmless: _check_tied compares them.
     extra = [f"{files.short(n)} has no place in it" for n in found if n not in wanted and n != HEAD]
-    offenders = wrong + missing + extra
+    # One of each kind before the second of any: a renamed tensor is a missing and an extra one.
+    offenders = [o for trio in zip_longest(wrong, missing, extra) for o in trio if o]
     if offenders:
         more = f"; and {len(offenders) - 4} more" if len(offenders) > 4 else ""
         raise DataError(

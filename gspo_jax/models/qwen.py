@@ -165,15 +165,18 @@ class Qwen(nnx.Module):
 
     def prefill(
         self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]
-    ) -> tuple[Float[Array, "B S D"], Cache]:
-        """Hidden states of left-padded prompts, and the cache they leave behind (S slots)."""
+    ) -> tuple[Float[Array, "B S D"], Cache, Int[Array, "B S M X"] | None]:
+        """Hidden states of left-padded prompts, the cache they leave behind (S slots), and the
+        experts that were chosen, where there are any."""
         rope = self._rope(_positions(tokens, mask))
         masks = self._masks(_causal(tokens, mask))
-        x, caches = self._embed(tokens), []
+        x, caches, routings = self._embed(tokens), [], []
         for layer, allowed in zip(self.layers, masks, strict=True):
-            x, cache, _ = layer(x, rope, allowed)
+            x, cache, routing = layer(x, rope, allowed)
             caches.append(cache)
-        return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), tuple(caches)
+            routings += [] if routing is None else [routing]
+        x = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
+        return x, tuple(caches), _experts(routings)
 
     def decode(
         self,
@@ -183,8 +186,9 @@ class Qwen(nnx.Module):
         slot: Int[Array, ""],
         position: Int[Array, " B"],
         live: Bool[Array, "B W"],
-    ) -> tuple[Float[Array, "B D"], Cache]:
-        """One step: hidden state of one new token per row, and the cache with it written.
+    ) -> tuple[Float[Array, "B D"], Cache, Int[Array, "B 1 M X"] | None]:
+        """One step: hidden state of one new token per row, the cache with it written, and the
+        experts that it went to.
 
         Args:
             token: the new token of each row.
@@ -194,12 +198,13 @@ class Qwen(nnx.Module):
             live: slots that hold real tokens, the new one included.
         """
         rope, masks = self._rope(position[:, None]), self._masks(live[:, None], slot)
-        x, caches = self._embed(token[:, None]), []
+        x, caches, routings = self._embed(token[:, None]), [], []
         for layer, allowed, layer_cache in zip(self.layers, masks, cache, strict=True):
-            x, written, _ = layer(x, rope, allowed, layer_cache, slot)
+            x, written, routing = layer(x, rope, allowed, layer_cache, slot)
             caches.append(written)
+            routings += [] if routing is None else [routing]
         x = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
-        return x[:, 0], tuple(caches)
+        return x[:, 0], tuple(caches), _experts(routings)
 
     def unembed(self) -> Float[Array, "D V"]:
         """The output head: its own matrix, or the embedding transposed where they are tied."""
@@ -238,6 +243,11 @@ class Qwen(nnx.Module):
         back = (first + jnp.arange(S))[:, None] - jnp.arange(W)[None]
         near = allowed & (back < c.sliding_window)[None]
         return [near if i in c.window_layers else allowed for i in range(c.num_layers)]
+
+
+def _experts(layers: list[Routing]) -> Int[Array, "B S M X"] | None:
+    routing = join(layers)
+    return None if routing is None else routing.experts
 
 
 def rms_norm(
