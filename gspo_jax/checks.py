@@ -163,12 +163,6 @@ def check_algo(algo: AlgoConfig, rollout: RolloutConfig) -> None:
             f"rollout.prompts={rollout.prompts} do not split into algo.minibatches="
             f"{algo.minibatches} equal parts; change one of them."
         )
-    rows = rollout.prompts * rollout.group_size // algo.minibatches
-    if algo.microbatch and rows % algo.microbatch:
-        raise ConfigError(
-            f"algo.microbatch={algo.microbatch} does not divide the {rows} responses of a "
-            "minibatch (rollout.prompts * rollout.group_size / algo.minibatches)."
-        )
 
 
 def _check_critic(algo: AlgoConfig) -> None:

@@ -20,18 +20,20 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from gspo_jax.advantages import batch_whitened, gae, token_rewards
 from gspo_jax.batch import TrainBatch
+from gspo_jax.microbatch import put, take
 from gspo_jax.models.qwen import Qwen, head_logits
-from gspo_jax.update import (
+from gspo_jax.objective import (
     CriticTerm,
     Metrics,
     Objective,
     Targets,
-    TrainState,
     before_response,
-    by_microbatch,
     cast,
     forward,
+    pad_to,
+    response_tokens,
 )
+from gspo_jax.update import TrainState, microbatches
 
 
 class Critic(nnx.Module):
@@ -63,15 +65,17 @@ def forward_values(
     graphdef: nnx.GraphDef,
     params: PyTree,
     batch: TrainBatch,
-    states: Float[Array, "B T D"] | None,
+    states: Float[Array, "B count D"] | None,
     *,
     dtype: str = "float32",
     remat: bool = False,
-) -> Float[Array, "B T"]:
-    """V of the state before each response token; `states` are the policy's own there."""
+    shortest_prompt: int = 1,
+) -> Float[Array, "B count"]:
+    """V of the state before each response token of the text; `states` are the policy's there."""
     critic = nnx.merge(graphdef, cast(params, dtype))
     if hasattr(critic, "trunk"):
-        states, _ = before_response(critic.trunk(batch.tokens, remat=remat), batch)
+        count = response_tokens(batch, shortest_prompt)
+        states, _ = before_response(critic.trunk(batch.tokens, remat=remat), batch, count)
     return critic(states)
 
 
@@ -84,6 +88,7 @@ def make_term(
     coef: float,
     dtype: str = "float32",
     remat: bool = False,
+    shortest_prompt: int = 1,
 ) -> CriticTerm:
     """How this critic takes part in an update.
 
@@ -93,31 +98,40 @@ def make_term(
         clip: ε of `penalties.value`, in units of reward.
         coef: weight of its loss where the trunk is shared; otherwise it meets no other loss.
     """
-    values = partial(forward_values, graphdef, dtype=dtype, remat=remat)
+    values = partial(
+        forward_values, graphdef, dtype=dtype, remat=remat, shortest_prompt=shortest_prompt
+    )
     return CriticTerm(values, optimizer, clip, coef if shared else 1.0, shared)
 
 
 def make_values(
-    graphdef: nnx.GraphDef, objective: Objective, term: CriticTerm
+    graphdef: nnx.GraphDef,
+    objective: Objective,
+    term: CriticTerm,
+    *,
+    place: Callable[[PyTree], PyTree] = lambda x: jax.tree.map(jnp.asarray, x),
 ) -> Callable[[TrainState, TrainBatch], Float[Array, "B T"]]:
-    """The jitted program values(state, batch) -> V [B, T], in the update's microbatches.
+    """values(state, batch) -> V [B, T], in the update's microbatches.
 
     Args:
         graphdef, objective: of the policy, whose states a shared critic reads.
         term: from `make_term`.
+        place: puts a batch on the devices.
     """
 
-    @jax.jit
-    def values(params: PyTree, critic: PyTree, batch: TrainBatch) -> Float[Array, "B T"]:
-        def one(micro):
-            states = forward(graphdef, params, micro, objective)[0] if term.shared else None
-            return term.values(critic, micro, states)
-
-        return by_microbatch(one, batch, objective.microbatch)
+    @partial(jax.jit, static_argnames="width", donate_argnums=0)
+    def look(so_far, params: PyTree, critic: PyTree, batch: TrainBatch, rows, *, width: int):
+        micro = take(batch, rows, width)
+        states = forward(graphdef, params, micro, objective)[0] if term.shared else None
+        return put(so_far, pad_to(term.values(critic, micro, states), so_far.shape[1]), rows)
 
     def of_state(state: TrainState, batch: TrainBatch) -> Float[Array, "B T"]:
         assert state.critic is not None
-        return values(state.params, state.critic.params, batch)
+        placed, values = place(batch), jnp.zeros(batch.mask.shape, jnp.float32)
+        for part in microbatches(batch, objective):
+            networks = (state.params, state.critic.params)
+            values = look(values, *networks, placed, part.rows, width=part.width)
+        return values
 
     return of_state
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Int, PyTree
 
 from gspo_jax.batch import TrainBatch
+from gspo_jax.sharding import constrain
 
 WIDTHS = 4  # at most, equally spaced ...
 SPACING = 32  # ... by this many tokens at least: a program less is worth more than less padding
@@ -73,8 +74,13 @@ def take(batch: TrainBatch, rows: Int[Array, " m"], width: int) -> TrainBatch:
 
 
 def pick(tree: PyTree, rows: Int[Array, " m"]) -> PyTree:
-    """These rows of every array; zeros for no row."""
-    return jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="fill", fill_value=0), tree)
+    """These rows of every array, split over the devices; zeros for no row."""
+
+    def one(x: Array) -> Array:
+        x = jnp.take(x, rows, axis=0, mode="fill", fill_value=0)
+        return constrain(x, "batch", *(None,) * (x.ndim - 1))
+
+    return jax.tree.map(one, tree)
 
 
 def put(whole: PyTree, part: PyTree, rows: Int[Array, " m"]) -> PyTree:

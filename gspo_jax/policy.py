@@ -15,15 +15,19 @@ from gspo_jax.batch import Problem
 from gspo_jax.checks import check_experts
 from gspo_jax.config import Config, model_dir
 from gspo_jax.errors import DataError
-from gspo_jax.generate import PureModel
+from gspo_jax.generate import PureModel, bucket
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.hf import lent_files, load_model, read_config
 from gspo_jax.models.qwen import Qwen
+from gspo_jax.objective import cast
 from gspo_jax.rollout import Scorer, encode_prompts
 from gspo_jax.sharding import make_mesh, sharding_for
 from gspo_jax.tasks import Task, load_task
 from gspo_jax.tokenizer import Tokenizer, load_tokenizer
-from gspo_jax.update import cast
+
+# Per forward and backward pass where algo.microbatch does not say. On a CPU small buffers stay in
+# the heap and page faults are saved; an accelerator wants large matmuls.
+MICROBATCH_TOKENS = {"cpu": 1024, "accelerator": 16384}
 
 _compiled_cast = jax.jit(cast, static_argnums=1)
 
@@ -56,6 +60,8 @@ class Problems(NamedTuple):
     indices: dict[str, list[int]]  # split -> indices of the problems that fit
     too_long: int  # problems left out
     scorer: Scorer
+    shortest: int  # tokens of a training prompt, at least ...
+    longest: int  # ... and at most
 
     def get(self, split: str, positions: Sequence[int]) -> list[Problem]:
         """Problems by their position among those that fit."""
@@ -74,10 +80,9 @@ def load_policy(config: Config) -> Policy:
         model = random_model(read_config(directory), config.run.seed, mesh)
     else:
         model = load_model(directory, mesh=mesh)
-    on_cpu = jax.default_backend() == "cpu"
     dtype = config.model.dtype
     if dtype == "auto":
-        dtype = "float32" if on_cpu else "bfloat16"
+        dtype = "float32" if _on_cpu() else "bfloat16"
     return Policy(*nnx.split(model), tokenizer, mesh, dtype, directory)
 
 
@@ -108,7 +113,7 @@ def load_problems(config: Config, tokenizer: Tokenizer) -> Problems:
     task = load_task(c.name, c.path, seed=c.seed, fields=c.fields, **c.options)
     functions = rewards.load_rewards(c.rewards) if c.rewards else {task.name: task.reward}
     weights = list(c.reward_weights) or [1.0] * len(functions)
-    indices, too_long = {}, 0
+    indices, lengths, too_long = {}, {}, 0
     for split, size in task.size.items():
         prompts = encode_prompts(tokenizer, [task.problem(split, i) for i in range(size)])
         kept = [i for i, ids in enumerate(prompts) if 0 < len(ids) <= c.max_prompt_length]
@@ -123,6 +128,7 @@ def load_problems(config: Config, tokenizer: Tokenizer) -> Problems:
             )
         too_long += size - len(kept)
         indices[split] = kept
+        lengths[split] = [len(prompts[i]) for i in kept]
     if not indices["train"]:
         raise DataError(
             f"no training problem of {c.path or c.name} has a prompt of at most "
@@ -132,4 +138,25 @@ def load_problems(config: Config, tokenizer: Tokenizer) -> Problems:
     # A rehearsal: a reward function that cannot work should say so now, not after compiling.
     first = task.problem("train", indices["train"][0])
     scorer([first], [first.answer or "", ""], [[], []])
-    return Problems(task, indices, too_long, scorer)
+    shortest, longest = min(lengths["train"]), max(lengths["train"])
+    return Problems(task, indices, too_long, scorer, shortest, longest)
+
+
+class TextSizes(NamedTuple):
+    """What an `Objective` knows of the lengths of texts: fixed for a run, as are its programs."""
+
+    microbatch: int  # tokens
+    longest: int
+    shortest_prompt: int
+
+
+def text_sizes(config: Config, problems: Problems) -> TextSizes:
+    """The longest text that the task and the length limit allow, and how many run together."""
+    longest = bucket(problems.longest + config.rollout.max_completion_length)
+    tokens = config.algo.microbatch * longest
+    tokens = tokens or MICROBATCH_TOKENS["cpu" if _on_cpu() else "accelerator"]
+    return TextSizes(tokens, longest, problems.shortest)
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"

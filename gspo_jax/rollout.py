@@ -148,8 +148,9 @@ def to_train_batch(
     *,
     mask_truncated: bool = False,
     pad_id: int = 0,
+    width: int = 0,
 ) -> TrainBatch:
-    """Rows of prompt + response, right-padded to the longest of them (rounded, see `bucket`).
+    """Rows of prompt + response, right-padded to `width`, or to the longest of them (`bucket`).
 
     Token ids go straight from the sampler to the update, never through text. With
     `mask_truncated`, responses that ran into the length limit are not trained on.
@@ -162,7 +163,7 @@ def to_train_batch(
     lengths = np.repeat([len(p) for p in rollout.prompts], group_size).astype(np.int32)
     used = completions.mask.sum(1)
     B = mask.shape[0]
-    tokens = np.full((B, bucket(int((lengths + used).max()))), pad_id, np.int32)
+    tokens = np.full((B, width or bucket(int((lengths + used).max()))), pad_id, np.int32)
     for row in range(B):
         response = completions.tokens[row, : used[row]]
         filled = [*rollout.prompts[row // group_size], *response.tolist()]

@@ -29,12 +29,13 @@ from gspo_jax.evaluate import evaluate_policy
 from gspo_jax.metrics import RunLog
 from gspo_jax.model_card import model_card, stated
 from gspo_jax.models.hf import save_model
+from gspo_jax.objective import CriticTerm
 from gspo_jax.optim import make_optimizer, make_schedule
 from gspo_jax.policy import Policy, Problems, load_policy
 from gspo_jax.report import dynamics, read_metrics
 from gspo_jax.sharding import state_shardings
 from gspo_jax.tokenizer import token_ids
-from gspo_jax.update import CriticState, CriticTerm, TrainState, init_state
+from gspo_jax.update import CriticState, TrainState, init_state
 
 EXIT_CODES = {"finished": 0, "preempted": PREEMPTED, "interrupted": INTERRUPTED}
 
@@ -80,7 +81,7 @@ def make_state(
 
 
 def add_critic(
-    config: Config, policy: Policy, state: TrainState, updates: int
+    config: Config, policy: Policy, state: TrainState, updates: int, *, shortest_prompt: int = 1
 ) -> tuple[TrainState, CriticTerm | None]:
     """The state with the critic that `algo.critic` asks for, and its part in the objective.
 
@@ -105,6 +106,7 @@ def add_critic(
         coef=c.coef,
         dtype=policy.dtype,
         remat=config.model.remat == "full",
+        shortest_prompt=shortest_prompt,
     )
     return state._replace(critic=critic), term
 

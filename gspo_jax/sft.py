@@ -4,6 +4,8 @@ The negative log-likelihood is REINFORCE with advantage 1 on given tokens, avera
 the same programs, the same optimizer, the same checkpoints.
 """
 
+from functools import partial
+
 import jax
 import numpy as np
 
@@ -11,13 +13,14 @@ from gspo_jax.batch import Problem, TrainBatch
 from gspo_jax.config import Config
 from gspo_jax.errors import DataError
 from gspo_jax.losses import LOSSES
-from gspo_jax.policy import load_policy, load_problems
+from gspo_jax.objective import Objective
+from gspo_jax.policy import load_policy, load_problems, text_sizes
 from gspo_jax.rollout import encode_prompts
 from gspo_jax.run import Result, make_state, open_run
 from gspo_jax.sharding import shard_batch
 from gspo_jax.tasks import order
 from gspo_jax.tokenizer import Tokenizer
-from gspo_jax.update import Objective, make_programs
+from gspo_jax.update import make_programs
 
 
 def sft(config: Config) -> Result:
@@ -30,16 +33,20 @@ def sft(config: Config) -> Result:
     policy = load_policy(config)
     problems = load_problems(config, policy.tokenizer)
     optimizer, schedule, state = make_state(config, policy, updates=c.run.steps)
+    sizes = text_sizes(config, problems)
     objective = Objective(
         loss=LOSSES["reinforce"],
         dtype=policy.dtype,
         remat=c.model.remat == "full",
-        microbatch=c.algo.microbatch,
+        microbatch=sizes.microbatch,
+        longest=sizes.longest,
+        shortest_prompt=sizes.shortest_prompt,
         router_aux_coef=c.algo.router_aux_coef,
         router_z_coef=c.algo.router_z_coef,
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    programs = make_programs(policy.graphdef, optimizer, objective, shardings)
+    place = partial(shard_batch, mesh=policy.mesh)
+    programs = make_programs(policy.graphdef, optimizer, objective, shardings, place=place)
     size = len(problems.indices["train"])
 
     with open_run(config, policy, problems) as run:
@@ -49,9 +56,9 @@ def sft(config: Config) -> Result:
                 first = (step - 1) * c.sft.batch_size
                 chosen = order(size, first, c.sft.batch_size, seed=c.run.seed)
                 shown = problems.get("train", chosen)
-                batch = solutions(shown, policy.tokenizer, config)
+                batch = solutions(shown, policy.tokenizer, config, objective.longest)
                 rate = float(schedule(int(state.updates)))
-                state, stats, _ = programs.update(state, shard_batch(batch, policy.mesh))
+                state, stats, _ = programs.update(state, batch)
                 state = state._replace(step=state.step + 1)
                 metrics = {name: float(stats[name]) for name in ("loss", "grad_norm", "entropy")}
             tokens = int(batch.prompt_length.sum() + batch.mask.sum())
@@ -60,15 +67,13 @@ def sft(config: Config) -> Result:
         return run.finish(state)
 
 
-def solutions(problems: list[Problem], tokenizer: Tokenizer, config: Config) -> TrainBatch:
-    """Prompts with their worked solutions and an end of sequence, advantage 1 on each.
-
-    Shapes depend on the length limits alone, so that one program serves every batch.
-    """
+def solutions(
+    problems: list[Problem], tokenizer: Tokenizer, config: Config, width: int
+) -> TrainBatch:
+    """Prompts with their worked solutions and an end of sequence, advantage 1 on each."""
     limit = config.rollout.max_completion_length
-    longest = config.task.max_prompt_length
     rows = len(problems)
-    tokens = np.full((rows, longest + limit), tokenizer.pad_id, np.int32)
+    tokens = np.full((rows, width), tokenizer.pad_id, np.int32)
     lengths, mask = np.zeros(rows, np.int32), np.zeros((rows, limit), bool)
     for row, (problem, prompt) in enumerate(
         zip(problems, encode_prompts(tokenizer, problems), strict=True)

@@ -20,7 +20,8 @@ from gspo_jax.batch import Completions, Rollout, TrainBatch
 from gspo_jax.config import Config
 from gspo_jax.critic import estimate, make_values
 from gspo_jax.losses import LOSSES, RATIO, token_kl
-from gspo_jax.policy import Policy, load_policy, load_problems
+from gspo_jax.objective import CriticTerm, Metrics, Objective, Targets
+from gspo_jax.policy import Policy, Problems, load_policy, load_problems, text_sizes
 from gspo_jax.rollout import (
     encode_prompts,
     fill_with_spread,
@@ -35,17 +36,7 @@ from gspo_jax.run import Result, Run, add_critic, make_state, open_run
 from gspo_jax.settings import GAE
 from gspo_jax.sharding import shard_batch
 from gspo_jax.tasks import order
-from gspo_jax.update import (
-    CriticTerm,
-    Metrics,
-    Objective,
-    Programs,
-    Targets,
-    TrainState,
-    make_programs,
-    summarise,
-    update_on_rollout,
-)
+from gspo_jax.update import Programs, TrainState, make_programs, summarise, update_on_rollout
 
 
 def train(config: Config) -> Result:
@@ -60,13 +51,13 @@ def train(config: Config) -> Result:
     problems = load_problems(config, policy.tokenizer)
     updates = c.run.steps * c.algo.minibatches * c.algo.epochs
     optimizer, schedule, state = make_state(config, policy, updates)
-    state, critic = add_critic(config, policy, state, updates)
+    state, critic = add_critic(config, policy, state, updates, shortest_prompt=problems.shortest)
     reference = jax.tree.map(jnp.copy, policy.params) if c.algo.kl.coef else None
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    goal = objective(config, policy, critic)
-    programs = make_programs(policy.graphdef, optimizer, goal, shardings)
-    advantage = make_advantage(config, policy, goal, programs, reference)
+    goal = objective(config, policy, problems, critic)
     place = partial(shard_batch, mesh=policy.mesh)
+    programs = make_programs(policy.graphdef, optimizer, goal, shardings, place=place)
+    advantage = make_advantage(config, policy, goal, programs, reference)
 
     with open_run(config, policy, problems) as run, jax.set_mesh(policy.mesh):
         state = run.start(state)
@@ -85,7 +76,6 @@ def train(config: Config) -> Result:
                     epochs=c.algo.epochs,
                     ref_logp=judged.ref_logp,
                     targets=judged.targets,
-                    place=place,
                 )
                 stats = judged.metrics | summarise(stats) | mismatch(old_logp, rollout.completions)
             stats |= trl_names(stats, c.algo.loss["name"])
@@ -158,9 +148,11 @@ def mismatch(old_logp: Float[np.ndarray, "B T"], completions: Completions) -> di
     return {f"{name}/mean": float(difference.mean()), f"{name}/max": float(difference.max())}
 
 
-def objective(config: Config, policy: Policy, critic: CriticTerm | None) -> Objective:
+def objective(
+    config: Config, policy: Policy, problems: Problems, critic: CriticTerm | None
+) -> Objective:
     """The configured loss with its keywords bound, and how its forward pass is run."""
-    options = dict(config.algo.loss)
+    options, sizes = dict(config.algo.loss), text_sizes(config, problems)
     return Objective(
         loss=partial(LOSSES[options.pop("name")], **options),
         temperature=config.rollout.temperature,
@@ -169,7 +161,9 @@ def objective(config: Config, policy: Policy, critic: CriticTerm | None) -> Obje
         entropy_coef=config.algo.entropy_coef,
         dtype=policy.dtype,
         remat=config.model.remat == "full",
-        microbatch=config.algo.microbatch,
+        microbatch=sizes.microbatch,
+        longest=sizes.longest,
+        shortest_prompt=sizes.shortest_prompt,
         routing_replay=config.algo.routing_replay,
         router_aux_coef=config.algo.router_aux_coef,
         router_z_coef=config.algo.router_z_coef,
@@ -203,17 +197,22 @@ def make_advantage(
 
     def advantage(state: TrainState, rollout: Rollout) -> Judged:
         # `adv` carries the rewards until they are turned into advantages.
-        batch = to_train_batch(rollout, rollout.reward, mask_truncated=config.algo.mask_truncated)
-        rows = shard_batch(batch, policy.mesh)
+        batch = to_train_batch(
+            rollout,
+            rollout.reward,
+            mask_truncated=config.algo.mask_truncated,
+            width=goal.longest,
+        )
         # The reference is a network of its own, with its own routing.
-        alone = rows._replace(routing=None)
+        alone = batch._replace(routing=None)
         ref_logp = None if reference is None else programs.score(reference, alone).logp
         penalty, metrics = np.zeros(batch.mask.shape, np.float32), {}
         if ref_logp is not None and kl.placement == "reward":
-            k1 = token_kl(programs.score(state.params, rows).logp, ref_logp, rows.mask, "k1")
-            penalty, ref_logp = np.asarray(k1), None
+            logp = programs.score(state.params, batch).logp
+            penalty = np.asarray(token_kl(logp, ref_logp, jnp.asarray(batch.mask), "k1"))
+            ref_logp = None
             metrics["kl"] = float(penalty.sum() / max(batch.mask.sum(), 1))
-        batch, targets, more = estimated(state, batch, rows, penalty)
+        batch, targets, more = estimated(state, batch, penalty)
         return Judged(batch, ref_logp, targets, metrics | more)
 
     return advantage
@@ -225,7 +224,7 @@ def by_group(config: Config):
     function = ADVANTAGES[options.pop("name")]
     function = jax.jit(partial(function, group_size=config.rollout.group_size, **options))
 
-    def estimated(state: TrainState, batch: TrainBatch, rows: TrainBatch, penalty: np.ndarray):
+    def estimated(state: TrainState, batch: TrainBatch, penalty: np.ndarray):
         reward = batch.adv - config.algo.kl.coef * penalty.sum(1)
         return batch._replace(adv=np.asarray(function(reward))), None, {}
 
@@ -236,12 +235,13 @@ def by_token(config: Config, policy: Policy, goal: Objective, critic: CriticTerm
     """Generalised advantage estimation with the critic's values, one advantage per token."""
     options = GAE | {k: v for k, v in config.algo.advantage.items() if k != "name"}
     function = jax.jit(partial(estimate, kl_coef=config.algo.kl.coef, **options))
-    values = make_values(policy.graphdef, goal, critic)
+    place = partial(shard_batch, mesh=policy.mesh)
+    values = make_values(policy.graphdef, goal, critic, place=place)
 
-    def estimated(state: TrainState, batch: TrainBatch, rows: TrainBatch, penalty: np.ndarray):
+    def estimated(state: TrainState, batch: TrainBatch, penalty: np.ndarray):
         scored = ~np.isnan(batch.adv)  # what was not scored is not learned from
         batch = batch._replace(mask=batch.mask & scored[:, None])
-        found = function(batch.adv, values(state, rows), penalty, batch.mask)
+        found = function(batch.adv, values(state, batch), penalty, batch.mask)
         adv, targets, metrics = jax.device_get(found)
         return batch._replace(adv=adv), targets, {k: float(v) for k, v in metrics.items()}
 

@@ -1,15 +1,13 @@
 """The update: one rollout becomes minibatches x epochs optimizer steps, in jitted programs.
 
     score     log π_old of the minibatches that will be visited after the policy has moved
-    update    gradient of the loss over microbatches, clip, Adam, skip if not finite
+    add       one microbatch's share of the gradient, into donated accumulators
+    apply     clip, Adam, skip if not finite; the metrics
 
 The first minibatch needs no scoring: there π_θ = π_old, so its old log-probabilities are its own
 (stop_gradient), its ratio is exactly 1 and nothing can be clipped. The other minibatches' come
 from the training program's own forward on the same shapes, never from the sampler: GSPO's clip
 band is as narrow as the noise between two programs.
-
-Denominators are known before the first microbatch, since they depend on masks alone. So the
-gradient of any split is the gradient of the whole minibatch.
 """
 
 from collections.abc import Callable
@@ -24,13 +22,20 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from gspo_jax.batch import TrainBatch
-from gspo_jax.logps import token_logps
-from gspo_jax.losses import entropy_bonus
-from gspo_jax.losses import kl as kl_penalty
-from gspo_jax.losses import value as value_loss
-from gspo_jax.models.moe import Routing, balance, router_metrics
-
-Metrics = dict[str, Any]
+from gspo_jax.microbatch import Microbatch, pick, put, split, take
+from gspo_jax.objective import (
+    Forward,
+    Given,
+    Gradients,
+    Metrics,
+    Objective,
+    Targets,
+    forward,
+    measure,
+    pad_to,
+    share_of_loss,
+)
+from gspo_jax.sharding import batch_ways
 
 
 class CriticState(NamedTuple):
@@ -51,39 +56,6 @@ class TrainState(NamedTuple):
     critic: CriticState | None = None  # has no leaves where there is none
 
 
-class Targets(NamedTuple):
-    """What a critic learns from; row and token as in the batch."""
-
-    value: Float[Array, "B T"]  # its own estimate before the updates
-    returns: Float[Array, "B T"]
-
-
-class CriticTerm(NamedTuple):
-    """How a critic takes part in an update; `critic` builds it."""
-
-    values: Callable[..., Float[Array, "B T"]]  # (its params, batch, the policy's states)
-    optimizer: optax.GradientTransformation
-    clip: float
-    coef: float  # of its loss, which matters where it reaches the policy's weights
-    shared: bool  # whether it reads the policy's states
-
-
-class Gradients(NamedTuple):
-    """One leaf per trained parameter."""
-
-    policy: PyTree
-    critic: PyTree | None = None
-
-
-class Forward(NamedTuple):
-    """What the forward passes of an update found at each response token."""
-
-    logp: Float[Array, "B T"]
-    entropy: Float[Array, "B T"]
-    value: Float[Array, "B T"] | None = None
-    routing: Routing | None = None  # of every token, where the model has experts
-
-
 class Scored(NamedTuple):
     """What a policy says of a batch: log-probabilities, and the experts that it chose."""
 
@@ -91,28 +63,34 @@ class Scored(NamedTuple):
     experts: Int[Array, "B S M X"] | None = None
 
 
-class Objective(NamedTuple):
-    """What is minimised, and how its forward pass is run. Hashable: a static jit argument."""
+class Accumulated(NamedTuple):
+    """What the microbatches so far have left."""
 
-    loss: Callable[..., Any]  # one of losses.LOSSES with its keywords bound
-    temperature: float = 1.0
-    kl_coef: float = 0.0
-    kl_kind: str = "k3"
-    entropy_coef: float = 0.0
-    dtype: str = "float32"  # of activations; parameters and gradients stay float32
-    remat: bool = False
-    microbatch: int = 0  # rows per forward/backward; 0 = all
-    routing_replay: str = "off"  # "R2" and "R3" run the experts in TrainBatch.routing
-    router_aux_coef: float = 0.0
-    router_z_coef: float = 0.0
-    critic: CriticTerm | None = None
+    grads: Gradients
+    found: Forward  # of every row of the minibatch; zeros where it is still to come
 
 
 class Programs(NamedTuple):
-    """The two jitted functions of the update stage."""
+    """The update stage: three functions, and the jitted programs that they call.
+
+    Attributes:
+        score: (params, batch) -> Scored.
+        update: (state, batch, old_logp, ref_logp, targets) -> (state, metrics, Scored before the
+            update); donates `state`. `old_logp` None means on-policy; `ref_logp` is None without
+            a KL term in the loss, `targets` without a critic.
+        accumulate: (Gradients of weights, batch, ...) -> the gradients and what was found, with
+            the placed batch; the first half of `update`.
+        blank, look, start, add, apply: see `make_programs`.
+    """
 
     score: Callable[[PyTree, TrainBatch], Scored]
     update: Callable[..., tuple[TrainState, Metrics, Scored]]
+    accumulate: Callable[..., tuple[Accumulated, TrainBatch, Given]]
+    blank: Any
+    look: Any
+    start: Any
+    add: Any
+    apply: Any
 
 
 def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
@@ -125,173 +103,84 @@ def make_programs(
     optimizer: optax.GradientTransformation,
     objective: Objective,
     shardings: TrainState | None = None,
+    *,
+    place: Callable[[PyTree], PyTree] = lambda x: jax.tree.map(jnp.asarray, x),
 ) -> Programs:
     """Bind the network, the optimizer and the objective into `score` and `update`.
 
-    score(params, batch) -> Scored: log-probabilities [B, T] of the response tokens.
-    update(state, batch, old_logp, ref_logp, targets) -> (state, metrics, Scored before the
-    update); donates `state`. `old_logp` None means on-policy; `ref_logp` is None without a KL
-    term in the loss, `targets` without a critic.
+    Args:
+        shardings: of the state, so that every new one lives where the old one did.
+        place: puts a batch on the devices.
     """
+    # `None` leaves the placement of what is found to the compiler.
+    kept: Any = None
+    if shardings is not None:
+        kept = Accumulated._make((_gradients_of(shardings), None))
+
+    @partial(jax.jit, static_argnames="width", donate_argnums=0)
+    def look(so_far: Scored, params: PyTree, batch: TrainBatch, rows, *, width: int) -> Scored:
+        found = forward(graphdef, params, take(batch, rows, width), objective)[1]
+        return put(so_far, _scored(found), rows)
 
     @jax.jit
-    def score(params: PyTree, batch: TrainBatch) -> Scored:
-        def one(micro):
-            return _scored(forward(graphdef, params, micro, objective)[1])
+    def blank(params: PyTree, batch: TrainBatch) -> Scored:
+        return _scored(_zeros_of(graphdef, Gradients(params), batch, objective))
 
-        return by_microbatch(one, batch, objective.microbatch)
+    @partial(jax.jit, out_shardings=kept)
+    def start(trained: Gradients, batch: TrainBatch) -> Accumulated:
+        zeros = _zeros_of(graphdef, trained, batch, objective)
+        return Accumulated(jax.tree.map(jnp.zeros_like, trained), zeros)
 
-    # The new state lives where the old one did, so that its buffers can be donated.
-    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None, None))
-    def update(state: TrainState, batch: TrainBatch, old_logp=None, ref_logp=None, targets=None):
-        critic = None if state.critic is None else state.critic.params
-        grads, at = accumulate(
-            graphdef, state.params, batch, old_logp, ref_logp, objective, critic, targets
-        )
-        (total, weight), metrics = objective.loss(at.logp, old_logp, batch.adv, batch.mask)
-        loss = total / jnp.maximum(weight, 1)
-        if ref_logp is not None:
-            penalty, _ = kl_penalty(at.logp, ref_logp, batch.mask, kind=objective.kl_kind)
-            metrics["kl"] = penalty.total / jnp.maximum(penalty.weight, 1)
-            loss += objective.kl_coef * metrics["kl"]
-        bonus, found = entropy_bonus(at.entropy, batch.mask)
-        loss += objective.entropy_coef * bonus.total / jnp.maximum(bonus.weight, 1)
-        grad_norm = optax.global_norm(grads.policy)
-        metrics |= {"loss": loss, "grad_norm": grad_norm} | found
-        finite = jnp.isfinite(loss + grad_norm)
-        if objective.critic is not None:
-            found = _critic_metrics(objective.critic, at.value, targets, batch.mask, grads.critic)
-            finite &= jnp.isfinite(found["critic/vf_loss"] + found["critic/grad_norm"])
-            metrics |= found
-        if at.routing is not None:
-            found = router_metrics(at.routing, batch.routing, real_tokens(batch))
-            metrics["loss"] += objective.router_aux_coef * found["router/aux_loss"]
-            metrics["loss"] += objective.router_z_coef * found["router/z_loss"]
-            metrics |= found
-        return apply_if_finite(state, grads, optimizer, objective, finite), metrics, _scored(at)
-
-    return Programs(score, update)
-
-
-def forward_logps(
-    graphdef: nnx.GraphDef, params: PyTree, batch: TrainBatch, objective: Objective
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Log-probability and entropy at each response token."""
-    return forward(graphdef, params, batch, objective)[1][:2]
-
-
-def forward(
-    graphdef: nnx.GraphDef, params: PyTree, batch: TrainBatch, objective: Objective
-) -> tuple[Float[Array, "B T D"], Forward]:
-    """The hidden state before each response token, its log-probability and its entropy."""
-    model = nnx.merge(graphdef, cast(params, objective.dtype))
-    hidden, routing = model.routed(
-        batch.tokens,
-        remat=objective.remat,
-        replay=None if objective.routing_replay == "off" else batch.routing,
-        counted=real_tokens(batch),
+    @partial(
+        jax.jit,
+        static_argnames="width",
+        donate_argnums=0,
+        out_shardings=kept,
     )
-    states, tokens = before_response(hidden, batch)
-    logp, entropy = token_logps(states, model.unembed(), tokens, temperature=objective.temperature)
-    return states, Forward(logp, entropy, routing=routing)
+    def add(so_far: Accumulated, trained, batch, given: Given, rows, *, width) -> Accumulated:
+        share = share_of_loss(graphdef, batch, objective)
+        micro, at = take(batch, rows, width), pick(given, rows)
+        grads, found = jax.grad(share, has_aux=True)(trained, micro, at)
+        grads = jax.tree.map(jnp.add, so_far.grads, grads)
+        return Accumulated(grads, put(so_far.found, found, rows))
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None, None))
+    def apply(state: TrainState, total: Accumulated, batch: TrainBatch, given: Given):
+        metrics, finite = measure(total.grads, total.found, batch, given, objective)
+        state = apply_if_finite(state, total.grads, optimizer, objective, finite)
+        return state, metrics, _scored(total.found)
+
+    def score(params: PyTree, batch: TrainBatch) -> Scored:
+        parts, placed = microbatches(batch, objective), place(batch)
+        scored = blank(params, placed)
+        for part in parts:
+            scored = look(scored, params, placed, part.rows, width=part.width)
+        return scored
+
+    def accumulate(
+        trained: Gradients, batch: TrainBatch, old_logp=None, ref_logp=None, targets=None
+    ) -> tuple[Accumulated, TrainBatch, Given]:
+        parts, placed = microbatches(batch, objective), place(batch)
+        if old_logp is None:  # NaN stands for the policy itself: one program serves both
+            old_logp = np.full(batch.mask.shape, np.nan, np.float32)
+        given = place(Given(old_logp, ref_logp, targets))
+        total = start(trained, placed)
+        for part in parts:
+            total = add(total, trained, placed, given, part.rows, width=part.width)
+        return total, placed, given
+
+    def update(state: TrainState, batch: TrainBatch, old_logp=None, ref_logp=None, targets=None):
+        total = accumulate(_gradients_of(state), batch, old_logp, ref_logp, targets)
+        return apply(state, *total)
+
+    return Programs(score, update, accumulate, blank, look, start, add, apply)
 
 
-def real_tokens(batch: TrainBatch) -> Bool[Array, "B S"]:
-    """True on the prompt and on the response tokens that are trained on."""
-    end = batch.prompt_length + jnp.sum(batch.mask, axis=1, dtype=jnp.int32)
-    return jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)[None] < end[:, None]
-
-
-def before_response(
-    hidden: Float[Array, "B S D"], batch: TrainBatch
-) -> tuple[Float[Array, "B T D"], Int[Array, "B T"]]:
-    """The state that precedes each response token, and the token; the only shift of the library.
-
-    The hidden state that predicts response token t of a row with a prompt of p tokens stands at
-    position p - 1 + t.
-    """
-    S, T = batch.tokens.shape[1], batch.mask.shape[1]
-    predicted = batch.prompt_length[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
-    predicted = jnp.minimum(predicted, S - 1)  # padding of short rows; masked
-    before = jnp.take_along_axis(hidden, (predicted - 1)[..., None], axis=1)
-    return before, jnp.take_along_axis(batch.tokens, predicted, axis=1)
-
-
-def accumulate(
-    graphdef: nnx.GraphDef,
-    params: PyTree,
-    batch: TrainBatch,
-    old_logp: Float[Array, "B T"] | None,
-    ref_logp: Float[Array, "B T"] | None,
-    objective: Objective,
-    critic: PyTree | None = None,
-    targets: Targets | None = None,
-) -> tuple[Gradients, Forward]:
-    """Gradients of the minibatch loss, microbatch by microbatch, and what the forwards found.
-
-    With a critic its loss is added: `objective.critic.values` decides which parameters it reaches.
-    """
-    zeros = jnp.zeros(batch.mask.shape, jnp.float32)
-    weight = objective.loss(zeros, zeros, batch.adv, batch.mask)[0].weight
-    kl_weight = kl_penalty(zeros, zeros, batch.mask, kind=objective.kl_kind)[0].weight
-    tokens = jnp.sum(batch.mask, dtype=jnp.float32)
-    real = jnp.sum(real_tokens(batch), dtype=jnp.float32)
-
-    def share_of_loss(trained, micro, old, ref, target):
-        states, found = forward(graphdef, trained.policy, micro, objective)
-        logp, entropy = found.logp, found.entropy
-        total = objective.loss(logp, old, micro.adv, micro.mask)[0].total / jnp.maximum(weight, 1)
-        if ref is not None:
-            penalty = kl_penalty(logp, ref, micro.mask, kind=objective.kl_kind)[0]
-            total += objective.kl_coef * penalty.total / jnp.maximum(kl_weight, 1)
-        if objective.entropy_coef:
-            bonus = entropy_bonus(entropy, micro.mask)[0]
-            total += objective.entropy_coef * bonus.total / jnp.maximum(tokens, 1)
-        if found.routing is not None:
-            total += _router_loss(found.routing, micro, objective, real)
-        if (term := objective.critic) is None:
-            return total, found
-        value = term.values(trained.critic, micro, states)
-        error = value_loss(value, target.value, target.returns, micro.mask, clip=term.clip)[0]
-        total += term.coef * error.total / jnp.maximum(tokens, 1)
-        return total, found._replace(value=value)
-
-    gradient = jax.grad(share_of_loss, has_aux=True)
-    trained = Gradients(params, critic)
-
-    def add(so_far, micro):
-        grads, found = gradient(trained, *micro)
-        return jax.tree.map(jnp.add, so_far, grads), found
-
-    inputs = (batch, old_logp, ref_logp, targets)
-    if objective.microbatch in (0, batch.mask.shape[0]):
-        return gradient(trained, *inputs)
-    nothing = jax.tree.map(jnp.zeros_like, trained)
-    grads, found = jax.lax.scan(add, nothing, _split(inputs, objective.microbatch))
-    return grads, _merge(found)
-
-
-def _router_loss(
-    routing: Routing, micro: TrainBatch, objective: Objective, real: Float[Array, ""]
-) -> Float[Array, ""]:
-    """A microbatch's share of the routers' losses: its own balance, weighted by its tokens."""
-    counted = real_tokens(micro)
-    aux, z, _ = balance(routing, counted)
-    loss = objective.router_aux_coef * aux + objective.router_z_coef * z
-    return loss * jnp.sum(counted, dtype=jnp.float32) / jnp.maximum(real, 1)
-
-
-def _scored(found: Forward) -> Scored:
-    return Scored(found.logp, None if found.routing is None else found.routing.experts)
-
-
-def _critic_metrics(term, value, targets, mask, grads) -> Metrics:
-    (total, weight), found = value_loss(value, targets.value, targets.returns, mask, clip=term.clip)
-    return {
-        "critic/vf_loss": total / jnp.maximum(weight, 1),
-        "critic/vf_clipfrac": found["value_clip_frac"],
-        "critic/grad_norm": optax.global_norm(grads),
-    }
+def microbatches(batch: TrainBatch, objective: Objective) -> list[Microbatch]:
+    """How the rows of a minibatch are grouped; needs their lengths on the host."""
+    length = np.asarray(batch.prompt_length) + np.asarray(batch.mask).sum(1)
+    longest = objective.longest or batch.tokens.shape[1]
+    return split(length, longest, tokens=objective.microbatch, ways=batch_ways())
 
 
 def apply_if_finite(
@@ -330,7 +219,6 @@ def update_on_rollout(
     epochs: int = 1,
     ref_logp: Float[Array, "B T"] | None = None,
     targets: Targets | None = None,
-    place: Callable[[PyTree], PyTree] = lambda x: x,
 ) -> tuple[TrainState, list[Metrics], Float[np.ndarray, "B T"]]:
     """All updates of one rollout in order, the metrics of each, and log π_old of all rows.
 
@@ -341,12 +229,10 @@ def update_on_rollout(
         epochs: passes over the rollout.
         ref_logp: reference log-probabilities, where the objective has a KL term.
         targets: values and returns on the host, where the objective has a critic.
-        place: puts a minibatch on the devices.
     """
-    parts = [place(part) for part in _blocks(batch, minibatches)]
+    parts = _blocks(batch, minibatches)
     refs = [None] * minibatches if ref_logp is None else _blocks(ref_logp, minibatches)
     goals = [None] * minibatches if targets is None else _blocks(targets, minibatches)
-    goals = [place(goal) for goal in goals]
     # The first update is on-policy by construction, and tells its own π_old; the others' is needed
     # before the policy moves.
     old: list[Scored | None] = [None]
@@ -365,41 +251,31 @@ def update_on_rollout(
     return state._replace(step=state.step + 1), metrics, np.concatenate(logp)
 
 
-def cast(params: PyTree, dtype: str) -> PyTree:
-    """The parameters in the dtype that the network is to compute in."""
-    return jax.tree.map(lambda p: p.astype(dtype), params)
+def _zeros_of(graphdef, trained: Gradients, batch: TrainBatch, objective: Objective) -> Forward:
+    """Zeros in the shapes of what the forward pass of a whole minibatch finds."""
+
+    def find() -> Forward:
+        states, found = forward(graphdef, trained.policy, batch, objective)
+        if objective.critic is None or trained.critic is None:
+            return found
+        value = objective.critic.values(trained.critic, batch, states)
+        return found._replace(value=pad_to(value, batch.mask.shape[1]))
+
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(find))
 
 
-def by_microbatch(function: Callable[[TrainBatch], PyTree], batch: TrainBatch, rows: int) -> PyTree:
-    """`function` of all rows, `rows` at a time; 0 is all at once."""
-    _, out = jax.lax.scan(lambda _, micro: (None, function(micro)), None, _split(batch, rows))
-    return _merge(out)
+def _scored(found: Forward) -> Scored:
+    return Scored(found.logp, None if found.routing is None else found.routing.experts)
+
+
+def _gradients_of(state: TrainState) -> Gradients:
+    return Gradients(state.params, None if state.critic is None else state.critic.params)
 
 
 def _blocks(tree: PyTree, count: int) -> list[PyTree]:
     """`count` contiguous blocks of the leading axis."""
     size = jax.tree.leaves(tree)[0].shape[0] // count
     return [jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], tree) for i in range(count)]
-
-
-def _split(tree: PyTree, rows: int) -> PyTree:
-    """[B, ...] -> [B / rows, rows, ...], taking every (B / rows)-th row.
-
-    Strided, so that each microbatch has rows of every device and none has to move.
-    """
-
-    def split(x):
-        m = rows or x.shape[0]
-        return x.reshape(m, x.shape[0] // m, *x.shape[1:]).swapaxes(0, 1)
-
-    return jax.tree.map(split, tree)
-
-
-def _merge(tree: PyTree) -> PyTree:
-    """The inverse of `_split`."""
-    return jax.tree.map(
-        lambda x: x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree
-    )
 
 
 def summarise(per_update: list[Metrics]) -> Metrics:

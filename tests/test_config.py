@@ -219,7 +219,6 @@ def test_a_missing_file_and_a_shapeless_override_are_refused(tmp_path):
         ("rollout.top_p=1.5", "rollout.top_p=1.5: must be above 0 and at most 1"),
         ("rollout.prompts=0", "rollout.prompts=0: must be at least 1"),
         ("algo.minibatches=3", "rollout.prompts=16 do not split into algo.minibatches=3"),
-        ("algo.microbatch=5", "algo.microbatch=5 does not divide the 32 responses"),
         ("algo.loss.name=gspoo", "algo.loss.name=gspoo: did you mean gspo? the losses are"),
         ("algo.loss.clip=0.1", "algo.loss.clip: gspo takes ['clip_high', 'clip_low'"),
         ("algo.loss.beta=0.1", "algo.loss.beta: gspo has none. Did you mean algo.kl.coef?"),

@@ -32,16 +32,13 @@ from gspo_jax.losses import LOSSES
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.hf import load_model
 from gspo_jax.models.qwen import Qwen
+from gspo_jax.objective import Gradients, Objective, Targets, forward
 from gspo_jax.optim import make_optimizer
 from gspo_jax.policy import Policy
 from gspo_jax.run import export
 from gspo_jax.sharding import make_mesh
 from gspo_jax.update import (
     CriticState,
-    Objective,
-    Targets,
-    accumulate,
-    forward,
     init_state,
     make_programs,
     summarise,
@@ -181,7 +178,9 @@ def test_values_are_the_same_in_microbatches(view, kind):
     graphdef, _, objective, state = setup(view, kind)
     batch = on_device(make_batch())
     whole = make_values(graphdef, objective, objective.critic)(state, batch)
-    split = make_values(graphdef, objective._replace(microbatch=2), objective.critic)(state, batch)
+    split = make_values(graphdef, objective._replace(microbatch=2 * S), objective.critic)(
+        state, batch
+    )
     assert largest(whole) > 0.1
     np.testing.assert_allclose(whole, split, atol=1e-5)
 
@@ -279,7 +278,7 @@ def test_a_response_that_was_not_scored_is_not_learned_from(view):
     _, _, objective, state = setup(view, "separate")
     judge = loop.by_token(ppo(), small_policy(view), objective, objective.critic)
     batch = make_batch()._replace(adv=np.array([1.0, np.nan, 0.0, 2.0]))
-    batch, targets, metrics = judge(state, batch, on_device(batch), np.zeros((B, T), np.float32))
+    batch, targets, metrics = judge(state, batch, np.zeros((B, T), np.float32))
     np.testing.assert_array_equal(batch.mask, MASK & (np.arange(B) != 1)[:, None])
     assert np.isfinite(batch.adv).all() and not batch.adv[1].any()
     assert np.isfinite(targets.returns).all()
@@ -294,7 +293,7 @@ def test_without_a_critic_the_kl_in_the_reward_is_taken_from_each_responses_scor
     batch = make_batch()._replace(adv=np.array([1.0, 0.0, np.nan, 3.0]))
     penalty = np.where(MASK, 0.1, 0).astype(np.float32)
     state = setup(view, "shared")[-1]
-    judged, targets, _ = loop.by_group(config)(state, batch, batch, penalty)
+    judged, targets, _ = loop.by_group(config)(state, batch, penalty)
     # 6 and 1 tokens: 1 - 0.5 * 0.6 = 0.7 and 0 - 0.5 * 0.1 = -0.05; the third is not scored.
     np.testing.assert_allclose(judged.adv, [0.375, -0.375, 0, 0], atol=1e-6)
     assert targets is None
@@ -304,20 +303,16 @@ def test_without_a_critic_the_kl_in_the_reward_is_taken_from_each_responses_scor
 
 
 def gradients(view, kind, targets, batch=None, **options):
-    graphdef, _, objective, state = setup(view, kind, **options)
-
-    @jax.jit
-    def found(batch, targets):
-        args = (graphdef, state.params, batch, None, None, objective, state.critic.params)
-        return accumulate(*args, targets)
-
-    return found(on_device(batch or make_batch()), on_device(targets))
+    graphdef, optimizer, objective, state = setup(view, kind, **options)
+    programs = make_programs(graphdef, optimizer, objective)
+    trained = Gradients(state.params, state.critic.params)
+    return programs.accumulate(trained, batch or make_batch(), None, None, targets)[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_microbatches_of_uneven_rows_add_up_for_policy_and_critic(view, kind):
     whole = gradients(view, kind, make_targets())
-    split = gradients(view, kind, make_targets(), microbatch=1)
+    split = gradients(view, kind, make_targets(), microbatch=S)
     assert largest(whole[0].critic) > 0.01
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(split), strict=True):
         np.testing.assert_allclose(a, b, atol=3e-6 * float(jnp.abs(a).max()) + 1e-9)
@@ -398,9 +393,7 @@ def test_each_minibatch_learns_from_its_own_rows(fresh, kind):
     parts = [(make_batch(seed), make_targets(seed + 10)) for seed in (0, 1)]
     batch, goal = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     programs, state = fresh(kind)
-    state, stats, _ = update_on_rollout(
-        programs, state, batch, minibatches=2, targets=goal, place=on_device
-    )
+    state, stats, _ = update_on_rollout(programs, state, batch, minibatches=2, targets=goal)
     first, second = on_device(parts)
     _, by_hand = fresh(kind)
     old = programs.score(by_hand.params, second[0]).logp
@@ -419,8 +412,10 @@ def test_without_a_critic_the_state_its_names_and_its_program_know_of_none(view)
     assert not any("critic" in name for name in checkpoint._named_leaves(state))
     batch = on_device(make_batch()._replace(adv=np.ones(B, np.float32)))
     programs = make_programs(graphdef, optimizer, Objective(LOSSES["gspo"]))
-    traced = programs.update.trace(state, batch).jaxpr
-    assert len(traced.in_avals) == len(jax.tree.leaves((state, batch)))
+    total, _, given = programs.accumulate(Gradients(state.params), batch)
+    assert len(jax.tree.leaves(total.grads)) == len(jax.tree.leaves(state.params))
+    traced = programs.apply.trace(state, total, batch, given).jaxpr
+    assert len(traced.in_avals) == len(jax.tree.leaves((state, total, batch, given)))
     _, metrics, _ = programs.update(state, batch)
     assert not any("critic" in name for name in metrics)
 
@@ -613,8 +608,8 @@ def test_a_reference_is_asked_only_where_the_kl_coefficient_is_not_zero(
     """One update per step scores nothing for itself: what is left is for the KL."""
     counted, make = [], loop.make_programs
 
-    def counting(*args):
-        programs = make(*args)
+    def counting(*args, **kwargs):
+        programs = make(*args, **kwargs)
 
         def score(params, batch):
             counted.append(params)

@@ -22,8 +22,8 @@ from gspo_jax.generate import (
 )
 from gspo_jax.losses import LOSSES
 from gspo_jax.models.cache import fit
+from gspo_jax.objective import Objective, forward_logps
 from gspo_jax.sharding import make_mesh
-from gspo_jax.update import Objective, forward_logps
 
 PROMPTS = [[5, 9, 11], [7], [3, 4, 5, 6, 7, 8, 9]]
 NO_EOS = [999]  # an id beyond the vocabulary: rows run to the limit

@@ -28,7 +28,7 @@ def make(tiny_dir, *overrides):
 def test_a_row_is_prompt_then_solution_then_eos_and_only_the_latter_two_are_learned(tiny_dir):
     tokenizer = load_tokenizer(tiny_dir)
     problem = Problem("x", "Say 7", "7", {"completion": "77"})
-    batch = solutions([problem], tokenizer, make(tiny_dir))
+    batch = solutions([problem], tokenizer, make(tiny_dir), 32)
     prompt = tokenizer.encode_prompt("Say 7")
     answer = [*tokenizer.encode("77"), tokenizer.eos_ids[0]]
     assert batch.tokens[0].tolist() == [*prompt, *answer] + [tokenizer.pad_id] * (
@@ -46,8 +46,9 @@ def test_a_row_is_prompt_then_solution_then_eos_and_only_the_latter_two_are_lear
     ],
 )
 def test_a_problem_without_a_fitting_solution_is_named(tiny_dir, columns, message):
+    tokenizer = load_tokenizer(tiny_dir)
     with pytest.raises(DataError, match=message):
-        solutions([Problem("x", "Say 7", "7", columns)], load_tokenizer(tiny_dir), make(tiny_dir))
+        solutions([Problem("x", "Say 7", "7", columns)], tokenizer, make(tiny_dir), 32)
 
 
 def test_the_loss_falls_to_what_the_data_leaves_open(tiny_dir, tmp_path):

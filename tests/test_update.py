@@ -8,22 +8,22 @@ import numpy as np
 import optax
 import pytest
 
-from gspo_jax import update
+from gspo_jax import objective as objective_module
 from gspo_jax.batch import TrainBatch
 from gspo_jax.losses import LOSSES
+from gspo_jax.objective import Gradients, Objective
 from gspo_jax.optim import make_optimizer
 from gspo_jax.update import (
-    Objective,
     init_state,
     make_programs,
+    microbatches,
     summarise,
     update_on_rollout,
 )
 
 B, S, T = 8, 20, 10
 # Compiled whole: op by op, each would be hundreds of tiny compilations.
-accumulate = jax.jit(update.accumulate, static_argnums=(0, 5))
-forward_logps = jax.jit(update.forward_logps, static_argnums=(0, 3))
+forward_logps = jax.jit(objective_module.forward_logps, static_argnums=(0, 3))
 GSPO = partial(LOSSES["gspo"], clip_low=3e-3, clip_high=4e-3)
 
 
@@ -44,6 +44,12 @@ def fresh(tiny_view, learning_rate=1e-3, state="8bit"):
     graphdef, params = tiny_view
     optimizer = make_optimizer(optax.constant_schedule(learning_rate), state=state)
     return graphdef, optimizer, init_state(jax.tree.map(jnp.copy, params), optimizer)
+
+
+def accumulate(graphdef, params, batch, old, ref, objective):
+    """The gradients of a minibatch and what its forward passes found."""
+    programs = make_programs(graphdef, optax.identity(), objective)
+    return programs.accumulate(Gradients(params), batch, old, ref)[0]
 
 
 def on_device(batch):
@@ -79,7 +85,7 @@ def test_microbatches_of_uneven_rows_add_up_to_the_big_batch(tiny_view, loss, mi
     ref = old - 0.1
 
     def gradient(rows):
-        objective = Objective(LOSSES[loss], kl_coef=0.1, microbatch=rows)
+        objective = Objective(LOSSES[loss], kl_coef=0.1, microbatch=rows * S)
         return accumulate(graphdef, params, batch, old, ref, objective)
 
     whole, split = gradient(0), gradient(microbatch)
@@ -110,9 +116,7 @@ def test_the_first_minibatch_has_ratio_exactly_1_and_a_later_one_moves(tiny_view
     graphdef, optimizer, state = fresh(tiny_view)
     programs = make_programs(graphdef, optimizer, Objective(GSPO))
     before = programs.score(state.params, on_device(make_batch())).logp
-    state, stats, old = update_on_rollout(
-        programs, state, make_batch(), minibatches=4, epochs=1, place=on_device
-    )
+    state, stats, old = update_on_rollout(programs, state, make_batch(), minibatches=4, epochs=1)
     metrics = summarise(stats)
     assert float(stats[0]["ratio_min"]) == float(stats[0]["ratio_max"]) == 1.0
     assert metrics["clip_frac_by_update"][0] == 0.0
@@ -127,9 +131,7 @@ def test_the_first_minibatch_has_ratio_exactly_1_and_a_later_one_moves(tiny_view
 def test_a_second_epoch_compares_with_the_policy_that_sampled(tiny_view):
     graphdef, optimizer, state = fresh(tiny_view)
     programs = make_programs(graphdef, optimizer, Objective(GSPO))
-    _, stats, _ = update_on_rollout(
-        programs, state, make_batch(), minibatches=2, epochs=2, place=on_device
-    )
+    _, stats, _ = update_on_rollout(programs, state, make_batch(), minibatches=2, epochs=2)
     ratio_std = [float(s["ratio_std"]) for s in stats]
     assert ratio_std[0] == 0 and len(ratio_std) == 4
     assert ratio_std[2] > 1e-5  # the first minibatch again, now off-policy
@@ -141,7 +143,7 @@ def test_gspo_and_grpo_take_the_same_step_where_the_rollout_is_one_batch(tiny_vi
     def step(loss):
         graphdef, optimizer, state = fresh(tiny_view, state="float32")
         programs = make_programs(graphdef, optimizer, Objective(LOSSES[loss]))
-        return update_on_rollout(programs, state, make_batch(), minibatches=1, place=on_device)[0]
+        return update_on_rollout(programs, state, make_batch(), minibatches=1)[0]
 
     gspo, grpo = step("gspo"), step("grpo")
     for a, b in zip(jax.tree.leaves(gspo.opt_state), jax.tree.leaves(grpo.opt_state), strict=True):
@@ -193,7 +195,9 @@ def test_the_kl_term_pulls_towards_the_reference(tiny_view):
 def test_the_entropy_bonus_raises_the_entropy(tiny_view):
     """With advantage 0 everywhere, only the bonus is left; ascending it flattens the policy."""
     graphdef, optimizer, state = fresh(tiny_view, learning_rate=1e-2)
-    programs = make_programs(graphdef, optimizer, Objective(GSPO, entropy_coef=0.5, microbatch=2))
+    programs = make_programs(
+        graphdef, optimizer, Objective(GSPO, entropy_coef=0.5, microbatch=2 * S)
+    )
     batch = on_device(make_batch()._replace(adv=np.zeros(B, np.float32)))
     values = []
     for _ in range(4):
@@ -207,9 +211,42 @@ def test_compiled_once_for_all_steps(tiny_view):
     graphdef, optimizer, state = fresh(tiny_view)
     programs = make_programs(graphdef, optimizer, Objective(GSPO))
     for seed in range(3):
-        state, *_ = update_on_rollout(
-            programs, state, make_batch(seed), minibatches=4, place=on_device
+        state, *_ = update_on_rollout(programs, state, make_batch(seed), minibatches=4)
+    jitted = (programs.blank, programs.look, programs.start, programs.add, programs.apply)
+    assert [program._cache_size() for program in jitted] == [1] * 5
+
+
+def test_rows_of_any_length_compile_one_program_per_width_at_most(tiny_view):
+    """Of at most 200 tokens, so in widths of 200, 150, 100 and 50; 400 tokens run together."""
+    graphdef, optimizer, state = fresh(tiny_view)
+    programs = make_programs(graphdef, optimizer, Objective(GSPO, longest=200, microbatch=400))
+    rng = np.random.default_rng(0)
+    for longest in (40, 200, 120, 160, 90):
+        prompt = rng.integers(2, 20, B).astype(np.int32)
+        response = rng.integers(1, longest - 19, B)
+        batch = TrainBatch(
+            rng.integers(1, 64, (B, 200)).astype(np.int32),
+            prompt,
+            np.arange(180)[None] < response[:, None],
+            rng.normal(size=B).astype(np.float32),
         )
-    # on-policy and off-policy: two programs for `update`, one for `score`
-    assert programs.update._cache_size() == 2
-    assert programs.score._cache_size() == 1
+        state, metrics, _ = programs.update(state, batch)
+        assert np.isfinite(metrics["loss"])
+    assert 2 <= programs.add._cache_size() <= 4
+    assert programs.apply._cache_size() == programs.start._cache_size() == 1
+
+
+def test_a_text_that_is_cut_gives_the_same_gradient_as_one_that_is_not(tiny_view):
+    """The widths 40 and 8, against one microbatch of full width; padding holds other tokens."""
+    graphdef, params = tiny_view
+    short = make_batch(poison=5)
+    wide = short._replace(tokens=np.pad(short.tokens, ((0, 0), (0, 20)), constant_values=9))
+    whole = accumulate(graphdef, params, short, None, None, Objective(GSPO))
+    cut = Objective(GSPO, longest=40, microbatch=80, shortest_prompt=2)
+    parts = microbatches(wide, cut)
+    assert {p.width for p in parts} == {40, 8}
+    split = accumulate(graphdef, params, wide, None, None, cut)
+    for a, b in zip(jax.tree.leaves(whole.grads), jax.tree.leaves(split.grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(a).max()) + 1e-9)
+    mask = short.mask
+    np.testing.assert_allclose(split.found.logp[mask], whole.found.logp[mask], atol=1e-5)
