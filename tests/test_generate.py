@@ -161,28 +161,35 @@ def test_samples_do_not_depend_on_chunks_halving_or_the_length_of_the_cache(
     assert set(programs) <= set(programs_for(48, 16, 61, chunk=chunk))
 
 
+def batches_for(lengths, sizes, chunks):
+    """Chunks of 4 steps, each in the smallest size for those alive one whole chunk before it."""
+    found = [sizes[0]]
+    for n in range(1, chunks):
+        alive = int((lengths > 1 + 4 * (n - 1)).sum())
+        fits = min(size for size in sizes if size >= alive)
+        # The last 16 steps never begin a new size.
+        found.append(fits if (chunks - n) * 4 >= 16 else found[-1])
+    return found
+
+
 def test_rows_are_left_out_one_chunk_after_half_of_them_have_ended(tiny, undivided, decoded):
     generate(tiny, PROMPTS, eos_ids=SOME_EOS, chunk=4, **LONG)
-    lengths = undivided.mask.sum(1)
-    for n, (program, _) in enumerate(decoded):
-        seen = 1 + 4 * (n - 1) if n else 0  # tokens of every row before the last chunk dispatched
-        alive = int((lengths > seen).sum()) if n else 48
-        if (15 - n) * 4 >= 16:
-            assert program.batch == min(size for size in (48, 24, 12) if size >= alive)
-        else:  # the last 16 steps never begin a new size
-            assert program.batch == decoded[n - 1][0].batch
+    wanted = batches_for(undivided.mask.sum(1), (48, 24, 12), 15)
+    assert [program.batch for program, _ in decoded] == wanted
+    assert set(wanted) == {48, 24, 12}
 
 
 def test_a_mesh_splits_every_batch_evenly_and_samples_the_same(tiny, undivided, decoded, caplog):
-    """45 rows on 8 devices: 48 with fillers, then 24 and 16, each compiled once."""
-    options = LONG | {"group_size": 15}
+    """33 rows on 8 devices: 40 with fillers, then 24, 16 and 8, each compiled once."""
+    options = LONG | {"group_size": 11}
     with jax.set_mesh(make_mesh(data=2, fsdp=4)), jax.log_compiles():
         got = generate(tiny, PROMPTS, eos_ids=SOME_EOS, chunk=4, **options)
-    rows = [row for row in range(48) if row % 16 < 15]
+    rows = [row for row in range(48) if row % 16 < 11]
     assert_same_samples(got, Completions(*(field[rows] for field in undivided[:4])))
-    assert {p.batch for p, _ in decoded} == {48, 24, 16}
+    wanted = batches_for(got.mask.sum(1), (40, 24, 16, 8), 15)
+    assert [program.batch for program, _ in decoded] == wanted
     assert all(shard[0] == p.batch // 8 for p, shard in decoded)
-    assert len(re.findall(r"Compiling .*_decode", caplog.text)) == 3
+    assert len(re.findall(r"Compiling .*_decode", caplog.text)) == len(set(wanted)) >= 3
 
 
 def test_samples_do_not_depend_on_the_other_prompts_of_the_batch(tiny):
