@@ -103,6 +103,8 @@ def load_model(
     config = read_config(directory)
     found = files.find_tensors(directory)
     config = _with_dtype_of(found, config)
+    if len(found) < config.num_layers:  # a lie that would take minutes to build, if not refused
+        raise DataError(f"{directory}: {len(found)} tensors cannot be {config.num_layers} layers.")
     graphdef, state = nnx.split(
         nnx.eval_shape(lambda: Qwen(config, rngs=nnx.Rngs(0), dtype=target))
     )
