@@ -164,7 +164,9 @@ def transformers(root: Path) -> dict[str, Any]:
     """transformers' logits of the export, in float32."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model, report = AutoModelForCausalLM.from_pretrained(
         root / "export", dtype=torch.float32, output_loading_info=True
     )
@@ -176,6 +178,7 @@ def transformers(root: Path) -> dict[str, Any]:
 
 def compare(root: Path) -> dict[str, Any]:
     """Every bit of every tensor, through the safetensors library; and the logits."""
+    import ml_dtypes  # noqa: F401  (gives numpy its bfloat16)
     from safetensors import safe_open
 
     def opened(directory: Path) -> dict[str, Any]:

@@ -219,7 +219,7 @@ def _read(tensor: files.Tensor, slot: Slot, dtype: np.dtype, mesh: Mesh | None) 
     if tensor.dtype != dtype:  # float16 ends at 65504
         _check_finite(values, DataError, f"{tensor.file}: {slot.name} in {dtype.name}")
     if mesh is None:
-        return slot.param.replace(jnp.asarray(values))
+        return slot.param.replace(jax.device_put(values))  # jnp.asarray would copy twice
     sharding = sharding_for(slot.param.axes, mesh, values.shape)
     return slot.param.replace(jax.device_put(values, sharding))
 
