@@ -137,16 +137,17 @@ def load(root: Path, dtype: str) -> dict[str, Any]:
 
 def forward(root: Path) -> dict[str, Any]:
     """Our logits of 16 tokens, in float32."""
+    import jax
     from flax import nnx
 
     from gspo_jax.models import load_model
 
-    model = load_model(root / "source", dtype="float32")
-    run = nnx.jit(lambda model, tokens: model.logits(tokens))
+    graphdef, params = nnx.split(load_model(root / "source", dtype="float32"))
+    run = jax.jit(lambda params, tokens: nnx.merge(graphdef, params).logits(tokens))
     tokens = np.array([TOKENS], np.int32)
-    np.save(root / "ours.npy", np.asarray(run(model, tokens)))
+    np.save(root / "ours.npy", np.asarray(run(params, tokens)))
     began = time.perf_counter()
-    np.asarray(run(model, tokens))
+    np.asarray(run(params, tokens))
     return {"seconds": time.perf_counter() - began}
 
 
