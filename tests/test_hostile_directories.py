@@ -154,6 +154,13 @@ def twice(directory):
     )
 
 
+def prefix(directory):
+    """Longer than any token: the Rust library slices beyond their ends, and panics."""
+    content = json.loads((directory / "tokenizer.json").read_text())
+    content["model"]["continuing_subword_prefix"] = "x" * 1000
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+
+
 TEMPLATE = "chat_template.jinja"
 OUT = "is a link out of its directory; it is not read"
 PLAIN = "is not a plain file name; it is not read"
@@ -217,6 +224,7 @@ FAULTS = {
     "41 syntax": (text(TEMPLATE, "{% for"), f"{TEMPLATE}: not a chat template"),
     "41 long": (text(TEMPLATE, "x" * 300_000), f"{TEMPLATE}: 300000 characters; at most 262144"),
     "tokenizer": (text("tokenizer.json", "{}"), "tokenizer.json: not a tokenizer"),
+    "tokenizer that panics": (prefix, "tokenizer.json: not a tokenizer"),
 }
 
 
