@@ -152,7 +152,7 @@ BOMBS = {
     "width of the filter": "{{ '%1000000000d'|format(1) }}",
     "width of the filter by keyword": "{{ '%(a)1000000000d'|format(a=1) }}",
     "width of format": "{{ '{:>1000000000}'.format(1) }}",
-    "width of format by argument": "{{ '{:>{}}'.format(1, 1000000000) }}",
+    "width of format by argument": "{{ '{:>{}}'.format(1, 10000000000) }}",
     "width of format_map": "{{ '{a:>1000000000}'.format_map({'a': 1}) }}",
     "width of format, fetched": "{{ ('{:>1000000000}'|attr('format'))(1) }}",
     "width of format, mapped": "{{ ['%1000000000d']|map('format', 1)|list }}",
@@ -204,13 +204,12 @@ BOMBS = {
     "slice": "{{ [1]|slice(1000000000)|list }}",
     "lipsum": "{{ lipsum(n=1000000000) }}",
     "wordwrap": BIG + "{{ ('a b ' * 100000)|wordwrap(1, wrapstring=big) }}",
-    "slow comparisons": BIG + "{% for a in range(99999) %}{% if big + 'a' == big + 'b' %}x"
-    "{% endif %}{% endfor %}",
+    "slow comparisons": BIG + BIG.replace("big", "same") + "{% if big == same %}{% endif %}" * 5000,
     "slow searches": BIG + "{% for a in range(99999) %}{{ big.count('b') + big.count('a') }}"
     "{% endfor %}",
     "slow filters": BIG + "{% for a in range(99999) %}{% set x = big|upper|lower|title %}"
     "{% endfor %}",
-    "slow slices": BIG + "{% for a in range(99999) %}{% set x = big[::-1] %}{% endfor %}",
+    "slow slices": BIG + "{% set x = big[::-1] %}" * 5000,
     "slow tests": BIG + "{% for a in range(99999) %}{{ big is upper or big is lower }}{% endfor %}",
 }
 

@@ -169,6 +169,10 @@ def test_links_inside_the_directory_and_into_the_hub_cache_are_followed(tmp_path
     (snapshot / "again.safetensors").symlink_to("model.safetensors")
     np.testing.assert_array_equal(files.read_tensor(files.find_tensors(snapshot)["a"]), A)
     assert files.file_in(snapshot, "again.safetensors")
+    (snapshot.parents[1] / "secret").write_text("not a blob")
+    (snapshot / "config.json").symlink_to("../../secret")
+    with pytest.raises(DataError, match=r"config.json is a link out of its directory"):
+        files.file_in(snapshot, "config.json")
 
 
 def test_only_regular_files_are_opened(tmp_path):

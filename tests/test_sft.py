@@ -32,7 +32,7 @@ def test_a_row_is_prompt_then_solution_then_eos_and_only_the_latter_two_are_lear
     prompt = tokenizer.encode_prompt("Say 7")
     answer = [*tokenizer.encode("77"), tokenizer.eos_ids[0]]
     assert batch.tokens[0].tolist() == [*prompt, *answer] + [tokenizer.pad_id] * (
-        24 + 10 - len(prompt) - len(answer)
+        32 - len(prompt) - len(answer)
     )
     assert batch.mask[0].tolist() == [True] * 3 + [False] * 7
     assert (batch.prompt_length[0], batch.adv[0]) == (len(prompt), 1.0)

@@ -119,6 +119,8 @@ def load_model(
     config = read_config(directory)
     found = _unfused(files.find_tensors(directory))
     config = _with_dtype_of(found, config)
+    if len(found) < config.num_layers:  # a lie that would take minutes to build, if not refused
+        raise DataError(f"{directory}: {len(found)} tensors cannot be {config.num_layers} layers.")
     graphdef, state = nnx.split(
         nnx.eval_shape(lambda: Qwen(config, rngs=nnx.Rngs(0), dtype=target))
     )
@@ -266,7 +268,7 @@ def _read_all(
                 continue
             values = stacks.pop(slot.path)
         if mesh is None:
-            placed = jnp.asarray(values)
+            placed = jax.device_put(values)  # jnp.asarray would copy twice
         else:
             placed = jax.device_put(values, sharding_for(slot.param.axes, mesh, values.shape))
         filled[slot.path] = slot.param.replace(placed)

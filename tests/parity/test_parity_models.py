@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gspo_jax.generate import generate
 from gspo_jax.logps import token_logps
 from gspo_jax.models import load_model, save_model
 from gspo_jax.models.moe import balance
@@ -223,6 +224,49 @@ def test_greedy_tokens_agree(pair, batch):
         logits = forward(ours, jnp.array(text), jnp.ones(text.shape, bool))
         text[0, position] = np.asarray(logits)[0, position - 1].argmax()
     np.testing.assert_array_equal(text[0, S : S + sure], expected[:sure])
+
+
+def test_generate_agrees_with_transformers_on_our_export(pair, batch, tmp_path):
+    """Greedy, from prompts of unequal length, with the second token of the answer as EOS."""
+    import torch
+    from fixtures.make_fixtures import leads
+    from transformers import AutoModelForCausalLM
+
+    save_model(pair[1], tmp_path / "out", token_ids={"eos_token_id": [5, 7], "pad_token_id": 0})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    assert theirs.generation_config.eos_token_id == [5, 7]
+    ours = load_model(tmp_path / "out")
+    prompts = [row[:length].tolist() for row, length in zip(batch[0], LENGTHS, strict=True)]
+
+    def greedy(eos_ids):
+        completions = generate(
+            ours,
+            prompts,
+            max_new_tokens=NEW,
+            temperature=0.0,
+            eos_ids=eos_ids,
+            key=jax.random.key(0),
+        )
+        rows = zip(completions.tokens, completions.mask, strict=True)
+        return [row[mask].tolist() for row, mask in rows]
+
+    free = greedy([SHAPE["vocab_size"] + 1])  # which no row can reach
+    ends = sorted({row[1] for row in free})
+    for eos_ids, expected in ((None, free), (ends, greedy(ends))):
+        for prompt, row in zip(prompts, expected, strict=True):
+            out = theirs.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+                do_sample=False,
+                max_new_tokens=NEW,
+                eos_token_id=-1 if eos_ids is None else eos_ids,
+                pad_token_id=0,
+            )[0, len(prompt) :].tolist()
+            close = np.flatnonzero(leads(theirs, np.array(prompt), np.array(out)) < 1e-3)
+            sure = close[0] if close.size else len(out)
+            assert row[:sure] == out[:sure] and (close.size or len(row) == len(out))
+            assert sure >= min(8, len(out))
+    assert all(len(row) <= 2 for row in greedy(ends))
 
 
 @pytest.mark.parametrize(
