@@ -14,13 +14,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PyTree
 
 from gspo_jax.advantages import batch_whitened, gae, token_rewards
 from gspo_jax.batch import TrainBatch
-from gspo_jax.microbatch import put, take
+from gspo_jax.microbatch import Microbatches, fold, put, take
 from gspo_jax.models.qwen import Qwen, head_logits
 from gspo_jax.objective import (
     CriticTerm,
@@ -120,17 +121,20 @@ def make_values(
     """
 
     @partial(jax.jit, static_argnames="width", donate_argnums=0)
-    def look(so_far, params: PyTree, critic: PyTree, batch: TrainBatch, rows, *, width: int):
-        micro = take(batch, rows, width)
-        states = forward(graphdef, params, micro, objective)[0] if term.shared else None
-        return put(so_far, pad_to(term.values(critic, micro, states), so_far.shape[1]), rows)
+    def look(so_far, params: PyTree, critic: PyTree, batch: TrainBatch, rows, count, *, width):
+        def one(so_far, rows):
+            micro = take(batch, rows, width)
+            states = forward(graphdef, params, micro, objective)[0] if term.shared else None
+            return put(so_far, pad_to(term.values(critic, micro, states), so_far.shape[1]), rows)
+
+        return fold(one, Microbatches(rows, count, width), so_far)
 
     def of_state(state: TrainState, batch: TrainBatch) -> Float[Array, "B T"]:
         assert state.critic is not None
         placed, values = place(batch), jnp.zeros(batch.mask.shape, jnp.float32)
-        for part in microbatches(batch, objective):
-            networks = (state.params, state.critic.params)
-            values = look(values, *networks, placed, part.rows, width=part.width)
+        networks = (state.params, state.critic.params)
+        for rows, count, width in microbatches(batch, objective):
+            values = look(values, *networks, placed, rows, np.int32(count), width=width)
         return values
 
     return of_state

@@ -6,7 +6,8 @@ equally many tokens: a few long rows, or many short ones. Each has one of at mos
 hence at most four compiled programs, all known before the first step.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +17,23 @@ from jaxtyping import Array, Int, PyTree
 from gspo_jax.batch import TrainBatch
 from gspo_jax.sharding import constrain
 
+Carry = TypeVar("Carry")
+
 WIDTHS = 4  # at most, equally spaced ...
 SPACING = 32  # ... by this many tokens at least: a program less is worth more than less padding
 
 
-class Microbatch(NamedTuple):
-    """Rows that run together, cut to a common width. A row number of B stands for no row."""
+class Microbatches(NamedTuple):
+    """Microbatches of one width, run one after the other by one program.
 
-    rows: Int[np.ndarray, " m"]
+    Attributes:
+        rows: the row numbers of each; B stands for no row.
+        count: how many of the K there are; the rest keeps the shape, and is not run.
+        width: tokens of a row.
+    """
+
+    rows: Int[Any, "K m"]
+    count: int | Int[Array, ""]
     width: int
 
 
@@ -41,7 +51,7 @@ def rows_of(width: int, tokens: int, rows: int, ways: int = 1) -> int:
 
 def split(
     length: Int[np.ndarray, " B"], longest: int, *, tokens: int, ways: int = 1
-) -> list[Microbatch]:
+) -> list[Microbatches]:
     """Every row in one microbatch, longest first.
 
     Args:
@@ -50,17 +60,26 @@ def split(
         tokens: per microbatch, padding included; 0 is one microbatch of everything.
         ways: devices that rows are split over.
     """
-    B = len(length)
-    left = np.argsort(-length, kind="stable").astype(np.int32)
-    parts = []
-    while len(left):
-        width = min(w for w in widths(longest) if w >= length[left[0]])
-        count = rows_of(width, tokens, B, ways)
-        rows = np.full(count, B, np.int32)
-        rows[: len(left[:count])] = left[:count]
-        parts.append(Microbatch(rows, width))
-        left = left[count:]
-    return parts
+    B, done, groups = len(length), 0, []
+    order = np.argsort(-length, kind="stable").astype(np.int32)
+    for width, narrower in zip(widths(longest), [*widths(longest)[1:], 0], strict=True):
+        m = rows_of(width, tokens, B, ways)
+        too_long = int((length > narrower).sum()) - done  # for the next width, and still to run
+        count = -(-max(too_long, 0) // m)
+        if not count:
+            continue
+        rows = np.full((-(-B // m), m), B, np.int32)
+        chosen = order[done : done + count * m]  # filled up with the longest of the next
+        rows.reshape(-1)[: len(chosen)] = chosen
+        groups.append(Microbatches(rows, count, width))
+        done += len(chosen)
+    return groups
+
+
+def fold(function: Callable[[Carry, Array], Carry], group: Microbatches, so_far: Carry) -> Carry:
+    """`function(so_far, rows)` over the microbatches of a group, in a loop on the device."""
+    rows = jnp.asarray(group.rows)
+    return jax.lax.fori_loop(0, group.count, lambda i, x: function(x, rows[i]), so_far)
 
 
 def take(batch: TrainBatch, rows: Int[Array, " m"], width: int) -> TrainBatch:

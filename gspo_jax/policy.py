@@ -27,7 +27,7 @@ from gspo_jax.tokenizer import Tokenizer, load_tokenizer
 
 # Per forward and backward pass where algo.microbatch does not say. On a CPU small buffers stay in
 # the heap and page faults are saved; an accelerator wants large matmuls.
-MICROBATCH_TOKENS = {"cpu": 1024, "accelerator": 16384}
+MICROBATCH_TOKENS = {"cpu": 512, "accelerator": 16384}
 
 _compiled_cast = jax.jit(cast, static_argnums=1)
 

@@ -116,7 +116,7 @@ class AlgoConfig:
     """Passes over each rollout."""
     microbatch: int = 0
     """Responses of full length per forward and backward pass, or so many tokens of shorter ones;
-    0 is 1,024 tokens on a CPU and 16,384 on an accelerator. Changes memory and speed alone."""
+    0 is 512 tokens on a CPU and 16,384 on an accelerator. Changes memory and speed alone."""
     kl: KLConfig = field(default_factory=KLConfig)
     """The pull back to the starting model."""
     critic: CriticConfig = field(default_factory=CriticConfig)

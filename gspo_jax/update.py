@@ -1,7 +1,7 @@
 """The update: one rollout becomes minibatches x epochs optimizer steps, in jitted programs.
 
     score     log π_old of the minibatches that will be visited after the policy has moved
-    add       one microbatch's share of the gradient, into donated accumulators
+    add       the microbatches' shares of the gradient, into donated accumulators
     apply     clip, Adam, skip if not finite; the metrics
 
 The first minibatch needs no scoring: there π_θ = π_old, so its old log-probabilities are its own
@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from gspo_jax.batch import TrainBatch
-from gspo_jax.microbatch import Microbatch, pick, put, split, take
+from gspo_jax.microbatch import Microbatches, fold, pick, put, split, take
 from gspo_jax.objective import (
     Forward,
     Given,
@@ -118,9 +118,12 @@ def make_programs(
         kept = Accumulated._make((_gradients_of(shardings), None))
 
     @partial(jax.jit, static_argnames="width", donate_argnums=0)
-    def look(so_far: Scored, params: PyTree, batch: TrainBatch, rows, *, width: int) -> Scored:
-        found = forward(graphdef, params, take(batch, rows, width), objective)[1]
-        return put(so_far, _scored(found), rows)
+    def look(so_far: Scored, params: PyTree, batch: TrainBatch, rows, count, *, width) -> Scored:
+        def one(so_far: Scored, rows) -> Scored:
+            found = forward(graphdef, params, take(batch, rows, width), objective)[1]
+            return put(so_far, _scored(found), rows)
+
+        return fold(one, Microbatches(rows, count, width), so_far)
 
     @jax.jit
     def blank(params: PyTree, batch: TrainBatch) -> Scored:
@@ -137,12 +140,15 @@ def make_programs(
         donate_argnums=0,
         out_shardings=kept,
     )
-    def add(so_far: Accumulated, trained, batch, given: Given, rows, *, width) -> Accumulated:
-        share = share_of_loss(graphdef, batch, objective)
-        micro, at = take(batch, rows, width), pick(given, rows)
-        grads, found = jax.grad(share, has_aux=True)(trained, micro, at)
-        grads = jax.tree.map(jnp.add, so_far.grads, grads)
-        return Accumulated(grads, put(so_far.found, found, rows))
+    def add(so_far: Accumulated, trained, batch, given: Given, rows, count, *, width):
+        gradient = jax.grad(share_of_loss(graphdef, batch, objective), has_aux=True)
+
+        def one(so_far: Accumulated, rows) -> Accumulated:
+            grads, found = gradient(trained, take(batch, rows, width), pick(given, rows))
+            grads = jax.tree.map(jnp.add, so_far.grads, grads)
+            return Accumulated(grads, put(so_far.found, found, rows))
+
+        return fold(one, Microbatches(rows, count, width), so_far)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None, None))
     def apply(state: TrainState, total: Accumulated, batch: TrainBatch, given: Given):
@@ -153,8 +159,8 @@ def make_programs(
     def score(params: PyTree, batch: TrainBatch) -> Scored:
         parts, placed = microbatches(batch, objective), place(batch)
         scored = blank(params, placed)
-        for part in parts:
-            scored = look(scored, params, placed, part.rows, width=part.width)
+        for rows, count, width in parts:
+            scored = look(scored, params, placed, rows, np.int32(count), width=width)
         return scored
 
     def accumulate(
@@ -165,8 +171,8 @@ def make_programs(
             old_logp = np.full(batch.mask.shape, np.nan, np.float32)
         given = place(Given(old_logp, ref_logp, targets))
         total = start(trained, placed)
-        for part in parts:
-            total = add(total, trained, placed, given, part.rows, width=part.width)
+        for rows, count, width in parts:
+            total = add(total, trained, placed, given, rows, np.int32(count), width=width)
         return total, placed, given
 
     def update(state: TrainState, batch: TrainBatch, old_logp=None, ref_logp=None, targets=None):
@@ -176,7 +182,7 @@ def make_programs(
     return Programs(score, update, accumulate, blank, look, start, add, apply)
 
 
-def microbatches(batch: TrainBatch, objective: Objective) -> list[Microbatch]:
+def microbatches(batch: TrainBatch, objective: Objective) -> list[Microbatches]:
     """How the rows of a minibatch are grouped; needs their lengths on the host."""
     length = np.asarray(batch.prompt_length) + np.asarray(batch.mask).sum(1)
     longest = objective.longest or batch.tokens.shape[1]

@@ -204,7 +204,7 @@ FAULTS = {
     "40 text": (config(vocab_size="296"), "vocab_size='296': wanted an integer"),
     "40 heads": (config(num_attention_heads=3), "config.json: "),
     "40 unknown": (config(model_type="\x1b[2Jgpt9"), r"model_type='\x1b[2Jgpt9': wanted one of"),
-    "40 no object": (text("config.json", "[]"), "config.json: got a JSON list, wanted an object"),
+    "40 no object": (text("config.json", "[]"), "config.json: wanted an object, got a list"),
     "40 deep": (text("config.json", "[" * 100_000), "config.json is not valid JSON"),
     "40 not json": (text("config.json", "{"), "config.json is not valid JSON"),
     "40 eos": (
