@@ -28,12 +28,12 @@ class Microbatches(NamedTuple):
 
     Attributes:
         rows: the row numbers of each; B stands for no row.
-        count: how many of the K there are; the rest keeps the shape, and is not run.
+        number: how many of the K there are; the rest keeps the shape, and is not run.
         width: tokens of a row.
     """
 
     rows: Int[Any, "K m"]
-    count: int | Int[Array, ""]
+    number: int | Int[Array, ""]
     width: int
 
 
@@ -79,7 +79,7 @@ def split(
 def fold(function: Callable[[Carry, Array], Carry], group: Microbatches, so_far: Carry) -> Carry:
     """`function(so_far, rows)` over the microbatches of a group, in a loop on the device."""
     rows = jnp.asarray(group.rows)
-    return jax.lax.fori_loop(0, group.count, lambda i, x: function(x, rows[i]), so_far)
+    return jax.lax.fori_loop(0, group.number, lambda i, x: function(x, rows[i]), so_far)
 
 
 def take(batch: TrainBatch, rows: Int[Array, " m"], width: int) -> TrainBatch:

@@ -19,16 +19,19 @@ from gspo_jax.microbatch import pick, put, rows_of, split, take, widths
 def test_every_row_runs_once_in_a_width_that_holds_it(length, tokens, ways):
     length = np.array(length)
     parts = split(length, 300, tokens=tokens, ways=ways)
-    rows = np.concatenate([p.rows for p in parts])
+    run = [(rows, p.width) for p in parts for rows in p.rows[: p.number]]
+    rows = np.concatenate([rows for rows, _ in run])
     assert sorted(rows[rows < len(length)]) == list(range(len(length)))
-    for part in parts:
-        real = part.rows[part.rows < len(length)]
-        assert part.width in widths(300) and length[real].max() <= part.width
-        assert len(part.rows) == rows_of(part.width, tokens, len(length), ways)
-        assert len(part.rows) % ways == 0
-        assert np.all(part.rows[len(real) :] == len(length))  # fillers last
-    longest = [length[p.rows[0]] for p in parts]
+    for rows, width in run:
+        real = rows[rows < len(length)]
+        assert width in widths(300) and length[real].max() <= width
+        assert len(rows) == rows_of(width, tokens, len(length), ways) and len(rows) % ways == 0
+        assert np.all(rows[len(real) :] == len(length))  # fillers last
+    longest = [length[rows[0]] for rows, _ in run]
     assert longest == sorted(longest, reverse=True)
+    assert len({p.width for p in parts}) == len(parts)
+    for p in parts:  # the shape does not depend on how many there are
+        assert len(p.rows) == -(-len(length) // p.rows.shape[1])
 
 
 def test_widths_are_few_and_the_longest_is_exact():
@@ -55,7 +58,7 @@ def test_padding_is_small_where_lengths_vary():
     last microbatch, of which few rows are real.
     """
     length = np.random.default_rng(0).integers(257, 1281, 512)
-    run = sum(len(p.rows) * p.width for p in split(length, 1280, tokens=16384))
+    run = sum(p.number * p.rows.shape[1] * p.width for p in split(length, 1280, tokens=16384))
     assert 512 * 1280 / length.sum() > 1.6
     assert run / length.sum() < 1.27
 
