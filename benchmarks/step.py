@@ -29,7 +29,7 @@ from flax import nnx
 
 from gspo_jax.advantages import group_normalised
 from gspo_jax.batch import Completions, Problem, Rollout
-from gspo_jax.generate import bucket, generate
+from gspo_jax.generate import generate
 from gspo_jax.losses import gspo
 from gspo_jax.models import load_model
 from gspo_jax.objective import Objective, cast
@@ -77,7 +77,7 @@ def make_step(o: argparse.Namespace):
     dtype = o.dtype
     sampler = jax.jit(partial(cast, dtype=dtype))
     optimizer = make_optimizer(optax.constant_schedule(1e-6), state=o.state)
-    longest = bucket(max(map(len, prompts)) + o.new_tokens)
+    longest = -(-(max(map(len, prompts)) + o.new_tokens) // 8) * 8
     platform = "cpu" if jax.default_backend() == "cpu" else "accelerator"
     objective = Objective(
         gspo,

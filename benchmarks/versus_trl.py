@@ -18,11 +18,11 @@ from typing import Any
 from calibrate import environment
 
 HERE = Path(__file__).parent
-# Name -> which model, and the options of both sides. 22 of 1024 ids end a row: of an untrained
+# Name -> which model, and the options of both sides. 26 of 1024 ids end a row: of an untrained
 # model, that is after 32 of at most 64 tokens on average.
 CASES = {
     "9.84 M, all rows at the cap": (0, []),
-    "9.84 M, rows stop at EOS": (0, ["--eos", "22"]),
+    "9.84 M, rows stop at EOS": (0, ["--eos", "26"]),
     "9.84 M, four minibatches": (0, ["--minibatches", "4"]),
     "0.92 M, all rows at the cap": (1, []),
 }

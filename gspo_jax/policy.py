@@ -15,7 +15,7 @@ from gspo_jax.batch import Problem
 from gspo_jax.checks import check_experts
 from gspo_jax.config import Config, model_dir
 from gspo_jax.errors import DataError
-from gspo_jax.generate import PureModel, bucket
+from gspo_jax.generate import PureModel
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.hf import lent_files, load_model, read_config
 from gspo_jax.models.qwen import Qwen
@@ -152,7 +152,7 @@ class TextSizes(NamedTuple):
 
 def text_sizes(config: Config, problems: Problems) -> TextSizes:
     """The longest text that the task and the length limit allow, and how many run together."""
-    longest = bucket(problems.longest + config.rollout.max_completion_length)
+    longest = -(-(problems.longest + config.rollout.max_completion_length) // 8) * 8
     tokens = config.algo.microbatch * longest
     tokens = tokens or MICROBATCH_TOKENS["cpu" if _on_cpu() else "accelerator"]
     return TextSizes(tokens, longest, problems.shortest)

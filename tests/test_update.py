@@ -1,5 +1,7 @@
 """The update: one big batch however it is split, on-policy first, and never a NaN in the state."""
 
+import re
+from collections import Counter
 from functools import partial
 
 import jax
@@ -14,6 +16,7 @@ from gspo_jax.losses import LOSSES
 from gspo_jax.objective import Gradients, Objective
 from gspo_jax.optim import make_optimizer
 from gspo_jax.update import (
+    Programs,
     init_state,
     make_programs,
     microbatches,
@@ -207,20 +210,27 @@ def test_the_entropy_bonus_raises_the_entropy(tiny_view):
     assert values == sorted(values) and values[-1] > values[0] + 1e-3
 
 
-def test_compiled_once_for_all_steps(tiny_view):
+def compiled(caplog):
+    """How often each program of the update was compiled, as jax logs it."""
+    found = Counter(re.findall(r"Compiling jit\((\w+)\)", caplog.text))
+    return {name: found[name] for name in Programs._fields if name in found}
+
+
+def test_compiled_once_for_all_steps(tiny_view, caplog):
     graphdef, optimizer, state = fresh(tiny_view)
     programs = make_programs(graphdef, optimizer, Objective(GSPO))
-    for seed in range(3):
-        state, *_ = update_on_rollout(programs, state, make_batch(seed), minibatches=4)
-    jitted = (programs.blank, programs.look, programs.start, programs.add, programs.apply)
-    assert [program._cache_size() for program in jitted] == [1] * 5
+    with jax.log_compiles():
+        for seed in range(3):
+            state, *_ = update_on_rollout(programs, state, make_batch(seed), minibatches=4)
+    assert compiled(caplog) == {"blank": 1, "look": 1, "start": 1, "add": 1, "apply": 1}
 
 
-def test_rows_of_any_length_compile_one_program_per_width_at_most(tiny_view):
+def test_rows_of_any_length_compile_one_program_per_width_at_most(tiny_view, caplog):
     """Of at most 200 tokens, so in widths of 200, 150, 100 and 50; 400 tokens run together."""
     graphdef, optimizer, state = fresh(tiny_view)
     programs = make_programs(graphdef, optimizer, Objective(GSPO, longest=200, microbatch=400))
     rng = np.random.default_rng(0)
+    caplog.clear()
     for longest in (40, 200, 120, 160, 90):
         prompt = rng.integers(2, 20, B).astype(np.int32)
         response = rng.integers(1, longest - 19, B)
@@ -230,10 +240,12 @@ def test_rows_of_any_length_compile_one_program_per_width_at_most(tiny_view):
             np.arange(180)[None] < response[:, None],
             rng.normal(size=B).astype(np.float32),
         )
-        state, metrics, _ = programs.update(state, batch)
+        with jax.log_compiles():
+            state, metrics, _ = programs.update(state, batch)
         assert np.isfinite(metrics["loss"])
-    assert 2 <= programs.add._cache_size() <= 4
-    assert programs.apply._cache_size() == programs.start._cache_size() == 1
+    counts = compiled(caplog)
+    assert 2 <= counts.pop("add") <= 4
+    assert counts == {"start": 1, "apply": 1}
 
 
 def test_a_text_that_is_cut_gives_the_same_gradient_as_one_that_is_not(tiny_view):
