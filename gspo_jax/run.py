@@ -9,7 +9,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -191,9 +191,16 @@ class Run:
         for step in range(int(state.step) + 1, self.config.run.steps + 1):
             self.seconds.clear()
             self._step_began = time.perf_counter(), _compile_seconds[0]
-            yield step
+            with self._traced(step):
+                yield step
             if self.stopped_by:
                 return
+
+    def _traced(self, step: int) -> AbstractContextManager[Any]:
+        """Write what the devices do in this step to profile/, if `run.profile_steps` names it."""
+        if step not in self.config.run.profile_steps:
+            return nullcontext()
+        return jax.profiler.trace(str(self.directory / "profile"))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -231,6 +238,7 @@ class Run:
             "compile_time": compile_time,
             "tokens_per_second": tokens / step_time,
             **self.seconds,
+            "time/host": step_time - sum(self.seconds.values()),
         }
         last, every = step == c.run.steps, c.eval.every
         if not self.stopped_by and (last or (every and step % every == 0)):

@@ -220,6 +220,8 @@ class RunConfig:
     """"auto" continues the run if it has a checkpoint, "never" starts anew, or a checkpoint."""
     report_to: list[str] = field(default_factory=list)
     """["wandb"] sends the metrics there too."""
+    profile_steps: list[int] = field(default_factory=list)
+    """Steps whose trace is written to profile/, for TensorBoard or Perfetto."""
     log_completions: int = 20
     """Steps between tables of sample responses; 0 is never."""
     skip_budget: int = 10

@@ -64,20 +64,20 @@ def train(config: Config) -> Result:
         for step in run.steps(state):
             draw = partial(sample, run, state, step)  # 1 prompt, 2 rollout, 3 reward
             rollout, everything = fill_with_spread(draw, roll.prompts, 1 + roll.resample)
-            with run.phase("update"):
+            with run.phase("advantage"):
                 judged = advantage(state, rollout)  # 4 advantage
-                batch = judged.batch
-                rate = float(schedule(int(state.updates)))
-                state, stats, old_logp = update_on_rollout(  # 5 update
-                    programs,
-                    state,
-                    batch,
-                    minibatches=c.algo.minibatches,
-                    epochs=c.algo.epochs,
-                    ref_logp=judged.ref_logp,
-                    targets=judged.targets,
-                )
-                stats = judged.metrics | summarise(stats) | mismatch(old_logp, rollout.completions)
+            batch, rate = judged.batch, float(schedule(int(state.updates)))
+            state, stats, old_logp = update_on_rollout(  # 5 update
+                programs,
+                state,
+                batch,
+                minibatches=c.algo.minibatches,
+                epochs=c.algo.epochs,
+                ref_logp=judged.ref_logp,
+                targets=judged.targets,
+                phase=run.phase,
+            )
+            stats = judged.metrics | summarise(stats) | mismatch(old_logp, rollout.completions)
             stats |= trl_names(stats, c.algo.loss["name"])
             metrics = rollout_metrics(everything) | stats | {"learning_rate": rate}
             metrics["groups_without_spread"] = roll.prompts - len(groups_with_spread(rollout))

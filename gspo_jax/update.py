@@ -11,6 +11,7 @@ band is as narrow as the noise between two programs.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -225,6 +226,7 @@ def update_on_rollout(
     epochs: int = 1,
     ref_logp: Float[Array, "B T"] | None = None,
     targets: Targets | None = None,
+    phase: Callable[[str], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[TrainState, list[Metrics], Float[np.ndarray, "B T"]]:
     """All updates of one rollout in order, the metrics of each, and log π_old of all rows.
 
@@ -235,6 +237,7 @@ def update_on_rollout(
         epochs: passes over the rollout.
         ref_logp: reference log-probabilities, where the objective has a KL term.
         targets: values and returns on the host, where the objective has a critic.
+        phase: entered for "old_logp" and for "update", to time them.
     """
     parts = _blocks(batch, minibatches)
     refs = [None] * minibatches if ref_logp is None else _blocks(ref_logp, minibatches)
@@ -242,10 +245,13 @@ def update_on_rollout(
     # The first update is on-policy by construction, and tells its own π_old; the others' is needed
     # before the policy moves.
     old: list[Scored | None] = [None]
-    old += [programs.score(state.params, part) for part in parts[1:]]
+    with phase("old_logp"):
+        old += [programs.score(state.params, part) for part in parts[1:]]
+        jax.block_until_ready(old)
     metrics = []
-    for _ in range(epochs):
-        for i, part in enumerate(parts):
+    with phase("update"):
+        for i, part in enumerate(parts * epochs):
+            i %= minibatches
             known = old[i]
             if known is not None and part.routing is None:
                 part = part._replace(routing=known.experts)
@@ -253,6 +259,7 @@ def update_on_rollout(
             state, stats, scored = programs.update(state, part, known_logp, refs[i], goals[i])
             metrics.append(stats)
             old[i] = scored if known is None else known
+        jax.block_until_ready(metrics)
     logp = [jax.device_get(scored.logp) for scored in old if scored is not None]
     return state._replace(step=state.step + 1), metrics, np.concatenate(logp)
 

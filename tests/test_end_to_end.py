@@ -94,6 +94,17 @@ def test_a_run_raises_its_reward_and_leaves_what_it_promises(config):
     assert (status["state"], status["step"], status["of"]) == ("finished", 25, 25)
 
 
+def test_every_second_of_a_step_has_a_name_and_a_step_can_be_traced(config):
+    run_dir = train(config("timed", "run.steps=2", "run.profile_steps=[2]")).run_dir
+    row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    names = {name for name in row if name.startswith("time/")}
+    assert names == {
+        f"time/{n}" for n in ("generate", "reward", "advantage", "old_logp", "update", "host")
+    }
+    assert sum(row[name] for name in names) == pytest.approx(row["step_time"], rel=1e-6)
+    assert list((run_dir / "profile").rglob("*.xplane.pb"))
+
+
 def test_the_export_is_the_trained_model_in_the_dtype_of_its_source(config):
     result = train(config("exports", "run.steps=1"))
     exported = load_model(result.run_dir / "export")
