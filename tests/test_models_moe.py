@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from test_models_config import QWEN3_MOE
 
 from gspo_jax.models import Qwen, QwenConfig
 from gspo_jax.models.moe import (
@@ -273,3 +274,15 @@ def test_a_model_returns_the_routing_of_its_sparse_layers_and_takes_it_back():
 
 def test_a_dense_model_has_no_routing(tiny):
     assert tiny.routed(jnp.ones((1, 3), jnp.int32))[1] is None
+
+
+def test_the_published_shape_has_the_published_number_of_parameters():
+    """Qwen3-30B-A3B, by hand: per layer 2 · 2048 · (32 + 4) · 128 of attention, two head norms of
+    128, two norms of 2048, a router of 2048 · 128 and 128 experts of 3 · 2048 · 768; 48 layers;
+    an embedding and a head of 151936 · 2048, and a norm: 30.5 billion, as its card says."""
+    layer = 2 * 2048 * (32 + 4) * 128 + 2 * 128 + 2 * 2048 + 2048 * 128 + 128 * 3 * 2048 * 768
+    total = 48 * layer + 2 * 151936 * 2048 + 2048
+    assert round(total / 1e9, 1) == 30.5
+    config = QwenConfig.from_hf(QWEN3_MOE)
+    shapes = nnx.state(nnx.eval_shape(lambda: Qwen(config, rngs=nnx.Rngs(0))))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == total
