@@ -16,6 +16,7 @@ from gspo_jax.checks import check_experts
 from gspo_jax.config import Config, model_dir
 from gspo_jax.errors import DataError
 from gspo_jax.generate import PureModel, bucket
+from gspo_jax.models.attention import Choice, choose
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.hf import lent_files, load_model, read_config
 from gspo_jax.models.qwen import Qwen
@@ -84,6 +85,14 @@ def load_policy(config: Config) -> Policy:
     if dtype == "auto":
         dtype = "float32" if _on_cpu() else "bfloat16"
     return Policy(*nnx.split(model), tokenizer, mesh, dtype, directory)
+
+
+def attention(config: Config, policy: Policy) -> Choice:
+    """The attention of the training programs; the first call may try cuDNN's."""
+    if config.model.attention == "xla":
+        return Choice("xla")
+    shape = read_config(policy.directory)
+    return choose(policy.dtype, shape.num_heads, shape.num_kv_heads, shape.head_dim)
 
 
 def random_model(config: QwenConfig, seed: int, mesh: Mesh) -> Qwen:

@@ -19,6 +19,8 @@ class ModelConfig:
     """Where the weights come from; "random" takes the architecture and tokenizer alone."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of activations and cache; "auto" is bfloat16 on accelerators and float32 on the CPU."""
+    attention: Literal["auto", "xla"] = "auto"
+    """Of training; "auto" is cuDNN's on NVIDIA, in 16 bits and where it proves right."""
     remat: Literal["none", "full"] = "none"
     """"full" recomputes each layer in the backward pass: less memory, a third more compute."""
     template_args: dict[str, Any] = field(default_factory=dict)

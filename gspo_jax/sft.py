@@ -14,7 +14,7 @@ from gspo_jax.config import Config
 from gspo_jax.errors import DataError
 from gspo_jax.losses import LOSSES
 from gspo_jax.objective import Objective
-from gspo_jax.policy import load_policy, load_problems, text_sizes
+from gspo_jax.policy import attention, load_policy, load_problems, text_sizes
 from gspo_jax.rollout import encode_prompts
 from gspo_jax.run import Result, make_state, open_run
 from gspo_jax.sharding import shard_batch
@@ -38,6 +38,7 @@ def sft(config: Config) -> Result:
         loss=LOSSES["reinforce"],
         dtype=policy.dtype,
         remat=c.model.remat == "full",
+        attention=attention(config, policy).name,
         microbatch=sizes.microbatch,
         longest=sizes.longest,
         shortest_prompt=sizes.shortest_prompt,

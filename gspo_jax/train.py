@@ -21,7 +21,7 @@ from gspo_jax.config import Config
 from gspo_jax.critic import estimate, make_values
 from gspo_jax.losses import LOSSES, RATIO, token_kl
 from gspo_jax.objective import CriticTerm, Metrics, Objective, Targets
-from gspo_jax.policy import Policy, Problems, load_policy, load_problems, text_sizes
+from gspo_jax.policy import Policy, Problems, attention, load_policy, load_problems, text_sizes
 from gspo_jax.rollout import (
     encode_prompts,
     fill_with_spread,
@@ -161,6 +161,7 @@ def objective(
         entropy_coef=config.algo.entropy_coef,
         dtype=policy.dtype,
         remat=config.model.remat == "full",
+        attention=attention(config, policy).name,
         microbatch=sizes.microbatch,
         longest=sizes.longest,
         shortest_prompt=sizes.shortest_prompt,
