@@ -69,7 +69,7 @@ def forward_values(
     states: Float[Array, "B count D"] | None,
     *,
     dtype: str = "float32",
-    remat: bool = False,
+    remat: str = "none",
     attention: str = "xla",
     shortest_prompt: int = 1,
 ) -> Float[Array, "B count"]:
@@ -90,7 +90,7 @@ def make_term(
     clip: float,
     coef: float,
     dtype: str = "float32",
-    remat: bool = False,
+    remat: str = "none",
     attention: str = "xla",
     shortest_prompt: int = 1,
 ) -> CriticTerm:

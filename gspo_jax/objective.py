@@ -75,7 +75,7 @@ class Objective(NamedTuple):
     kl_kind: str = "k3"
     entropy_coef: float = 0.0
     dtype: str = "float32"  # of activations; parameters and gradients stay float32
-    remat: bool = False
+    remat: str = "none"  # of models.remat.POLICIES
     attention: str = "xla"
     microbatch: int = 0  # tokens per forward/backward, padding included; 0 = all rows
     longest: int = 0  # no row of any batch has more tokens; 0 = the width of each batch

@@ -16,7 +16,7 @@ LAYERS = [
     {"losses", "models.attention", "models.cache", "models.files", "optim", "checkpoint", "metrics"}
     | {"models.rope", "rewards", "tasks.math", "tasks.sources", "report"},
     {"models.config", "tasks.data", "tokenizer"},
-    {"models.moe"},
+    {"models.moe", "models.remat"},
     {"models.qwen"},
     {"models.hf"},
     {"models", "tasks", "generate"},

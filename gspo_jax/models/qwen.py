@@ -25,6 +25,7 @@ from gspo_jax.models.cache import Cache, LayerCache, write
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.init import constant, kernel
 from gspo_jax.models.moe import Experts, Routing, join
+from gspo_jax.models.remat import recomputed
 from gspo_jax.models.rope import inverse_frequencies
 from gspo_jax.sharding import constrain
 
@@ -125,7 +126,7 @@ class Qwen(nnx.Module):
         tokens: Int[Array, "B S"],
         *,
         mask: Bool[Array, "B S"] | None = None,
-        remat: bool = False,
+        remat: str = "none",
         attention: str = "xla",
     ) -> Float[Array, "B S D"]:
         """Hidden states after the last norm; see `routed`."""
@@ -136,7 +137,7 @@ class Qwen(nnx.Module):
         tokens: Int[Array, "B S"],
         *,
         mask: Bool[Array, "B S"] | None = None,
-        remat: bool = False,
+        remat: str = "none",
         attention: str = "xla",
         replay: Int[Array, "B S M X"] | None = None,
         counted: Bool[Array, "B S"] | None = None,
@@ -147,7 +148,7 @@ class Qwen(nnx.Module):
             tokens: token ids.
             mask: true on real tokens. Left- and right-padding both work; right-padded rows need
                 none, since no real token looks to its right.
-            remat: recompute each layer in the backward pass instead of keeping its activations.
+            remat: what the backward pass recomputes instead of keeping; see `remat`.
             attention: "xla", or "cudnn" where there is no mask (see `attention.choose`); layers
                 with a window keep the former.
             replay: experts to use in the M layers that have them; negative ids are the router's.
@@ -168,7 +169,7 @@ class Qwen(nnx.Module):
                 x, _, routing = layer(x, rope, allowed, replay=ids, counted=counted)
                 return x, routing
 
-            x, routing = (jax.checkpoint(run) if remat else run)(state, x, ids)
+            x, routing = recomputed(run, remat)(state, x, ids)
             routings += [] if routing is None else [routing]
         return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), join(routings)
 
