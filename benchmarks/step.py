@@ -164,7 +164,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--minibatches", type=int, default=1)
     parser.add_argument("--microbatch", type=int, default=0, help="tokens; 0 chooses")
-    parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--remat", choices=["none", "dots", "full"], default="none")
     parser.add_argument("--eos", type=int, default=0, help="how many token ids end a row")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5)

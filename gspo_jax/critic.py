@@ -69,14 +69,16 @@ def forward_values(
     states: Float[Array, "B count D"] | None,
     *,
     dtype: str = "float32",
-    remat: bool = False,
+    remat: str = "none",
+    attention: str = "xla",
     shortest_prompt: int = 1,
 ) -> Float[Array, "B count"]:
     """V of the state before each response token of the text; `states` are the policy's there."""
     critic = nnx.merge(graphdef, cast(params, dtype))
     if hasattr(critic, "trunk"):
         count = response_tokens(batch, shortest_prompt)
-        states, _ = before_response(critic.trunk(batch.tokens, remat=remat), batch, count)
+        hidden = critic.trunk(batch.tokens, remat=remat, attention=attention)
+        states, _ = before_response(hidden, batch, count)
     return critic(states)
 
 
@@ -88,7 +90,8 @@ def make_term(
     clip: float,
     coef: float,
     dtype: str = "float32",
-    remat: bool = False,
+    remat: str = "none",
+    attention: str = "xla",
     shortest_prompt: int = 1,
 ) -> CriticTerm:
     """How this critic takes part in an update.
@@ -100,7 +103,12 @@ def make_term(
         coef: weight of its loss where the trunk is shared; otherwise it meets no other loss.
     """
     values = partial(
-        forward_values, graphdef, dtype=dtype, remat=remat, shortest_prompt=shortest_prompt
+        forward_values,
+        graphdef,
+        dtype=dtype,
+        remat=remat,
+        attention=attention,
+        shortest_prompt=shortest_prompt,
     )
     return CriticTerm(values, optimizer, clip, coef if shared else 1.0, shared)
 

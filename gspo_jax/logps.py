@@ -2,13 +2,23 @@
 
     z = hidden @ head / temperature,   logp = z[token] - logsumexp(z),   entropy = -Σ p log p
 
-A few thousand rows of `hidden` meet the whole vocabulary at a time; their logits are dropped
-after use and recomputed in the backward pass. (Chunks of the vocabulary instead of the tokens
-make narrow matmuls, about half as fast on a GPU.)
+A few thousand rows of `hidden` meet the whole vocabulary at a time. Of their logits only the
+logsumexp is kept; the backward pass computes them once more and makes of them, in one sweep,
+
+    ∂/∂z = g (onehot(token) - p) - h p (log p + entropy),    p = exp(z - logsumexp)
+
+for the gradients g of logp and h of entropy. Automatic differentiation would do the same, but
+its two backward matmuls multiply float32 where the network is in 16 bits, several times slower on
+a GPU; it scatters into an array of zeros, and sums the head's gradient in the head's own dtype.
+(Chunks of the vocabulary instead of the tokens make narrow matmuls, half as fast on a GPU.)
 """
+
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from gspo_jax.masked import float_dtype
@@ -24,7 +34,9 @@ def token_logps(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """log π(tokens) and the entropy of π at each position, for π = softmax(hidden @ head / temp).
 
-    Extra memory is chunk * V float32 in either direction, instead of B * T * V.
+    Extra memory is two or three times chunk * V float32 in either direction, instead of B * T * V,
+    and in the backward pass the head's gradient in float32. An entropy that no loss depends on
+    costs nothing there. Differentiable once, in reverse mode.
 
     Args:
         hidden: final hidden states, already shifted, so `hidden[:, t]` predicts `tokens[:, t]`.
@@ -38,27 +50,81 @@ def token_logps(
     """
     B, T, D = hidden.shape
     rows, ids = hidden.reshape(B * T, D), tokens.reshape(B * T)
-    if chunk >= B * T:
-        logp, entropy = _chunk_logps(rows, ids, head, temperature)
-        return logp.reshape(B, T), entropy.reshape(B, T)
-
+    chunk = min(chunk, B * T)
     short = -(B * T) % chunk
     rows = jnp.pad(rows, ((0, short), (0, 0))).reshape(-1, chunk, D)
     ids = jnp.pad(ids, (0, short)).reshape(-1, chunk)
-    step = jax.checkpoint(lambda x: _chunk_logps(x[0], x[1], head, temperature))
-    logp, entropy = jax.lax.map(step, (rows, ids))
+    logp, entropy = _logps(rows, head, ids, temperature)
     return logp.reshape(-1)[: B * T].reshape(B, T), entropy.reshape(-1)[: B * T].reshape(B, T)
 
 
-def _chunk_logps(
-    hidden: Float[Array, "C D"], tokens: Int[Array, " C"], head: Float[Array, "D V"], temp: float
-) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _logps(
+    rows: Float[Array, "n C D"], head: Float[Array, "D V"], ids: Int[Array, "n C"], temp: float
+) -> tuple[Float[Array, "n C"], Float[Array, "n C"]]:
+    return _kept(rows, head, ids, temp)[:2]
+
+
+def _kept(
+    rows: Float[Array, "n C D"], head: Float[Array, "D V"], ids: Int[Array, "n C"], temp: float
+) -> tuple[Float[Array, "n C"], Float[Array, "n C"], Float[Array, "n C"]]:
+    """Log-probability, entropy and logsumexp of every row."""
+
+    def one(x: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        hidden, tokens = x
+        z = _logits(hidden, head, temp)
+        # Relative to the largest logit, so that nothing cancels where all of them are large.
+        top = jnp.max(z, axis=-1)
+        z = z - top[:, None]
+        exp_z = jnp.exp(z)
+        total = jnp.sum(exp_z, axis=-1)
+        log_total = jnp.log(total)
+        picked = jnp.take_along_axis(z, tokens[:, None], axis=-1)[:, 0]
+        entropy = log_total - jnp.sum(exp_z * z, axis=-1) / total
+        return picked - log_total, entropy, top + log_total
+
+    if len(rows) == 1:  # a loop of one is not free
+        logp, entropy, lse = one((rows[0], ids[0]))
+        return logp[None], entropy[None], lse[None]
+    return jax.lax.map(one, (rows, ids))
+
+
+def _forward(rows: Any, head: Any, ids: Any, temp: float):
+    rows, head, ids = rows.value, head.value, ids.value
+    logp, entropy, lse = _kept(rows, head, ids, temp)
+    return (logp, entropy), (rows, head, ids, lse, entropy)
+
+
+def _backward(temp: float, kept: tuple[Array, ...], gradients: tuple[Any, Any]):
+    rows, head, ids, lse, entropy = kept
+    g, h = (None if isinstance(x, SymbolicZero) else x for x in gradients)
+    wide = float_dtype(rows)
+
+    def one(so_far: Array | None, x: tuple[Array | None, ...]) -> tuple[Array, Array]:
+        hidden, tokens, lse, entropy, g, h = x
+        logp = _logits(hidden, head, temp) - lse[:, None]
+        is_token = jnp.arange(logp.shape[1], dtype=tokens.dtype)[None] == tokens[:, None]
+        g = jnp.zeros_like(lse) if g is None else g
+        pull = g[:, None] if h is None else g[:, None] + h[:, None] * (logp + entropy[:, None])
+        d = jnp.where(is_token, g[:, None], 0) - jnp.exp(logp) * pull
+        d = (d / temp).astype(hidden.dtype)
+        rows = jnp.einsum("cv,dv->cd", d, head, preferred_element_type=wide)
+        total = jnp.einsum("cd,cv->dv", hidden, d, preferred_element_type=wide)
+        return total if so_far is None else so_far + total, rows.astype(hidden.dtype)
+
+    each = (rows, ids, lse, entropy, g, h)
+    if len(rows) == 1:
+        total, d_rows = one(None, jax.tree.map(lambda x: x[0], each))
+        return d_rows[None], total.astype(head.dtype), None
+    total, d_rows = jax.lax.scan(one, jnp.zeros(head.shape, wide), each)
+    return d_rows, total.astype(head.dtype), None
+
+
+_logps.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _logits(
+    hidden: Float[Array, "C D"], head: Float[Array, "D V"], temp: float
+) -> Float[Array, "C V"]:
     wide = float_dtype(hidden)
-    z = jnp.einsum("cd,dv->cv", hidden, head, preferred_element_type=wide) / temp
-    z = z - jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
-    exp_z = jnp.exp(z)
-    total = jnp.sum(exp_z, axis=-1)
-    log_total = jnp.log(total)
-    picked = jnp.take_along_axis(z, tokens[:, None], axis=-1)[:, 0]
-    entropy = log_total - jnp.sum(exp_z * z, axis=-1) / total
-    return picked - log_total, entropy
+    return jnp.einsum("cd,dv->cv", hidden, head, preferred_element_type=wide) / temp

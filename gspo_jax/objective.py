@@ -75,7 +75,8 @@ class Objective(NamedTuple):
     kl_kind: str = "k3"
     entropy_coef: float = 0.0
     dtype: str = "float32"  # of activations; parameters and gradients stay float32
-    remat: bool = False
+    remat: str = "none"  # of models.remat.POLICIES
+    attention: str = "xla"
     microbatch: int = 0  # tokens per forward/backward, padding included; 0 = all rows
     longest: int = 0  # no row of any batch has more tokens; 0 = the width of each batch
     shortest_prompt: int = 1  # no prompt has fewer
@@ -104,6 +105,7 @@ def forward(
     hidden, routing = model.routed(
         batch.tokens,
         remat=objective.remat,
+        attention=objective.attention,
         replay=None if objective.routing_replay == "off" else batch.routing,
         counted=real_tokens(batch),
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import PyTree
@@ -16,9 +17,11 @@ from gspo_jax.checks import check_experts
 from gspo_jax.config import Config, model_dir
 from gspo_jax.errors import DataError
 from gspo_jax.generate import PureModel
+from gspo_jax.models.attention import Choice, choose
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.hf import lent_files, load_model, read_config
 from gspo_jax.models.qwen import Qwen
+from gspo_jax.models.remat import POLICIES, activation_bytes, choose_remat
 from gspo_jax.objective import cast
 from gspo_jax.rollout import Scorer, encode_prompts
 from gspo_jax.sharding import make_mesh, sharding_for
@@ -156,6 +159,67 @@ def text_sizes(config: Config, problems: Problems) -> TextSizes:
     tokens = config.algo.microbatch * longest
     tokens = tokens or MICROBATCH_TOKENS["cpu" if _on_cpu() else "accelerator"]
     return TextSizes(tokens, longest, problems.shortest)
+
+
+class Passes(NamedTuple):
+    """How forward and backward passes are run; the result is the same with any."""
+
+    attention: str = "xla"  # or "cudnn"
+    remat: str = "none"  # of models.remat.POLICIES
+
+
+PLAIN = Passes()
+
+
+def passes(config: Config, policy: Policy, sizes: TextSizes) -> Passes:
+    """The configured ones, with every "auto" decided."""
+    kind = attention(config, policy).name
+    return Passes(kind, remat(config, policy, sizes, kind))
+
+
+def attention(config: Config, policy: Policy) -> Choice:
+    """The attention of the training programs; the first call may try cuDNN's."""
+    if config.model.attention == "xla":
+        return Choice("xla")
+    shape = read_config(policy.directory)
+    return choose(policy.dtype, shape.num_heads, shape.num_kv_heads, shape.head_dim)
+
+
+def remat(config: Config, policy: Policy, sizes: TextSizes, attention: str) -> str:
+    """What the backward pass recomputes; "auto" is the least that the device has memory for.
+
+    Asked while the parameters and the optimizer's state are the only large things on the device.
+    Without a known limit, as on a CPU, nothing is recomputed.
+    """
+    if config.model.remat != "auto":
+        return config.model.remat
+    device = policy.mesh.devices.flat[0]
+    stats = device.memory_stats() or {}
+    if device.platform == "cpu" or "bytes_limit" not in stats:
+        return "none"
+    itemsize = jnp.dtype(policy.dtype).itemsize
+    held = stats["bytes_in_use"]
+    weights = sum(x.nbytes for x in jax.tree.leaves(policy.params)) // policy.mesh.shape["fsdp"]
+    coming = weights // 4 * (8 + itemsize)  # two gradients, and the weights to compute with
+    if config.algo.critic.kind == "separate":
+        coming += held + coming
+    if config.algo.kl.coef:
+        coming += weights  # of the reference
+    shape = read_config(policy.directory)
+    tokens = max(-(-sizes.microbatch // policy.mesh.size), sizes.longest)
+    coming += 2 * 4 * min(tokens, 4096) * shape.vocab_size  # logits and their gradient
+    need = {
+        name: activation_bytes(
+            shape,
+            name,
+            tokens=tokens,
+            width=sizes.longest,
+            itemsize=itemsize,
+            scores=attention == "xla",
+        )
+        for name in POLICIES
+    }
+    return choose_remat(stats["bytes_limit"] - held - coming, need)
 
 
 def _on_cpu() -> bool:

@@ -31,7 +31,7 @@ from gspo_jax.model_card import model_card, stated
 from gspo_jax.models.hf import save_model
 from gspo_jax.objective import CriticTerm
 from gspo_jax.optim import make_optimizer, make_schedule
-from gspo_jax.policy import Policy, Problems, load_policy
+from gspo_jax.policy import PLAIN, Passes, Policy, Problems, attention, load_policy
 from gspo_jax.report import dynamics, read_metrics
 from gspo_jax.sharding import state_shardings
 from gspo_jax.tokenizer import token_ids
@@ -81,7 +81,13 @@ def make_state(
 
 
 def add_critic(
-    config: Config, policy: Policy, state: TrainState, updates: int, *, shortest_prompt: int = 1
+    config: Config,
+    policy: Policy,
+    state: TrainState,
+    updates: int,
+    how: Passes = PLAIN,
+    *,
+    shortest_prompt: int = 1,
 ) -> tuple[TrainState, CriticTerm | None]:
     """The state with the critic that `algo.critic` asks for, and its part in the objective.
 
@@ -105,7 +111,8 @@ def add_critic(
         clip=c.clip,
         coef=c.coef,
         dtype=policy.dtype,
-        remat=config.model.remat == "full",
+        remat=how.remat,
+        attention=how.attention,
         shortest_prompt=shortest_prompt,
     )
     return state._replace(critic=critic), term
@@ -164,7 +171,8 @@ class Run:
     def start(self, state: TrainState) -> TrainState:
         """Continue from the newest checkpoint if `run.resume` says so, else measure and begin."""
         found = self._checkpoint_to_resume()
-        for warning in self.problems.task.warnings:
+        trouble = attention(self.config, self.policy).trouble
+        for warning in [*self.problems.task.warnings, *([trouble] if trouble else [])]:
             self.log.say(f"warning: {warning}", style="yellow")
         if self.problems.too_long:
             self.log.say(

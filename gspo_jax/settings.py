@@ -19,8 +19,11 @@ class ModelConfig:
     """Where the weights come from; "random" takes the architecture and tokenizer alone."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of activations and cache; "auto" is bfloat16 on accelerators and float32 on the CPU."""
-    remat: Literal["none", "full"] = "none"
-    """"full" recomputes each layer in the backward pass: less memory, a third more compute."""
+    attention: Literal["auto", "xla"] = "auto"
+    """Of training; "auto" is cuDNN's on NVIDIA, in 16 bits and where it proves right."""
+    remat: Literal["auto", "none", "dots", "full"] = "auto"
+    """What the backward pass recomputes instead of keeping: "dots" all but products with weights,
+    "full" whole layers, a third more compute; "auto" is the least that fits into a GPU."""
     template_args: dict[str, Any] = field(default_factory=dict)
     """Variables of the model's chat template, such as Qwen3's {enable_thinking: false}."""
 

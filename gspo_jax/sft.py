@@ -14,7 +14,7 @@ from gspo_jax.config import Config
 from gspo_jax.errors import DataError
 from gspo_jax.losses import LOSSES
 from gspo_jax.objective import Objective
-from gspo_jax.policy import load_policy, load_problems, text_sizes
+from gspo_jax.policy import load_policy, load_problems, passes, text_sizes
 from gspo_jax.rollout import encode_prompts
 from gspo_jax.run import Result, make_state, open_run
 from gspo_jax.sharding import shard_batch
@@ -34,10 +34,12 @@ def sft(config: Config) -> Result:
     problems = load_problems(config, policy.tokenizer)
     optimizer, schedule, state = make_state(config, policy, updates=c.run.steps)
     sizes = text_sizes(config, problems)
+    how = passes(config, policy, sizes)
     objective = Objective(
         loss=LOSSES["reinforce"],
         dtype=policy.dtype,
-        remat=c.model.remat == "full",
+        remat=how.remat,
+        attention=how.attention,
         microbatch=sizes.microbatch,
         longest=sizes.longest,
         shortest_prompt=sizes.shortest_prompt,

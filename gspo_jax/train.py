@@ -21,7 +21,7 @@ from gspo_jax.config import Config
 from gspo_jax.critic import estimate, make_values
 from gspo_jax.losses import LOSSES, RATIO, token_kl
 from gspo_jax.objective import CriticTerm, Metrics, Objective, Targets
-from gspo_jax.policy import Policy, Problems, load_policy, load_problems, text_sizes
+from gspo_jax.policy import Passes, Policy, Problems, load_policy, load_problems, passes, text_sizes
 from gspo_jax.rollout import (
     encode_prompts,
     fill_with_spread,
@@ -51,10 +51,11 @@ def train(config: Config) -> Result:
     problems = load_problems(config, policy.tokenizer)
     updates = c.run.steps * c.algo.minibatches * c.algo.epochs
     optimizer, schedule, state = make_state(config, policy, updates)
-    state, critic = add_critic(config, policy, state, updates, shortest_prompt=problems.shortest)
+    how, shortest = passes(config, policy, text_sizes(config, problems)), problems.shortest
+    state, critic = add_critic(config, policy, state, updates, how, shortest_prompt=shortest)
     reference = jax.tree.map(jnp.copy, policy.params) if c.algo.kl.coef else None
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    goal = objective(config, policy, problems, critic)
+    goal = objective(config, policy, problems, how, critic)
     place = partial(shard_batch, mesh=policy.mesh)
     programs = make_programs(policy.graphdef, optimizer, goal, shardings, place=place)
     advantage = make_advantage(config, policy, goal, programs, reference)
@@ -149,7 +150,7 @@ def mismatch(old_logp: Float[np.ndarray, "B T"], completions: Completions) -> di
 
 
 def objective(
-    config: Config, policy: Policy, problems: Problems, critic: CriticTerm | None
+    config: Config, policy: Policy, problems: Problems, how: Passes, critic: CriticTerm | None
 ) -> Objective:
     """The configured loss with its keywords bound, and how its forward pass is run."""
     options, sizes = dict(config.algo.loss), text_sizes(config, problems)
@@ -160,7 +161,8 @@ def objective(
         kl_kind=config.algo.kl.kind,
         entropy_coef=config.algo.entropy_coef,
         dtype=policy.dtype,
-        remat=config.model.remat == "full",
+        remat=how.remat,
+        attention=how.attention,
         microbatch=sizes.microbatch,
         longest=sizes.longest,
         shortest_prompt=sizes.shortest_prompt,

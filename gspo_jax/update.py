@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from gspo_jax.batch import TrainBatch
 from gspo_jax.microbatch import Microbatches, fold, pick, put, split, take
+from gspo_jax.models.remat import compiler_options
 from gspo_jax.objective import (
     Forward,
     Given,
@@ -140,6 +141,7 @@ def make_programs(
         static_argnames="width",
         donate_argnums=0,
         out_shardings=kept,
+        compiler_options=compiler_options(objective.remat),
     )
     def add(so_far: Accumulated, trained, batch, given: Given, rows, count, *, width):
         gradient = jax.grad(share_of_loss(graphdef, batch, objective), has_aux=True)

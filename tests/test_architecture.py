@@ -13,10 +13,10 @@ LAYERS = [
     {"errors", "batch", "masked", "console", "sandbox"},
     {"models.fields", "models.init", "penalties", "mismatch", "advantages", "logps", "quant"}
     | {"sharding", "chat_template", "tasks.task", "tasks.verify"},
-    {"losses", "models.cache", "models.files", "optim", "checkpoint", "metrics"}
+    {"losses", "models.attention", "models.cache", "models.files", "optim", "checkpoint", "metrics"}
     | {"models.rope", "rewards", "tasks.math", "tasks.sources", "report"},
     {"models.config", "tasks.data", "tokenizer"},
-    {"models.moe"},
+    {"models.moe", "models.remat"},
     {"models.qwen"},
     {"models.hf"},
     {"models", "tasks", "generate"},

@@ -1,5 +1,7 @@
 """token_logps equals a dense log-softmax, in value and gradient, and never builds it."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,3 +85,70 @@ def test_bfloat16_inputs_give_float32_log_probabilities(case):
     hidden, head, tokens, _ = case
     logp, entropy = token_logps(hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16), tokens)
     assert logp.dtype == entropy.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("chunk", [4, 4096])
+def test_gradients_are_finite_differences_in_float64(chunk):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        hidden, head = (jnp.asarray(rng.normal(size=shape)) for shape in ((2, 3, 4), (4, 9)))
+        tokens = jnp.asarray(rng.integers(0, 9, (2, 3)))
+        weights = jnp.asarray(rng.normal(size=(2, 2, 3)))
+
+        @jax.jit
+        def weighted(hidden, head):
+            outputs = token_logps(hidden, head, tokens, temperature=0.7, chunk=chunk)
+            return sum(jnp.sum(w * x) for w, x in zip(weights, outputs, strict=True))
+
+        got = jax.grad(weighted, argnums=(0, 1))(hidden, head)
+        assert got[0].dtype == got[1].dtype == jnp.float64
+        for number, gradient in enumerate(got):
+            for place in np.ndindex(gradient.shape):
+                step = np.zeros(gradient.shape)
+                step[place] = 1e-6
+                up, down = ([hidden, head] for _ in range(2))
+                up[number], down[number] = up[number] + step, down[number] - step
+                slope = (weighted(*up) - weighted(*down)) / 2e-6
+                np.testing.assert_allclose(gradient[place], slope, rtol=1e-6, atol=1e-8)
+
+
+def test_an_entropy_that_is_only_looked_at_costs_nothing_in_the_backward_pass(case):
+    """XLA's count of operations: as many as where its gradient is stopped, fewer than with it."""
+    hidden, head, tokens, weights = case
+
+    def operations(of_entropy):
+        def loss(hidden, head):
+            logp, entropy = token_logps(hidden, head, tokens, chunk=7)
+            return jnp.sum(weights[0] * logp) + of_entropy(jnp.sum(entropy)), entropy
+
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+        return gradient.lower(hidden, head).compile().cost_analysis()["flops"]
+
+    unused = operations(lambda x: 0.0)
+    assert operations(jax.lax.stop_gradient) <= unused + 25  # their sum
+    assert operations(lambda x: 0.1 * x) > unused + V * 7
+
+
+@pytest.mark.parametrize("chunk", [4, 4096])
+def test_every_matmul_of_half_precision_takes_half_precision_and_adds_up_in_float32(case, chunk):
+    """Automatic differentiation would multiply float32 backwards, far slower on a GPU."""
+    hidden, head, tokens, _ = case
+    half = hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16)
+
+    def total(hidden, head):
+        return sum(jnp.sum(x) for x in token_logps(hidden, head, tokens, chunk=chunk))
+
+    text = jax.jit(jax.grad(total, argnums=(0, 1))).lower(*half).as_text()
+    matmuls = re.findall(
+        r"dot_general.*: \(tensor<.*x(\w+)>, tensor<.*x(\w+)>\) -> .*x(\w+)>", text
+    )
+    assert matmuls == [("bf16", "bf16", "f32")] * 4
+
+
+def test_the_heads_gradient_is_summed_over_chunks_in_float32():
+    """513 chunks give 1/2 each: in bfloat16 their sum would stop growing at 128."""
+    n = 513
+    hidden, head = jnp.ones((1, n, 1), jnp.bfloat16), jnp.zeros((1, 2), jnp.bfloat16)
+    tokens = jnp.zeros((1, n), jnp.int32)
+    gradient = jax.grad(lambda head: jnp.sum(token_logps(hidden, head, tokens, chunk=1)[0]))(head)
+    np.testing.assert_allclose(gradient.astype(jnp.float32), [[n / 2, -n / 2]], rtol=2**-8)

@@ -260,14 +260,14 @@ def test_a_model_returns_the_routing_of_its_sparse_layers_and_takes_it_back():
         lambda model, replay, remat: model.routed(tokens, replay=replay, remat=remat),
         static_argnums=2,
     )
-    hidden, routing = run(model, None, False)
+    hidden, routing = run(model, None, "none")
     assert routing.experts.shape == (2, 5, 2, X) and routing.experts.dtype == jnp.int16
-    for remat in (False, True):
+    for remat in ("none", "dots", "full"):
         again, _ = run(model, routing.experts, remat)
         np.testing.assert_array_equal(hidden, again)
     # Other experts in the last layer alone change the output, and the first layer's stay.
     swapped = routing.experts.at[:, :, 1].set((routing.experts[:, :, 1] + 1) % E)
-    moved, seen = run(model, swapped, False)
+    moved, seen = run(model, swapped, "none")
     assert np.abs(moved - hidden).max() > 1e-6
     np.testing.assert_array_equal(seen.experts[:, :, 0], routing.experts[:, :, 0])
 

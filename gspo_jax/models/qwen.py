@@ -20,10 +20,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from gspo_jax.masked import float_dtype
+from gspo_jax.models.attention import attend, fused
 from gspo_jax.models.cache import Cache, LayerCache, write
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.init import constant, kernel
 from gspo_jax.models.moe import Experts, Routing, join
+from gspo_jax.models.remat import recomputed
 from gspo_jax.models.rope import inverse_frequencies
 from gspo_jax.sharding import constrain
 
@@ -65,7 +67,7 @@ class Layer(nnx.Module):
         self,
         x: Float[Array, "B S D"],
         rope: Rope,
-        allowed: Bool[Array, "B S W"],
+        allowed: Bool[Array, "B S W"] | None,
         cache: LayerCache | None = None,
         slot: Int[Array, ""] | int = 0,
         replay: Int[Array, "B S X"] | None = None,
@@ -73,12 +75,14 @@ class Layer(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], LayerCache, Routing | None]:
         """The block's output, its keys and values, and where it has experts its routing.
 
-        The keys and values are the written cache, or the new ones alone.
+        The keys and values are the written cache, or the new ones alone. `allowed` says which
+        of them each position looks at; None is itself and those before it, by cuDNN.
         """
         eps = self.config.rms_norm_eps
         q, k, v = self._qkv(rms_norm(x, self.input_norm[...], eps), rope)
         cache = LayerCache(k, v) if cache is None else write(cache, k, v, jnp.int32(slot))
-        x = x + _dense(attend(q, cache.k, cache.v, allowed), self.o[...])
+        values = fused(q, k, v) if allowed is None else attend(q, cache.k, cache.v, allowed)
+        x = x + _dense(values, self.o[...])
         h = rms_norm(x, self.post_norm[...], eps)
         if self.sparse:
             y, routing = self.moe(h, replay, counted)
@@ -122,17 +126,19 @@ class Qwen(nnx.Module):
         tokens: Int[Array, "B S"],
         *,
         mask: Bool[Array, "B S"] | None = None,
-        remat: bool = False,
+        remat: str = "none",
+        attention: str = "xla",
     ) -> Float[Array, "B S D"]:
         """Hidden states after the last norm; see `routed`."""
-        return self.routed(tokens, mask=mask, remat=remat)[0]
+        return self.routed(tokens, mask=mask, remat=remat, attention=attention)[0]
 
     def routed(
         self,
         tokens: Int[Array, "B S"],
         *,
         mask: Bool[Array, "B S"] | None = None,
-        remat: bool = False,
+        remat: str = "none",
+        attention: str = "xla",
         replay: Int[Array, "B S M X"] | None = None,
         counted: Bool[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B S D"], Routing | None]:
@@ -142,12 +148,16 @@ class Qwen(nnx.Module):
             tokens: token ids.
             mask: true on real tokens. Left- and right-padding both work; right-padded rows need
                 none, since no real token looks to its right.
-            remat: recompute each layer in the backward pass instead of keeping its activations.
+            remat: what the backward pass recomputes instead of keeping; see `remat`.
+            attention: "xla", or "cudnn" where there is no mask (see `attention.choose`); layers
+                with a window keep the former.
             replay: experts to use in the M layers that have them; negative ids are the router's.
             counted: the tokens over which the sums in `Routing` run; None is all.
         """
         rope = self._rope(_positions(tokens, mask))
-        masks = self._masks(_causal(tokens, mask))
+        masks: list[Array | None] = [*self._masks(_causal(tokens, mask))]
+        if attention == "cudnn" and mask is None:
+            masks = [m if self._has_window(i) else None for i, m in enumerate(masks)]
         x, routings = self._embed(tokens), []
         for layer, allowed in zip(self.layers, masks, strict=True):
             # The layers with experts take theirs in order.
@@ -159,7 +169,7 @@ class Qwen(nnx.Module):
                 x, _, routing = layer(x, rope, allowed, replay=ids, counted=counted)
                 return x, routing
 
-            x, routing = (jax.checkpoint(run) if remat else run)(state, x, ids)
+            x, routing = recomputed(run, remat)(state, x, ids)
             routings += [] if routing is None else [routing]
         return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), join(routings)
 
@@ -242,7 +252,10 @@ class Qwen(nnx.Module):
         S, W = allowed.shape[1:]
         back = (first + jnp.arange(S))[:, None] - jnp.arange(W)[None]
         near = allowed & (back < c.sliding_window)[None]
-        return [near if i in c.window_layers else allowed for i in range(c.num_layers)]
+        return [near if self._has_window(i) else allowed for i in range(c.num_layers)]
+
+    def _has_window(self, layer: int) -> bool:
+        return self.config.sliding_window is not None and layer in self.config.window_layers
 
 
 def _experts(layers: list[Routing]) -> Int[Array, "B S M X"] | None:
@@ -266,29 +279,6 @@ def rotate(x: Float[Array, "B N S H"], rope: Rope) -> Float[Array, "B N S H"]:
     half = x.shape[-1] // 2
     turned = jnp.concatenate([-wide[..., half:], wide[..., :half]], axis=-1)
     return (wide * cos.astype(wide.dtype) + turned * sin.astype(wide.dtype)).astype(x.dtype)
-
-
-def attend(
-    q: Float[Array, "B N S H"],
-    k: Float[Array, "B K W H"],
-    v: Float[Array, "B K W H"],
-    allowed: Bool[Array, "B S W"],
-) -> Float[Array, "B S NH"]:
-    """softmax(q kᵀ / sqrt(H)) v over allowed slots; R = N // K query heads share one key head."""
-    B, N, S, H = q.shape
-    K, W = k.shape[1], k.shape[2]
-    wide = float_dtype(q)
-    grouped = q.reshape(B, K, (N // K) * S, H)  # one matmul per key head
-    if S == 1:  # keys on the left: XLA's CPU programs would pack a right operand at every step
-        scores = jnp.einsum("bkwh,bkqh->bkwq", k, grouped, preferred_element_type=wide)
-        scores = jax.lax.optimization_barrier(scores).swapaxes(2, 3)
-    else:
-        scores = jnp.einsum("bkqh,bkwh->bkqw", grouped, k, preferred_element_type=wide)
-    scores = scores.reshape(B, K, N // K, S, W) * H**-0.5
-    scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(wide).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, (N // K) * S, W)
-    out = jnp.einsum("bkqw,bkwh->bkqh", weights, v).reshape(B, N, S, H)
-    return out.swapaxes(1, 2).reshape(B, S, N * H)
 
 
 def head_logits(
