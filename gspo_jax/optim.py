@@ -77,7 +77,8 @@ def compress_state(
         return dequantise(leaf) if isinstance(leaf, Quantised) else leaf
 
     def init(params: PyTree) -> CompressedState:
-        return compressed(inner.init(params))
+        # Unseen by the compiler, which would work out the codes of all zeros itself, for minutes.
+        return compressed(jax.tree.map(jax.lax.optimization_barrier, inner.init(params)))
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None):
         full = jax.tree.map(decompress, state.inner, is_leaf=lambda x: isinstance(x, Quantised))
