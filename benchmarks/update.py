@@ -11,7 +11,8 @@ on. What is counted is what the model needs, whatever is computed twice:
     2 * matrices * tokens + 2 * head * response tokens + 2 * layers * width * heads * head_dim
     * tokens (causal attention), forward; three times that with the backward pass
 
-Compilation is timed by itself, with no cache; "temp" is what the compiler sets aside for `add`.
+Compilation is timed by itself, from nothing unless JAX_COMPILATION_CACHE_DIR is set; "temp" is what
+the compiler sets aside for `add`.
 """
 
 import argparse
