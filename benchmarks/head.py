@@ -15,12 +15,22 @@ import calibrate
 import jax
 import jax.numpy as jnp
 from decode import MODELS, qwen2
-from output import numbers, on_cpu, operations, parser, percent, report, shares
+from output import (
+    mebibytes,
+    numbers,
+    on_cpu,
+    operations,
+    parser,
+    percent,
+    report,
+    shares,
+    temp_bytes,
+)
 
 from gspo_jax.logps import token_logps
 
 COLUMNS = ("pass, positions at a time", "ms", "low - high", "FLOP/s", "of matmul", "of datasheet")
-COLUMNS += ("temp GiB", "n, others' cores")
+COLUMNS += ("temp MiB", "n, others' cores")
 
 
 def main() -> None:
@@ -65,7 +75,7 @@ def case(o: argparse.Namespace, rates, chunk: int) -> list[dict[str, Any]]:
                 "seconds": list(timing[:3]),
                 "flops_per_second": rate,
                 **shares(rate, rates),
-                "temp_bytes": passes[name].memory_analysis().temp_size_in_bytes,
+                "temp_bytes": temp_bytes(passes[name]),
                 "n": timing.n,
                 "foreign_cores": timing.foreign,
             }
@@ -82,7 +92,7 @@ def row(c: dict[str, Any]) -> list[str]:
         operations(c["flops_per_second"]),
         percent(c["of_measured"]),
         percent(c["of_datasheet"]),
-        f"{c['temp_bytes'] / 2**30:.2f}",
+        mebibytes(c["temp_bytes"]),
         f"{c['n']}, {c['foreign_cores']:.1f}",
     ]
 

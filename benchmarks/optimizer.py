@@ -14,12 +14,12 @@ import calibrate
 import jax
 import optax
 from decode import MODELS, qwen2, random_model
-from output import on_cpu, parser, percent, report
+from output import mebibytes, on_cpu, parser, percent, report, temp_bytes
 
 from gspo_jax.optim import make_optimizer
 
 COLUMNS = ("state", "ms", "low - high", "floor ms", "of floor", "bytes of state per parameter")
-COLUMNS += ("temp GiB", "n, others' cores")
+COLUMNS += ("temp MiB", "n, others' cores")
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def case(o: argparse.Namespace, rates, state: str) -> dict[str, Any]:
         "floor_seconds": floor,
         "share_of_floor": floor / timing.median,
         "bytes_per_parameter": kept / count,
-        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "temp_bytes": temp_bytes(compiled),
         "n": timing.n,
         "foreign_cores": timing.foreign,
     }
@@ -78,7 +78,7 @@ def row(c: dict[str, Any]) -> list[str]:
         f"{1e3 * c['floor_seconds']:.1f}",
         percent(c["share_of_floor"]),
         f"{c['bytes_per_parameter']:.3f}",
-        f"{c['temp_bytes'] / 2**30:.3f}",
+        mebibytes(c["temp_bytes"]),
         f"{c['n']}, {c['foreign_cores']:.1f}",
     ]
 

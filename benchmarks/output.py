@@ -56,6 +56,16 @@ def operations(rate: float) -> str:
     return f"{rate / 1e12:.3g} T"
 
 
+def temp_bytes(compiled: jax.stages.Compiled) -> int | None:
+    """What the compiler sets aside for a program beside its arguments and results."""
+    analysis = compiled.memory_analysis()
+    return None if analysis is None else analysis.temp_size_in_bytes
+
+
+def mebibytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**20:,.1f}"
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The first column to the left, the others to the right."""
     lines = [list(columns), *map(list, rows)]

@@ -25,7 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from decode import MODELS, multiplied, qwen2, random_model
-from output import numbers, on_cpu, operations, parser, percent, report, shares
+from output import (
+    mebibytes,
+    numbers,
+    on_cpu,
+    operations,
+    parser,
+    percent,
+    report,
+    shares,
+    temp_bytes,
+)
 
 from gspo_jax.batch import TrainBatch
 from gspo_jax.losses import gspo
@@ -35,7 +45,7 @@ from gspo_jax.optim import make_optimizer
 from gspo_jax.update import Accumulated, init_state, make_programs, microbatches
 
 COLUMNS = ("microbatch, width", "rows", "gradient s", "optimizer s", "low - high", "FLOP/s")
-COLUMNS += ("of matmul", "of datasheet", "compile s", "temp GiB", "n, others' cores")
+COLUMNS += ("of matmul", "of datasheet", "compile s", "temp MiB", "n, others' cores")
 
 
 def main() -> None:
@@ -97,7 +107,7 @@ def case(config: QwenConfig, o, rates, tokens: int, width: int) -> dict[str, Any
         "flops_per_second": rate,
         **shares(rate, rates),
         "compile_seconds": compiled,
-        "temp_bytes": add.memory_analysis().temp_size_in_bytes,
+        "temp_bytes": temp_bytes(add),
         "n": o.repeats,
         "foreign_cores": took["gradient"].foreign,
     }
@@ -136,7 +146,7 @@ def row(c: dict[str, Any]) -> list[str]:
         percent(c["of_measured"]),
         percent(c["of_datasheet"]),
         f"{c['compile_seconds']:.1f}",
-        f"{c['temp_bytes'] / 2**30:.2f}",
+        mebibytes(c["temp_bytes"]),
         f"{c['n']}, {c['foreign_cores']:.1f}",
     ]
 
