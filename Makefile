@@ -4,17 +4,21 @@ EXTRAS ?= cpu
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test parity lint clean
+.PHONY: demo test parity gpu-check lint clean
 
 demo: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/gspo-jax demo
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2 -m "not parity"
+	$(BIN)/python -m pytest -n 2 -m "not parity and not gpu"
 
 # What can only be checked beside torch: transformers' own logits and greedy tokens.
 parity: $(VENV)/installed-parity
 	$(BIN)/python -m pytest -n 2 -m parity
+
+# Tests and benchmarks that need a GPU, in any environment that has jax for it; at most 9 minutes.
+gpu-check:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/pyright

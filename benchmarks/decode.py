@@ -16,10 +16,8 @@ Weights are random, drawn on the device from shapes alone. Two tables:
 """
 
 import argparse
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import calibrate
@@ -27,8 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
+from output import numbers, parser, report
 
 from gspo_jax import generate as engine
 from gspo_jax.generate import PureModel, Rows, Sampling, bucket, generate, programs_for
@@ -53,7 +50,6 @@ def main() -> None:
     rates = calibrate.rates(options.dtype)
     floor = floor_of(config, model[1], rates)
     result = {
-        "environment": calibrate.environment(),
         "model": options.model,
         "dtype": options.dtype,
         "rates": rates,
@@ -62,34 +58,22 @@ def main() -> None:
             for context in options.contexts
             for batch in options.batches
         ],
-        "rollouts": rollouts(model, config, floor, options),
+        "rollouts": rollouts(model, config, floor, options) if options.prompts else [],
     }
-    show(result)
-    kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
-    name = f"decode-{kind}-{options.model}-{options.dtype}.json"
-    path = Path(options.out) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {path}")
+    report("decode", result, COLUMNS, rows(result), options.out)
 
 
 def parse() -> argparse.Namespace:
-    def numbers(text: str) -> list[int]:
-        return [int(x) for x in text.split(",") if x]
-
-    parser = argparse.ArgumentParser(description="ms per token step, and seconds per rollout")
-    on_cpu = jax.default_backend() == "cpu"
-    parser.add_argument("--model", choices=MODELS, default="10m")
-    parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
-    parser.add_argument("--batches", type=numbers, default=[8, 16, 32, 64])
-    parser.add_argument("--contexts", type=numbers, default=[96, 288])
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--group-size", type=int, default=8)
-    parser.add_argument("--prompt-length", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", default=Path(__file__).parent / "results")
-    return parser.parse_args()
+    options = parser("ms per token step, and seconds per rollout")
+    options.add_argument("--model", choices=MODELS, default="10m")
+    options.add_argument("--batches", type=numbers, default=[8, 16, 32, 64])
+    options.add_argument("--contexts", type=numbers, default=[96, 288])
+    options.add_argument("--prompts", type=int, default=8, help="0 leaves out whole rollouts")
+    options.add_argument("--group-size", type=int, default=8)
+    options.add_argument("--prompt-length", type=int, default=32)
+    options.add_argument("--new-tokens", type=int, default=64)
+    options.set_defaults(repeats=7)
+    return options.parse_args()
 
 
 def qwen2(name: str) -> QwenConfig:
@@ -125,11 +109,16 @@ def random_model(config: QwenConfig, dtype: str) -> PureModel:
     return graphdef, draw(jax.random.key(0))
 
 
+def multiplied(config: QwenConfig, params) -> int:
+    """Parameters that a token is multiplied with: the matrices, an embedding only as the head."""
+    matrices = sum(x.size for x in jax.tree.leaves(params) if x.ndim > 1)
+    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    return matrices - looked_up
+
+
 def floor_of(config: QwenConfig, params, rates: dict[str, float]) -> Callable[[int, float], float]:
     """(rows, slots) -> seconds of one token step at best; no rows take none."""
-    matrices = sum(x.size for x in jax.tree.leaves(params) if x.ndim > 1)
-    if not config.tie_word_embeddings:
-        matrices -= config.vocab_size * config.hidden_size  # the embedding is only looked up
+    matrices = multiplied(config, params)
     width = jax.tree.leaves(params)[0].dtype.itemsize
     per_slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim * width
 
@@ -155,7 +144,13 @@ def step(model: PureModel, config, floor, batch: int, context: int, repeats: int
 
     def run():
         state[0], state[1], drawn = engine._decode(
-            *model, *state, np.int32(context - STEPS), np.int32(1), sampling=Sampling(), steps=STEPS
+            *model,
+            *state,
+            np.int32(context - STEPS),
+            np.int32(1),
+            sampling=Sampling(),
+            steps=STEPS,
+            record_routing=False,
         )
         return drawn
 
@@ -224,12 +219,12 @@ def rollouts(model: PureModel, config, floor, o: argparse.Namespace) -> list[dic
     return found
 
 
-def show(result: dict[str, Any]) -> None:
-    e, rates = result["environment"], result["rates"]
-    print(f"{result['model']} {result['dtype']} on {e['device']}, {e['processor']}")
-    print(f"jax {e['jax']}, commit {e['commit']}: {e['command']}")
-    print(f"copy {rates['copy'] / 1e9:.1f} GB/s, matmul {rates['matmul'] / 1e9:,.0f} GFLOP/s")
-    rows = [
+COLUMNS = ("", "ms, median of n", "low - high", "floor ms", "of floor", "tokens/s", "length")
+COLUMNS += ("n, others' cores",)
+
+
+def rows(result: dict[str, Any]) -> list[list[str]]:
+    found = [
         (f"step, {r['batch']} rows x {r['context']} slots", r["ms"], r["floor_ms"], "", r)
         for r in result["steps"]
     ] + [
@@ -242,23 +237,22 @@ def show(result: dict[str, Any]) -> None:
         )
         for r in result["rollouts"]
     ]
-    table = Table("", box=None)
-    for name in ("ms, median of n", "low - high", "floor ms", "of floor", "tokens/s", "length"):
-        table.add_column(name, justify="right")
-    table.add_column("n, others' cores", justify="right")
-    for name, (median, low, high), best, length, r in rows:
+    lines = []
+    for name, (median, low, high), best, length, r in found:
         digits = max(0, 2 - math.floor(math.log10(max(median, 1e-9))))
-        table.add_row(
-            name,
-            f"{median:.{digits}f}",
-            f"{low:.{digits}f} - {high:.{digits}f}",
-            f"{best:.{digits}f}",
-            f"{r['share_of_floor']:.0%}",
-            f"{r['tokens_per_second']:,.0f}",
-            length,
-            f"{r['n']}, {r['foreign_cores']:.1f}",
+        lines.append(
+            [
+                name,
+                f"{median:.{digits}f}",
+                f"{low:.{digits}f} - {high:.{digits}f}",
+                f"{best:.{digits}f}",
+                f"{r['share_of_floor']:.0%}",
+                f"{r['tokens_per_second']:,.0f}",
+                length,
+                f"{r['n']}, {r['foreign_cores']:.1f}",
+            ]
         )
-    Console(width=120).print(table)
+    return lines
 
 
 if __name__ == "__main__":

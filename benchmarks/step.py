@@ -31,10 +31,10 @@ from gspo_jax.advantages import group_normalised
 from gspo_jax.batch import Completions, Problem, Rollout
 from gspo_jax.generate import generate
 from gspo_jax.losses import gspo
+from gspo_jax.microbatch import MICROBATCH_TOKENS
 from gspo_jax.models import load_model
 from gspo_jax.objective import Objective, cast
 from gspo_jax.optim import make_optimizer
-from gspo_jax.policy import MICROBATCH_TOKENS
 from gspo_jax.rollout import to_train_batch
 from gspo_jax.tokenizer import load_tokenizer
 from gspo_jax.update import init_state, make_programs, update_on_rollout
@@ -88,7 +88,9 @@ def make_step(o: argparse.Namespace):
         shortest_prompt=min(map(len, prompts)),
     )
     programs = make_programs(graphdef, optimizer, objective)
-    state = [init_state(params, optimizer)]
+    # Compiled, the moments never exist in float32, nor a second copy of the parameters.
+    state = [jax.jit(lambda p: init_state(p, optimizer), donate_argnums=0)(params)]
+    del params
     advantage = jax.jit(partial(group_normalised, group_size=o.group_size))
     eos = list(range(3, 3 + o.eos))
 

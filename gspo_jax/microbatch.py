@@ -22,6 +22,10 @@ Carry = TypeVar("Carry")
 WIDTHS = 4  # at most, equally spaced ...
 SPACING = 32  # ... by this many tokens at least: a program less is worth more than less padding
 
+# Per forward and backward pass where algo.microbatch does not say. On a CPU small buffers stay in
+# the heap and page faults are saved; an accelerator wants large matmuls.
+MICROBATCH_TOKENS = {"cpu": 512, "accelerator": 16384}
+
 
 class Microbatches(NamedTuple):
     """Microbatches of one width, run one after the other by one program.

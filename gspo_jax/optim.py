@@ -7,14 +7,16 @@ Master parameters stay in float32: an RL step of 1e-6 is far below bfloat16's sp
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from gspo_jax.quant import Quantised, block_size, dequantise, quantise
+from gspo_jax.quant import Quantised, block_size, dequantise, hashed, quantise
 
 NON_NEGATIVE = ("nu", "v")  # optax's names for second moments
 SHORTEST_BLOCK = 16  # below this the scales would cost as much as they save
@@ -31,6 +33,7 @@ def compress_state(
     *,
     block: int = 256,
     min_size: int = 4096,
+    stochastic: bool = False,
     select: Callable[[tuple[Any, ...], jax.Array], bool] | None = None,
 ) -> optax.GradientTransformation:
     """`inner`, with its state held in 8 bits between updates.
@@ -44,6 +47,9 @@ def compress_state(
         inner: any optax transformation; fields named "nu" or "v" are taken to be non-negative.
         block: elements per scale along the last axis, less where it does not divide.
         min_size: smaller leaves stay in float32.
+        stochastic: round second moments by chance. An update moves one by about 1 - b2 of itself,
+            0.1 % at b2 = 0.999: far below half a step (3.3 %), so beside a block's steady maximum
+            rounding to the nearest code would leave it where it is.
         select: (path, leaf) -> may this leaf be compressed; default all matrices.
     """
 
@@ -52,25 +58,49 @@ def compress_state(
         fits = leaf.ndim >= 2 and block_size(leaf.shape[-1], block) >= SHORTEST_BLOCK
         return large and fits and (select is None or select(path, leaf))
 
-    def compress(path: tuple[Any, ...], leaf: Any) -> Any:
+    def compress(path: tuple[Any, ...], leaf: Any, count: Any) -> Any:
         if not chosen(path, leaf):
             return leaf
-        names = {getattr(key, "name", getattr(key, "key", None)) for key in path}
-        signed = names.isdisjoint(NON_NEGATIVE)
-        return quantise(leaf, signed=signed, block=block_size(leaf.shape[-1], block))
+        signed = _names(path).isdisjoint(NON_NEGATIVE)
+        uniform = None
+        if stochastic and not signed:
+            uniform = hashed(leaf.shape, count, crc32(jax.tree_util.keystr(path).encode()))
+        size = block_size(leaf.shape[-1], block)
+        return quantise(leaf, signed=signed, block=size, uniform=uniform)
+
+    def compressed(full: PyTree) -> CompressedState:
+        count = _count_of(full) if stochastic else None
+        coded = jax.tree_util.tree_map_with_path(partial(compress, count=count), full)
+        return CompressedState(coded)
 
     def decompress(leaf: Any) -> Any:
         return dequantise(leaf) if isinstance(leaf, Quantised) else leaf
 
     def init(params: PyTree) -> CompressedState:
-        return CompressedState(jax.tree_util.tree_map_with_path(compress, inner.init(params)))
+        # Unseen by the compiler, which would work out the codes of all zeros itself, for minutes.
+        return compressed(jax.tree.map(jax.lax.optimization_barrier, inner.init(params)))
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None):
         full = jax.tree.map(decompress, state.inner, is_leaf=lambda x: isinstance(x, Quantised))
         updates, full = inner.update(updates, full, params)
-        return updates, CompressedState(jax.tree_util.tree_map_with_path(compress, full))
+        return updates, compressed(full)
 
     return optax.GradientTransformation(init, update)
+
+
+def _names(path: tuple[Any, ...]) -> set[Any]:
+    return {getattr(key, "name", getattr(key, "key", None)) for key in path}
+
+
+def _count_of(state: PyTree) -> jax.Array:
+    """The inner state's own count of updates."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if "count" in _names(path[-1:]):
+            return leaf
+    raise ValueError(
+        "stochastic=True draws by the inner state's `count`, as Adam's, and this state has none; "
+        "leave it False."
+    )
 
 
 def make_schedule(

@@ -17,6 +17,7 @@ from gspo_jax.checks import check_experts
 from gspo_jax.config import Config, model_dir
 from gspo_jax.errors import DataError
 from gspo_jax.generate import PureModel
+from gspo_jax.microbatch import MICROBATCH_TOKENS
 from gspo_jax.models.attention import Choice, choose
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.hf import lent_files, load_model, read_config
@@ -27,10 +28,6 @@ from gspo_jax.rollout import Scorer, encode_prompts
 from gspo_jax.sharding import make_mesh, sharding_for
 from gspo_jax.tasks import Task, load_task
 from gspo_jax.tokenizer import Tokenizer, load_tokenizer
-
-# Per forward and backward pass where algo.microbatch does not say. On a CPU small buffers stay in
-# the heap and page faults are saved; an accelerator wants large matmuls.
-MICROBATCH_TOKENS = {"cpu": 512, "accelerator": 16384}
 
 _compiled_cast = jax.jit(cast, static_argnums=1)
 

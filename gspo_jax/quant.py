@@ -9,6 +9,9 @@ over many octaves instead, and never maps a nonzero number to 0.
 
 where `max` is the largest magnitude of the block, code 0 means exactly 0, and whatever lies below
 the range takes code ±1 (over-estimating a tiny second moment is safe).
+
+Rounding to the nearest code loses changes of less than half a step. Given `uniform` numbers, a
+value takes one of its two neighbouring codes by chance instead, and is right on average.
 """
 
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 UNSIGNED_OCTAVES, SIGNED_OCTAVES = 24.0, 16.0
 
@@ -43,16 +46,24 @@ def block_size(last_axis: int, largest: int = 256) -> int:
     return max(n for n in range(1, min(largest, last_axis) + 1) if last_axis % n == 0)
 
 
-def quantise(x: Float[Array, "*shape"], *, signed: bool, block: int = 256) -> Quantised:
+def quantise(
+    x: Float[Array, "*shape"],
+    *,
+    signed: bool,
+    block: int = 256,
+    uniform: Float[Array, "*shape"] | None = None,
+) -> Quantised:
     """`x` as 8-bit codes with one scale per `block` elements of the last axis.
 
     The relative error of an element is at most half a step: 3.3 % unsigned, 4.5 % signed, while
-    it lies within 24 or 16 octaves of its block's largest magnitude. Zeros stay exact.
+    it lies within 24 or 16 octaves of its block's largest magnitude. Zeros stay exact. With
+    `uniform` the error is up to a whole step, and 0 on average.
 
     Args:
         x: any float array with at least one axis; non-negative if `signed` is false.
         signed: keep signs, at the price of one bit.
         block: elements per scale; must divide the last axis (see `block_size`).
+        uniform: numbers from [0, 1), one per element (see `hashed`).
     """
     if x.shape[-1] % block:
         raise ValueError(f"{x.shape[-1]=} does not split into {block=}; take block_size(n).")
@@ -64,7 +75,9 @@ def quantise(x: Float[Array, "*shape"], *, signed: bool, block: int = 256) -> Qu
     ratio = (blocks / jnp.where(scale > 0, scale, 1.0)[..., None]).reshape(x.shape)
     log2 = jnp.log2(jnp.where(magnitude > 0, ratio, 1.0))
     top, octaves = (127.0, SIGNED_OCTAVES) if signed else (255.0, UNSIGNED_OCTAVES)
-    code = jnp.clip(top + jnp.round(log2 * ((top - 1) / octaves)), 1, top)
+    step = octaves / (top - 1)
+    place = jnp.round(log2 / step) if uniform is None else _by_chance(log2, step, uniform)
+    code = jnp.clip(top + place, 1, top)
     if signed:
         code = jnp.where(wide < 0, code + 128, code)
     code = jnp.where(magnitude > 0, code, 0.0)
@@ -82,3 +95,32 @@ def dequantise(q: Quantised) -> Float[Array, "*shape"]:
     ratio = jnp.exp2((code - top) * (octaves / (top - 1)))
     blocks = ratio.reshape(*q.scale.shape, -1) * q.scale[..., None]
     return jnp.where(code > 0, sign * blocks.reshape(q.codes.shape), 0.0)
+
+
+def _by_chance(log2, step: float, uniform) -> Float[Array, "*shape"]:
+    """The code below or above, so that the mean of the two *values* is 2 ** log2."""
+    below = jnp.floor(log2 / step)
+    share = (jnp.exp2(log2 - below * step) - 1) / (2**step - 1)
+    return jnp.where(uniform < share, below + 1, below)
+
+
+def hashed(shape: tuple[int, ...], *seeds: Int[Array, ""] | int) -> Float[Array, "*shape"]:
+    """Numbers from [0, 1) that depend on an element's index and the seeds alone.
+
+    Elementwise, so it fuses and shards with what it is used in: a generator's key would have to
+    be carried from step to step, and its bits written to memory.
+    """
+    index = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    salt = jnp.uint32(0)
+    for seed in seeds:
+        salt = _mix(salt * jnp.uint32(31) + jnp.asarray(seed, jnp.uint32))
+    return (_mix(_mix(index) ^ salt) >> jnp.uint32(8)).astype(jnp.float32) * 2.0**-24
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """The finaliser of MurmurHash3: every input bit flips every output bit half of the time."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
+    return x ^ (x >> jnp.uint32(16))

@@ -1,13 +1,17 @@
 """compress_state follows the float32 optimizer; the chain and the schedule are optax's own."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from gspo_jax.optim import compress_state, make_optimizer, make_schedule
-from gspo_jax.quant import Quantised
+from gspo_jax.optim import CompressedState, compress_state, make_optimizer, make_schedule
+from gspo_jax.quant import Quantised, dequantise, quantise
 
 
 @pytest.fixture(autouse=True)
@@ -67,12 +71,111 @@ def test_with_min_size_out_of_reach_it_is_the_inner_transformation_exactly():
     np.testing.assert_array_equal(a["w"], b["w"])
 
 
-def test_it_wraps_any_transformation_and_survives_multisteps():
+@pytest.mark.parametrize(
+    ("inner", "rate"),
+    [(optax.lion, 1e-3), (lambda rate: optax.sgd(rate, momentum=0.9), 0.02), (optax.rmsprop, 1e-3)],
+    ids=["lion", "momentum", "rmsprop"],
+)
+def test_it_wraps_any_transformation(inner, rate):
     loss, params = regression(2)
-    tx = optax.MultiSteps(compress_state(optax.lion(1e-3)), every_k_schedule=2)
-    _, state, values = descend(tx, loss, params, 40)
-    assert values[-1] < values[0]
-    assert isinstance(state.inner_opt_state.inner[0].mu["w"], Quantised)
+    _, _, exact = descend(inner(rate), loss, params, 60)
+    _, state, coded = descend(compress_state(inner(rate)), loss, params, 60)
+    assert exact[-1] < exact[0] / 2
+    np.testing.assert_allclose(coded[-1], exact[-1], rtol=0.1)  # midway down
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Quantised))
+    # One moment each: of rmsprop the second, so unsigned.
+    assert [q.signed for q in nodes if isinstance(q, Quantised)] == [inner is not optax.rmsprop]
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_under_multisteps_two_half_steps_are_one_step_on_their_mean(stochastic):
+    """MultiSteps keeps the state where it accumulates: the codes may not move meanwhile."""
+    params = {"w": jnp.zeros((64, 128))}
+    tx = compress_state(optax.adam(1e-3), stochastic=stochastic)
+    many = optax.MultiSteps(tx, every_k_schedule=2)
+    state, single = many.init(params), tx.init(params)
+    for n in range(3):
+        key = jax.random.split(jax.random.key(n))
+        a, b = ({"w": jax.random.normal(k, (64, 128))} for k in key)
+        before = state.inner_opt_state
+        _, state = many.update(a, state, params)
+        jax.tree.map(np.testing.assert_array_equal, before, state.inner_opt_state)
+        got, state = many.update(b, state, params)
+        want, single = tx.update(jax.tree.map(lambda a, b: (a + b) / 2, a, b), single, params)
+        np.testing.assert_allclose(got["w"], want["w"], rtol=1e-5, atol=1e-8)
+    for name in ("mu", "nu"):
+        got, want = (getattr(x.inner[0], name)["w"] for x in (state.inner_opt_state, single))
+        moved = got.codes != want.codes  # compiled or not, a tie may fall to either side
+        assert moved.mean() < 1e-3
+
+
+def wandering(stochastic):
+    """Second moments after 1000 updates with b2 = 0.999 whose gradients have gone from 1 to 2."""
+    tx = compress_state(optax.scale_by_adam(b2=0.999), stochastic=stochastic)
+    params = jnp.zeros((16, 256))
+    calm = jnp.ones((16, 256)).at[:, 0].set(10.0)  # the block's maximum: 10 throughout
+    state = tx.init(params).inner
+    full = state._replace(mu=jnp.zeros_like(params), nu=calm**2, count=jnp.int32(10**6))
+    moved = (2 * calm).at[:, 0].set(10.0)
+
+    @jax.jit
+    def run(state):
+        return jax.lax.fori_loop(0, 1000, lambda _, s: tx.update(moved, s, params)[1], state)
+
+    coded = full._replace(mu=quantise(full.mu, signed=True), nu=quantise(full.nu, signed=False))
+    return np.asarray(dequantise(run(CompressedState(coded)).inner.nu))[:, 1:]
+
+
+def test_a_slow_second_moment_stalls_in_8_bits_and_moves_if_rounded_by_chance():
+    # In float32: 4 - 3 * 0.999 ** 1000 = 2.897. One update adds 0.3 %, half a step is 3.3 %.
+    np.testing.assert_allclose(wandering(False), 1.0, rtol=0.034)
+    nu = wandering(True)
+    assert nu.mean() == pytest.approx(2.897, rel=0.02)
+    assert nu.std() < 0.25 * nu.mean()  # the price: noise of a few codes
+
+
+def test_rounding_by_chance_trains_as_well_as_float32_state():
+    loss, params = regression(4)
+    _, _, exact = descend(optax.adamw(1e-2, b2=0.999), loss, params, 300)
+    tx = compress_state(optax.adamw(1e-2, b2=0.999), stochastic=True)
+    _, _, coded = descend(tx, loss, params, 300)
+    np.testing.assert_allclose(coded[-1], exact[-1], rtol=0.03)
+
+
+def test_rounding_by_chance_is_refused_without_a_count():
+    with pytest.raises(ValueError, match="stochastic=True draws by the inner state's `count`"):
+        compress_state(optax.trace(0.9), stochastic=True).init({"w": jnp.zeros((64, 128))})
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("spec", [P("x", None), P(None, "x"), P("x", "y")])
+def test_sharded_and_donated_it_computes_the_same_codes(spec, stochastic):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    place = partial(jax.device_put, device=NamedSharding(mesh, spec))
+    tx = compress_state(optax.adam(1e-3), block=64, stochastic=stochastic)
+
+    @partial(jax.jit, donate_argnums=(1, 2))
+    def step(grads, params, state):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def run(put):
+        params = put(jnp.ones((16, 512)))
+        state = jax.tree.map(lambda x: put(x) if x.ndim == 2 else x, tx.init(params))
+        for n in range(2):
+            donated = state
+            grads = put(jax.random.normal(jax.random.key(n), (16, 512)))
+            params, state = step(grads, params, state)
+            assert donated.inner[0].nu.codes.is_deleted()
+        return params, state.inner[0]
+
+    params, adam = run(place)
+    whole_params, whole = run(lambda x: x)
+    np.testing.assert_array_equal(params, whole_params)
+    for sharded, single in ((adam.mu, whole.mu), (adam.nu, whole.nu)):
+        np.testing.assert_array_equal(sharded.codes, single.codes)
+        np.testing.assert_array_equal(sharded.scale, single.scale)
+        assert sharded.codes.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
 
 
 def test_the_chain_in_float32_is_optax_adamw_with_clipping():

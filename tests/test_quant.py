@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gspo_jax.quant import block_size, dequantise, quantise
+from gspo_jax.quant import block_size, dequantise, hashed, quantise
 
 # Half a step: 2^(24/254/2) - 1 and 2^(16/126/2) - 1, with a little room for float32's log2.
 HALF_STEP = {False: 2 ** (24 / 508) - 1 + 1e-4, True: 2 ** (16 / 252) - 1 + 1e-4}
@@ -64,3 +64,41 @@ def test_block_size_is_the_largest_divisor(n, want):
 def test_a_block_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="does not split into block=3"):
         quantise(jnp.ones((2, 8)), signed=True, block=3)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_rounded_by_chance_the_mean_is_the_value_and_no_error_is_beyond_a_step(signed):
+    x = spread(7, 12, signed).reshape(-1)  # 256 values; each gets 4096 draws
+    draws = 4096
+    many = jnp.broadcast_to(jnp.asarray(x), (draws, x.size))
+    coded = quantise(many, signed=signed, block=256, uniform=hashed(many.shape, 3))
+    back = np.asarray(dequantise(coded), np.float64)
+    step = (1 + HALF_STEP[signed]) ** 2 - 1
+    assert np.all(np.abs(back - x) <= 1.01 * step * np.abs(x))
+    # A draw's deviation is at most half a step, so the mean's is step / 2 / 64; five of those.
+    error = (back.mean(0) - x) / np.where(x == 0, 1, x)
+    assert np.abs(error).max() < 5 * step / 2 / 64
+    # Over all 256 it is 16 times smaller still. Chances even in the logarithm, not in the value,
+    # would be wrong by step² / 12: twice this bound.
+    assert abs(error[x != 0].mean()) < 5 * step / 2 / 64 / 15
+    np.testing.assert_array_equal(back[:, x == 0], 0.0)
+    largest = np.abs(x).argmax()
+    np.testing.assert_array_equal(back[:, largest], x[largest])  # exact, whatever is drawn
+
+
+def test_by_chance_nothing_underflows_either():
+    x = np.sort(spread(5, 60, False), axis=None).reshape(1, -1)
+    coded = quantise(jnp.asarray(x), signed=False, block=256, uniform=hashed(x.shape, 0))
+    np.testing.assert_array_equal(np.asarray(coded.codes) == 0, x == 0)
+
+
+def test_hashed_numbers_are_uniform_and_differ_by_index_and_by_each_seed():
+    u = np.asarray(hashed((512, 128), 5, 9))
+    assert u.min() >= 0 and u.max() < 1
+    counts, _ = np.histogram(u, bins=64, range=(0, 1))
+    # 65536 draws, 1024 per bin, standard deviation 32; chi-squared of 63 degrees is 63 ± 11.
+    assert ((counts - 1024.0) ** 2 / 1024).sum() < 63 + 5 * 11.3
+    others = [hashed((512, 128), 6, 9), hashed((512, 128), 5, 10), hashed((512, 128), 9, 5)]
+    for v in [*map(np.asarray, others), np.roll(u, 1, axis=0), np.roll(u, 1, axis=1)]:
+        # The correlation of 65536 independent pairs has standard deviation 1 / 256.
+        assert abs(np.corrcoef(u.ravel(), v.ravel())[0, 1]) < 5 / 256
