@@ -55,7 +55,7 @@ def layer_parameters(c: QwenConfig) -> int:
     return total
 
 
-def forward(c: QwenConfig, rows: float, length: int, scored: int) -> float:
+def forward(c: QwenConfig, rows: int, length: int, scored: int) -> int:
     """Operations of a forward pass: `scored` positions of each row meet the vocabulary."""
     dense = length * layer_parameters(c) + scored * c.hidden_size * c.vocab_size
     attention = c.num_layers * c.num_heads * c.head_dim * length**2

@@ -26,6 +26,7 @@ from gspo_jax.microbatch import rows_of, widths
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.objective import Objective
 from gspo_jax.policy import Policy, Problems
+from gspo_jax.sharding import batch_ways
 from gspo_jax.update import TrainState
 
 
@@ -165,14 +166,14 @@ def activations(run: Sketch, layers: int | None = None) -> int:
     c = run.shape
     width, rows = max(microbatch_shapes(run, 1 << 30), key=lambda shape: math.prod(shape))
     itemsize = jax.numpy.dtype(run.policy.dtype).itemsize
-    mlp = c.intermediatesize if c.experts is None else c.experts.size * c.experts.per_token
+    mlp = c.intermediate_size if c.experts is None else c.experts.size * c.experts.per_token
     heads = 3 * (c.num_heads + c.num_kv_heads) * c.head_dim
-    numbers = (6 * c.hiddensize + heads + 4 * mlp) * itemsize
+    numbers = (6 * c.hidden_size + heads + 4 * mlp) * itemsize
     attention = c.num_heads * width * (4 + itemsize)
     one = numbers + attention
     if layers is None:
         layers = c.num_layers if run.config.model.remat == "none" else 1
-    kept = layers * one + c.num_layers * c.hiddensize * itemsize
+    kept = layers * one + c.num_layers * c.hidden_size * itemsize
     return rows // ways(run) * width * kept
 
 
@@ -180,14 +181,14 @@ def head(run: Sketch) -> int:
     """Bytes per device of the logits that are alive at a time, and of their gradient."""
     width, rows = microbatch_shapes(run, 1 << 30)[0]
     positions = min(rows // ways(run) * width, 4096)
-    return 3 * positions * run.shape.vocabsize * 4
+    return 3 * positions * run.shape.vocab_size * 4
 
 
 def cache(run: Sketch) -> int:
     """Bytes per device of the rollout's keys and values, when all responses are full."""
     c, r = run.shape, run.config.rollout
     slots = run.problems.longest + r.max_completion_length
-    rows = -(-r.prompts * r.groupsize // ways(run))
+    rows = -(-r.prompts * r.group_size // ways(run))
     itemsize = jax.numpy.dtype(run.policy.dtype).itemsize
     return 2 * c.num_layers * rows * c.num_kv_heads * c.head_dim * slots * itemsize
 

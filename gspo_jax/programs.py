@@ -12,6 +12,7 @@ rows end.
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -221,7 +222,7 @@ def _each_width(run: Sketch, jitted, arguments, rows: int, alive: int) -> Iterat
     count = _host((), "int32")
     for width, m in microbatch_shapes(run, rows):
         ids = _host((-(-rows // m), m), "int32")
-        text = f"{m} x {width} tokens"
+        text = f"{m} x {width} tokens, {rows} rows in all"
         more = (*arguments, ids, count)
         yield _plan(run, "update", jitted, more, {"width": width}, text, alive)
 

@@ -160,7 +160,7 @@ def test_what_does_not_fit_is_refused_with_settings_that_help(config, capsys, mo
         assert setting in str(error.value)
     monkeypatch.setattr(gspo_jax.plan, "capacity", lambda: 50_000)
     many = config("rollout.prompts=512", "algo.microbatch=1")
-    with pytest.raises(ConfigError, match=r"rollout: set rollout.prompts=256"):
+    with pytest.raises(ConfigError, match=r"of the rollout\): set rollout.prompts=256 or"):
         report(many, compiled=False)
 
 
@@ -173,10 +173,6 @@ def test_the_command_refuses_with_exit_code_2(config, data, tiny_dir, capsys):
     assert capsys.readouterr().err.startswith("gspo-jax: needs ")
 
 
-# What is not planned: numbers per row, moved or computed before and between the programs.
-SMALL = 20_000  # elements
-
-
 def compiled_by(action, caplog):
     """{(function, shapes)} of everything that is compiled."""
     caplog.clear()
@@ -185,6 +181,7 @@ def compiled_by(action, caplog):
         action()
     text = r"Compiling (?:jit\()?(\w+)\)? with global shapes and types (.*?)\. Argument mapping"
     found = [re.search(text, record.getMessage()) for record in caplog.records]
+    caplog.clear()
     return {(m[1], m[2]) for m in found if m}
 
 
@@ -193,18 +190,19 @@ def elements(shapes):
     return sum(math.prod(map(int, size.split(","))) for size in sizes)
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("overrides", [[], ["algo.kl.coef=0.1"]])
-def test_a_run_compiles_no_large_program_that_is_not_planned(config, caplog, overrides):
-    c = config(*overrides)
+def test_a_run_compiles_no_large_program_that_is_not_planned(config, caplog):
+    c = config("algo.kl.coef=0.1")
     planned = programs(sketched(c), every_length=True)
     listed = compiled_by(lambda: [p.lower().compile() for p in planned], caplog)
     ran = compiled_by(lambda: train(c), caplog)
     names = {p.name for p in planned}
     assert {"_prefill", "_decode", "_fit", "look", "add", "apply"} <= {name for name, _ in ran}
-    assert {x for x in ran if x[0] in names} <= listed
-    others = {x for x in ran - listed if elements(x[1]) > 2 * PARAMETERS}
-    assert others == set()
+    # jnp.add of two numbers has the name of a planned one
+    unforeseen = {x for x in ran - listed if x[0] in names and elements(x[1]) > 4}
+    assert {(name, elements(shapes)) for name, shapes in unforeseen} == set()
+    # what is not planned works on numbers per row, but for the reference's beginning, and the cast
+    # that changes nothing in float32
+    assert {name for name, shapes in ran - listed if elements(shapes) > 4096} == {"copy", "cast"}
 
 
 def test_steps_after_the_first_compile_nothing(config):
