@@ -125,7 +125,9 @@ def plan(arguments: argparse.Namespace) -> int:
     from gspo_jax.plan import report
 
     limit = None if arguments.memory is None else int(arguments.memory * 1e9)
-    print(report(config, compiled=not arguments.no_compile, limit=limit))
+    # XLA's account of a CPU program says little of another device: it undoes rematerialisation.
+    compiled = limit is None and not arguments.no_compile
+    print(report(config, compiled=compiled, limit=limit))
     return 0
 
 
@@ -246,7 +248,9 @@ def _parser() -> argparse.ArgumentParser:
             _add_settings(sub, name)
         if name == "plan":
             sub.add_argument("--no-compile", action="store_true", help="estimate; takes seconds")
-            sub.add_argument("--memory", type=float, metavar="GB", help="of a device, if not this")
+            sub.add_argument(
+                "--memory", type=float, metavar="GB", help="of another device; estimates"
+            )
     return parser
 
 

@@ -226,7 +226,7 @@ def _memory(run: Sketch, found: Sequence[Compiled], limit: int) -> list[tuple[st
         lines.append((title, f"{size(worst.peak):>9}  peak, in {_named(worst.planned)}{how}"))
     peak = max(x.peak for x in found)
     text = f"{size(peak):>9}  of {size(limit)} per device ({peak / limit:.0%})"
-    if jax.default_backend() == "cpu":
+    if worst_add.seconds and jax.default_backend() == "cpu":
         text += "; of the programs for this CPU: an accelerator's need other temporary memory"
     return [*lines, ("peak", text)]
 

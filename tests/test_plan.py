@@ -210,3 +210,13 @@ def test_steps_after_the_first_compile_nothing(config):
     lines = (result.run_dir / "metrics.jsonl").read_text().splitlines()
     compiles = [row["compiles"] for row in map(json.loads, lines) if row["step"]]
     assert compiles[0] > 0 and compiles[1:] == [0, 0]
+
+
+def test_a_critic_and_its_values_are_planned_too(config):
+    ppo = ["algo.critic.kind=separate", "algo.advantage=gae", "algo.loss=ppo"]
+    run = sketched(config(*ppo))
+    assert run.held.critic > 4 * PARAMETERS and run.held.gradients > 2 * 4 * PARAMETERS
+    alone = [p for p in programs(sketched(config())) if p.name == "look"]
+    both = [p for p in programs(run) if p.name == "look"]
+    assert len(both) == 2 * len(alone)
+    both[0].lower()  # the arguments fit
