@@ -78,8 +78,12 @@ def make_state(
     optimizer, schedule = optimizer_at(config, config.optim.learning_rate, updates)
     shapes = jax.eval_shape(lambda params: init_state(params, optimizer), policy.params)
     shardings = state_shardings(shapes, policy.params, policy.mesh)
-    start = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)
-    return optimizer, schedule, start(policy.params)
+
+    def rest(params):  # as outputs of a program the parameters would be copied
+        return init_state(params, optimizer)._replace(params=None)
+
+    start = jax.jit(rest, out_shardings=shardings._replace(params=None))
+    return optimizer, schedule, start(policy.params)._replace(params=policy.params)
 
 
 def add_critic(

@@ -21,8 +21,9 @@ from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.hf import read_config
 from gspo_jax.models.qwen import Qwen
 from gspo_jax.plan import report
-from gspo_jax.policy import load_problems
+from gspo_jax.policy import load_policy, load_problems
 from gspo_jax.programs import programs, sketch
+from gspo_jax.run import make_state
 from gspo_jax.settings import AlgoConfig, RolloutConfig
 from gspo_jax.sharding import make_mesh
 from gspo_jax.tokenizer import load_tokenizer
@@ -203,6 +204,14 @@ def test_a_run_compiles_no_large_program_that_is_not_planned(config, caplog):
     # what is not planned works on numbers per row, but for the reference's beginning, and the cast
     # that changes nothing in float32
     assert {name for name, shapes in ran - listed if elements(shapes) > 4096} == {"copy", "cast"}
+
+
+def test_the_state_takes_over_the_buffers_of_the_policy(config):
+    c = config()
+    policy = load_policy(c)
+    _, _, state = make_state(c, policy, 4)
+    for mine, its in zip(*map(jax.tree.leaves, (policy.params, state.params)), strict=True):
+        assert mine.unsafe_buffer_pointer() == its.unsafe_buffer_pointer()
 
 
 def test_steps_after_the_first_compile_nothing(config):
