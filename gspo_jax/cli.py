@@ -1,4 +1,4 @@
-"""gspo-jax demo | train | sft | eval | export | report
+"""gspo-jax demo | train | sft | eval | plan | export | report
 
 Settings are `section.key=value`, over a YAML file if one is named. Exit codes: 0 finished,
 1 unexpected, 2 usage or configuration, 3 data or model directory, 4 numerical failure, 5 out of
@@ -118,6 +118,19 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def plan(arguments: argparse.Namespace) -> int:
+    """Memory and cost of a run, before it is one; exit code 2 if it does not fit."""
+    if (config := _resolve(arguments)) is None:
+        return 0
+    from gspo_jax.plan import report
+
+    limit = None if arguments.memory is None else int(arguments.memory * 1e9)
+    # XLA's account of a CPU program says little of another device: it undoes rematerialisation.
+    compiled = limit is None and not arguments.no_compile
+    print(report(config, compiled=compiled, limit=limit))
+    return 0
+
+
 def export(arguments: argparse.Namespace) -> int:
     """The newest checkpoint of a run as a Hugging Face directory."""
     from gspo_jax.run import export
@@ -218,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
         "train": (train, "GSPO (or a relative of it) as a config says"),
         "sft": (sft, "supervised training on worked solutions"),
         "eval": (evaluate, "held-out accuracy of a model directory"),
+        "plan": (plan, "memory per device and cost of a step, without weights"),
         "export": (export, "a run's newest checkpoint as a Hugging Face directory"),
         "report": (report, "draw a run's metrics into its plots/"),
     }
@@ -232,6 +246,11 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("runs", metavar="RUN", nargs="+", help="run directories")
         else:
             _add_settings(sub, name)
+        if name == "plan":
+            sub.add_argument("--no-compile", action="store_true", help="estimate; takes seconds")
+            sub.add_argument(
+                "--memory", type=float, metavar="GB", help="of another device; estimates"
+            )
     return parser
 
 

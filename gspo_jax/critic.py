@@ -113,6 +113,21 @@ def make_term(
     return CriticTerm(values, optimizer, clip, coef if shared else 1.0, shared)
 
 
+def make_look(graphdef: nnx.GraphDef, objective: Objective, term: CriticTerm):
+    """The jitted program of `make_values`: all microbatches of one width."""
+
+    @partial(jax.jit, static_argnames="width", donate_argnums=0)
+    def look(so_far, params: PyTree, critic: PyTree, batch: TrainBatch, rows, count, *, width):
+        def one(so_far, rows):
+            micro = take(batch, rows, width)
+            states = forward(graphdef, params, micro, objective)[0] if term.shared else None
+            return put(so_far, pad_to(term.values(critic, micro, states), so_far.shape[1]), rows)
+
+        return fold(one, Microbatches(rows, count, width), so_far)
+
+    return look
+
+
 def make_values(
     graphdef: nnx.GraphDef,
     objective: Objective,
@@ -127,15 +142,7 @@ def make_values(
         term: from `make_term`.
         place: puts a batch on the devices.
     """
-
-    @partial(jax.jit, static_argnames="width", donate_argnums=0)
-    def look(so_far, params: PyTree, critic: PyTree, batch: TrainBatch, rows, count, *, width):
-        def one(so_far, rows):
-            micro = take(batch, rows, width)
-            states = forward(graphdef, params, micro, objective)[0] if term.shared else None
-            return put(so_far, pad_to(term.values(critic, micro, states), so_far.shape[1]), rows)
-
-        return fold(one, Microbatches(rows, count, width), so_far)
+    look = make_look(graphdef, objective, term)
 
     def of_state(state: TrainState, batch: TrainBatch) -> Float[Array, "B T"]:
         assert state.critic is not None

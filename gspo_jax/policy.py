@@ -29,7 +29,7 @@ from gspo_jax.sharding import make_mesh, sharding_for
 from gspo_jax.tasks import Task, load_task
 from gspo_jax.tokenizer import Tokenizer, load_tokenizer
 
-_compiled_cast = jax.jit(cast, static_argnums=1)
+compiled_cast = jax.jit(cast, static_argnums=1)
 
 
 class Policy(NamedTuple):
@@ -50,7 +50,7 @@ class Policy(NamedTuple):
 
     def sampler(self, params: PyTree) -> PureModel:
         """The pure model for sampling: `params` cast once to the computing dtype."""
-        return self.graphdef, _compiled_cast(params, self.dtype)
+        return self.graphdef, compiled_cast(params, self.dtype)
 
 
 class Problems(NamedTuple):
@@ -80,10 +80,14 @@ def load_policy(config: Config) -> Policy:
         model = random_model(read_config(directory), config.run.seed, mesh)
     else:
         model = load_model(directory, mesh=mesh)
-    dtype = config.model.dtype
-    if dtype == "auto":
-        dtype = "float32" if _on_cpu() else "bfloat16"
-    return Policy(*nnx.split(model), tokenizer, mesh, dtype, directory)
+    return Policy(*nnx.split(model), tokenizer, mesh, resolve_dtype(config), directory)
+
+
+def resolve_dtype(config: Config) -> str:
+    """What the network computes in, "auto" resolved."""
+    if config.model.dtype == "auto":
+        return "float32" if _on_cpu() else "bfloat16"
+    return config.model.dtype
 
 
 def random_model(config: QwenConfig, seed: int, mesh: Mesh) -> Qwen:

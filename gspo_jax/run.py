@@ -39,12 +39,14 @@ from gspo_jax.update import CriticState, TrainState, init_state
 
 EXIT_CODES = {"finished": 0, "preempted": PREEMPTED, "interrupted": INTERRUPTED}
 
-_compile_seconds = [0.0]  # of this process; XLA reports every compilation
+_compile_seconds = [0.0]  # of this process; XLA reports every compilation, from cache or not
+_compiles = [0]
 
 
 def _count_compilation(event: str, duration_secs: float, **_: str | int) -> None:
     if event.endswith("backend_compile_duration"):
         _compile_seconds[0] += duration_secs
+        _compiles[0] += 1
 
 
 jax.monitoring.register_event_duration_secs_listener(_count_compilation)
@@ -76,8 +78,12 @@ def make_state(
     optimizer, schedule = optimizer_at(config, config.optim.learning_rate, updates)
     shapes = jax.eval_shape(lambda params: init_state(params, optimizer), policy.params)
     shardings = state_shardings(shapes, policy.params, policy.mesh)
-    start = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)
-    return optimizer, schedule, start(policy.params)
+
+    def rest(params):  # as outputs of a program the parameters would be copied
+        return init_state(params, optimizer)._replace(params=None)
+
+    start = jax.jit(rest, out_shardings=shardings._replace(params=None))
+    return optimizer, schedule, start(policy.params)._replace(params=policy.params)
 
 
 def add_critic(
@@ -198,7 +204,7 @@ class Run:
         """The steps that are left, until a signal asks to stop."""
         for step in range(int(state.step) + 1, self.config.run.steps + 1):
             self.seconds.clear()
-            self._step_began = time.perf_counter(), _compile_seconds[0]
+            self._step_began = time.perf_counter(), _compile_seconds[0], _compiles[0]
             with self._traced(step):
                 yield step
             if self.stopped_by:
@@ -234,7 +240,7 @@ class Run:
             NumericalError: more updates than `run.skip_budget` were skipped.
         """
         c, step = self.config, int(state.step)
-        began, compiled = self._step_began
+        began, compiled, compiles = self._step_began
         compile_time = _compile_seconds[0] - compiled
         step_time = time.perf_counter() - began - compile_time
         self.tokens += tokens
@@ -244,6 +250,7 @@ class Run:
             "skipped_updates": int(state.skipped),
             "step_time": step_time,
             "compile_time": compile_time,
+            "compiles": _compiles[0] - compiles,
             "tokens_per_second": tokens / step_time,
             **self.seconds,
             "time/host": step_time - sum(self.seconds.values()),

@@ -25,10 +25,11 @@ LAYERS = [
     {"checks", "critic"},
     {"config"},
     {"policy", "model_card"},
-    {"evaluate", "plan"},
+    {"evaluate", "memory", "costs"},
     {"run"},
     {"train"},
-    {"sft"},
+    {"sft", "programs"},
+    {"plan"},
     {"story"},
     {"cli"},
 ]

@@ -131,7 +131,7 @@ def test_help_comes_without_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "train", "sft", "eval", "export", "report"):
+    for command in ("demo", "train", "sft", "eval", "plan", "export", "report"):
         assert f"    {command} " in done.stdout
 
 
@@ -225,7 +225,7 @@ def test_a_dry_run_says_what_would_happen_and_touches_nothing(
     monkeypatch.chdir(tmp_path)
     assert dry_run() == 0
     out = capsys.readouterr().out
-    stages = ["model", "task", "rewards", "step", "run", "eval", "writes"]
+    stages = ["model", "task", "rewards", "step", "run", "eval", "writes", "memory"]
     assert [line.split()[0] for line in out.splitlines()] == stages
     assert "arithmetic: 60 train, 5 val, 7 test" in out
     assert "16 prompts x 8 responses of at most 32 tokens; gspo, 4 updates of 32 responses" in out

@@ -22,7 +22,7 @@ from gspo_jax.train import train
 
 HERE = Path(__file__).parent
 REWARDS = HERE / "reward_functions.py"
-TIMED = ("step_time", "compile_time", "tokens_per_second")
+TIMED = ("step_time", "compile_time", "compiles", "tokens_per_second")
 
 
 @pytest.fixture(scope="module")

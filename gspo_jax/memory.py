@@ -1,0 +1,214 @@
+"""What a run keeps in memory, by kind, and how much of it a device has.
+
+Bytes per device at any time:
+
+    always    float32 masters, the optimizer's moments, the reference (with a KL term), the critic
+    rollout   + the sampler's weights (unless it computes in float32 too: then they are the
+              masters) + the cache
+    update    + the gradients + what one microbatch needs: activations, its own gradients, logits
+
+The peak is the largest of these over all programs: alive before the call (arguments included)
++ output - what the output takes over from donated arguments + temporary. The first comes from
+shapes, the others from the compiled program's own account.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import PyTree
+
+from gspo_jax.config import Config
+from gspo_jax.microbatch import rows_of, widths
+from gspo_jax.models.config import QwenConfig
+from gspo_jax.objective import Objective
+from gspo_jax.policy import Policy, Problems
+from gspo_jax.sharding import batch_ways
+from gspo_jax.update import TrainState
+
+
+class Planned(NamedTuple):
+    """One program, not yet compiled.
+
+    Attributes:
+        stage: "rollout", "evaluate" or "update".
+        name: of the jitted function.
+        shape: what tells it from others of the name, for people.
+        lower: traces it; `.compile()` of that is the program.
+        alive: bytes per device when it is called, its arguments included.
+    """
+
+    stage: str
+    name: str
+    shape: str
+    lower: Callable[[], Any]
+    alive: int
+
+
+class Compiled(NamedTuple):
+    """A program and its own account, in bytes per device and seconds."""
+
+    planned: Planned
+    output: int
+    aliased: int
+    temporary: int
+    seconds: float
+
+    @property
+    def peak(self) -> int:
+        return self.planned.alive + self.output - self.aliased + self.temporary
+
+
+class Held(NamedTuple):
+    """Bytes per device of what lives longer than one program."""
+
+    masters: int
+    moments: int
+    reference: int = 0
+    critic: int = 0
+    weights: int = 0  # the sampler's own copy
+    gradients: int = 0
+
+    @property
+    def always(self) -> int:
+        """From the first step to the last."""
+        return self.masters + self.moments + self.reference + self.critic
+
+
+class Sketch(NamedTuple):
+    """What `train` builds before its first step; shapes stand for arrays, or the arrays."""
+
+    config: Config
+    shape: QwenConfig
+    policy: Policy
+    problems: Problems
+    state: TrainState
+    goal: Objective
+    optimizer: Any
+    held: Held
+
+
+def held_by(state: TrainState, *, dtype: str, reference: bool) -> Held:
+    """What a run with this state (or its shapes) holds; `dtype` is that of the sampler."""
+    masters = per_device(state.params)
+    trained_too = per_device(state.critic.params) if state.critic is not None else 0
+    return Held(
+        masters=masters,
+        moments=per_device(state.opt_state),
+        reference=masters if reference else 0,
+        critic=per_device(state.critic),
+        weights=0 if dtype == "float32" else masters // 4 * jax.numpy.dtype(dtype).itemsize,
+        gradients=masters + trained_too,
+    )
+
+
+def compile_one(planned: Planned) -> Compiled:
+    """The program, compiled, with what XLA says of its memory."""
+    began = time.perf_counter()
+    found = planned.lower().compile().memory_analysis()
+    return Compiled(
+        planned,
+        found.output_size_in_bytes,
+        found.alias_size_in_bytes,
+        found.temp_size_in_bytes,
+        time.perf_counter() - began,
+    )
+
+
+def largest(planned: Sequence[Planned]) -> list[Planned]:
+    """The programs that can set the peak: of each name the one with most alive.
+
+    Of the update's all, since one of fewer tokens with longer rows may need more.
+    """
+    chosen: dict[str, Planned] = {}
+    for p in planned:
+        key = f"{p.name} {p.shape}" if p.stage == "update" else p.name
+        if key not in chosen or p.alive > chosen[key].alive:
+            chosen[key] = p
+    return list(chosen.values())
+
+
+def per_device(tree: PyTree) -> int:
+    """Bytes of the arrays in `tree` on one of the devices that share them; shapes will do."""
+    total = 0
+    for x in jax.tree.leaves(tree):
+        where = getattr(x, "sharding", None)
+        shape = x.shape if where is None else where.shard_shape(x.shape)
+        total += math.prod(shape) * x.dtype.itemsize
+    return total
+
+
+def capacity() -> int:
+    """Bytes that one device can give: the accelerator's limit, or a share of the machine's RAM."""
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit:
+        return int(limit)
+    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return ram // jax.local_device_count()
+
+
+def microbatch_shapes(run: Sketch, rows: int) -> list[tuple[int, int]]:
+    """(width, rows) of each microbatch of a minibatch of `rows`."""
+    return [(w, rows_of(w, run.goal.microbatch, rows, ways(run))) for w in widths(run.goal.longest)]
+
+
+def activations(run: Sketch, layers: int | None = None) -> int:
+    """Bytes per device that a microbatch keeps for its backward pass, by a formula.
+
+    Per token and layer without rematerialisation: 6 D (residuals and norms), 3 N H + 3 K H
+    (queries, keys, values, heads), 4 F (MLP; X of F with experts), and N S twice (scores and
+    weights). With it: D, and one layer in whole.
+    """
+    c = run.shape
+    width, rows = max(microbatch_shapes(run, 1 << 30), key=lambda shape: math.prod(shape))
+    itemsize = jax.numpy.dtype(run.policy.dtype).itemsize
+    mlp = c.intermediate_size if c.experts is None else c.experts.size * c.experts.per_token
+    heads = 3 * (c.num_heads + c.num_kv_heads) * c.head_dim
+    numbers = (6 * c.hidden_size + heads + 4 * mlp) * itemsize
+    attention = c.num_heads * width * (4 + itemsize)
+    one = numbers + attention
+    if layers is None:
+        layers = c.num_layers if run.config.model.remat == "none" else 1
+    kept = layers * one + c.num_layers * c.hidden_size * itemsize
+    return rows // ways(run) * width * kept
+
+
+def head(run: Sketch) -> int:
+    """Bytes per device of the logits that are alive at a time, and of their gradient."""
+    width, rows = microbatch_shapes(run, 1 << 30)[0]
+    positions = min(rows // ways(run) * width, 4096)
+    return 3 * positions * run.shape.vocab_size * 4
+
+
+def cache(run: Sketch) -> int:
+    """Bytes per device of the rollout's keys and values, when all responses are full."""
+    c, r = run.shape, run.config.rollout
+    slots = run.problems.longest + r.max_completion_length
+    rows = -(-r.prompts * r.group_size // ways(run))
+    itemsize = jax.numpy.dtype(run.policy.dtype).itemsize
+    return 2 * c.num_layers * rows * c.num_kv_heads * c.head_dim * slots * itemsize
+
+
+def short_memory(run: Sketch) -> str:
+    """What is kept, in one line, from shapes alone."""
+    h = run.held
+    extra = {"sampler": h.weights, "reference": h.reference, "critic": h.critic}
+    parts = {"masters": h.masters, "moments": h.moments, "gradients": h.gradients, **extra}
+    parts |= {"cache": cache(run), "activations": activations(run), "logits": head(run)}
+    text = ", ".join(f"{name} {size(n)}" for name, n in parts.items() if n)
+    return f"{text} per device, estimated (gspo-jax plan compiles)"
+
+
+def size(count: int) -> str:
+    """For people, in decimal units."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def ways(run: Sketch) -> int:
+    """Devices that rows are split over."""
+    with jax.set_mesh(run.policy.mesh):
+        return batch_ways()
