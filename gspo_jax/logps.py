@@ -100,7 +100,7 @@ def _backward(temp: float, kept: tuple[Array, ...], gradients: tuple[Any, Any]):
     g, h = (None if isinstance(x, SymbolicZero) else x for x in gradients)
     wide = float_dtype(rows)
 
-    def one(so_far: Array | None, x: tuple[Array | None, ...]) -> tuple[Array, Array]:
+    def one(so_far: Array | None, x: tuple[Any, ...]) -> tuple[Array, Array]:
         hidden, tokens, lse, entropy, g, h = x
         logp = _logits(hidden, head, temp) - lse[:, None]
         is_token = jnp.arange(logp.shape[1], dtype=tokens.dtype)[None] == tokens[:, None]
