@@ -54,8 +54,9 @@ def token_logps(
     short = -(B * T) % chunk
     rows = jnp.pad(rows, ((0, short), (0, 0))).reshape(-1, chunk, D)
     ids = jnp.pad(ids, (0, short)).reshape(-1, chunk)
-    logp, entropy = _logps(rows, head, ids, temperature)
-    return logp.reshape(-1)[: B * T].reshape(B, T), entropy.reshape(-1)[: B * T].reshape(B, T)
+    found: Any = _logps(rows, head, ids, temperature)
+    logp, entropy = (x.reshape(-1)[: B * T].reshape(B, T) for x in found)
+    return logp, entropy
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
