@@ -54,9 +54,9 @@ def token_logps(
     short = -(B * T) % chunk
     rows = jnp.pad(rows, ((0, short), (0, 0))).reshape(-1, chunk, D)
     ids = jnp.pad(ids, (0, short)).reshape(-1, chunk)
-    out: Any = _logps(rows, head, ids, temperature)
-    logp, entropy = out
-    return logp.reshape(-1)[: B * T].reshape(B, T), entropy.reshape(-1)[: B * T].reshape(B, T)
+    found: Any = _logps(rows, head, ids, temperature)
+    logp, entropy = (x.reshape(-1)[: B * T].reshape(B, T) for x in found)
+    return logp, entropy
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -101,7 +101,7 @@ def _backward(temp: float, kept: tuple[Array, ...], gradients: tuple[Any, Any]):
     g, h = (None if isinstance(x, SymbolicZero) else x for x in gradients)
     wide = float_dtype(rows)
 
-    def one(so_far: Array | None, x: Any) -> tuple[Array, Array]:
+    def one(so_far: Array | None, x: tuple[Any, ...]) -> tuple[Array, Array]:
         hidden, tokens, lse, entropy, g, h = x
         logp = _logits(hidden, head, temp) - lse[:, None]
         is_token = jnp.arange(logp.shape[1], dtype=tokens.dtype)[None] == tokens[:, None]

@@ -172,7 +172,7 @@ def activations(run: Sketch, layers: int | None = None) -> int:
     attention = c.num_heads * width * (4 + itemsize)
     one = numbers + attention
     if layers is None:
-        layers = c.num_layers if run.config.model.remat == "none" else 1
+        layers = c.num_layers if run.config.model.remat in ("auto", "none") else 1
     kept = layers * one + c.num_layers * c.hidden_size * itemsize
     return rows // ways(run) * width * kept
 

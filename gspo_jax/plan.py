@@ -125,7 +125,7 @@ def advice(run: Sketch, worst: Compiled) -> str:
     settings = []
     if worst.planned.stage == "update":
         if worst.planned.name in ("add", "look"):
-            settings += ["model.remat=full"] if c.model.remat == "none" else []
+            settings += ["model.remat=full"] if c.model.remat != "full" else []
             rows = microbatch_shapes(run, 1 << 30)[0][1]
             settings += [f"algo.microbatch={max(rows // 2, 1)}"] if rows > 1 else []
     elif worst.planned.stage == "rollout":
