@@ -1,6 +1,7 @@
 """Text to token ids and back: the chat template, and the only file that knows special tokens."""
 
 import os
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,6 +201,8 @@ def _converted(path: Path) -> tokenizers.Tokenizer:
     for entry in sorted(path.iterdir()):  # transformers follows links wherever they lead
         if entry.is_symlink():
             files.file_in(path, entry.name)
+    # It would say that torch is missing, which nothing here wants.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
     try:
