@@ -1,7 +1,6 @@
 """Text to token ids and back: the chat template, and the only file that knows special tokens."""
 
 import os
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
