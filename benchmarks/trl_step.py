@@ -29,8 +29,9 @@ def main() -> None:
     system = [{"role": "system", "content": "Add."}]
     chats = [{"prompt": [*system, {"role": "user", "content": q}]} for q in questions]
     rows = o.prompts * o.group_size
-    stop = {"eos_token_id": list(range(3, 3 + o.eos))} if o.eos else {"min_new_tokens": 64}
-    stop = stop if o.eos else {"min_new_tokens": o.new_tokens}
+    stop = {"min_new_tokens": o.new_tokens}
+    if o.eos:
+        stop = {"eos_token_id": list(range(3, 3 + o.eos))}
     phases: dict[str, float] = {}
     steps: list[dict[str, float]] = []
 

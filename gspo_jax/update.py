@@ -110,6 +110,9 @@ def make_programs(
 ) -> Programs:
     """Bind the network, the optimizer and the objective into `score` and `update`.
 
+        score    blank: zeros for every row;    look: the rows of one width, filled in
+        update   start: zeros for gradients and rows;    add: those of one width, added;    apply
+
     Args:
         shardings: of the state, so that every new one lives where the old one did.
         place: puts a batch on the devices.
