@@ -30,7 +30,7 @@ from gspo_jax.metrics import RunLog
 from gspo_jax.model_card import model_card, stated
 from gspo_jax.models.hf import save_model
 from gspo_jax.objective import CriticTerm
-from gspo_jax.optim import make_optimizer, make_schedule
+from gspo_jax.optim import Optimizer, make_optimizer, make_schedule
 from gspo_jax.policy import PLAIN, Passes, Policy, Problems, attention, load_policy
 from gspo_jax.report import dynamics, read_metrics
 from gspo_jax.sharding import state_shardings
@@ -70,7 +70,7 @@ class Result:
 
 def make_state(
     config: Config, policy: Policy, updates: int
-) -> tuple[optax.GradientTransformation, Callable[[int], Any], TrainState]:
+) -> tuple[Optimizer, Callable[[int], Any], TrainState]:
     """The optimizer, its learning rate by update, and the state before the first step.
 
     The state takes over the policy's parameters: the first update donates them.
@@ -126,7 +126,7 @@ def add_critic(
 
 def optimizer_at(
     config: Config, learning_rate: float, updates: int
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
+) -> tuple[Optimizer, optax.Schedule]:
     """The configured optimizer with this peak, and its learning rate by update."""
     c = config.optim
     schedule = make_schedule(learning_rate, kind=c.schedule, warmup=c.warmup, updates=updates)

@@ -37,6 +37,7 @@ from gspo_jax.objective import (
     pad_to,
     share_of_loss,
 )
+from gspo_jax.optim import LeafByLeaf, Optimizer
 from gspo_jax.sharding import batch_ways
 
 
@@ -95,14 +96,14 @@ class Programs(NamedTuple):
     apply: Any
 
 
-def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(params: PyTree, optimizer: Optimizer) -> TrainState:
     """The state before the first step."""
     return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.int32(0), jnp.int32(0))
 
 
 def make_programs(
     graphdef: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     objective: Objective,
     shardings: TrainState | None = None,
     *,
@@ -198,7 +199,7 @@ def microbatches(batch: TrainBatch, objective: Objective) -> list[Microbatches]:
 def apply_if_finite(
     state: TrainState,
     grads: Gradients,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     objective: Objective,
     finite: Bool[Array, ""],
 ) -> TrainState:
@@ -206,11 +207,13 @@ def apply_if_finite(
 
     def step(optimizer, grads, params, opt_state):
         def apply(params, opt_state):
-            with jax.numpy_dtype_promotion("standard"):  # optax relies on implicit promotion
-                steps, opt_state = optimizer.update(grads, opt_state, params)
+            steps, opt_state = optimizer.update(grads, opt_state, params)
             return optax.apply_updates(params, steps), opt_state
 
-        return jax.lax.cond(finite, apply, lambda *same: same, params, opt_state)
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on implicit promotion
+            if isinstance(optimizer, LeafByLeaf):
+                return optimizer.step(grads, opt_state, params, finite)
+            return jax.lax.cond(finite, apply, lambda *same: same, params, opt_state)
 
     params, opt_state = step(optimizer, grads.policy, state.params, state.opt_state)
     critic = state.critic
