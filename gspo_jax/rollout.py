@@ -207,7 +207,13 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     return metrics | rollout.log
 
 
+def text_lengths(rollout: Rollout) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
+    """Tokens of each response's prompt, and of the response."""
+    size = len(rollout.texts) // len(rollout.problems)
+    prompt = np.repeat([len(ids) for ids in rollout.prompts], size)
+    return prompt, rollout.completions.mask.sum(1)
+
+
 def token_count(rollout: Rollout) -> int:
     """Prompt tokens, once per response, and response tokens."""
-    size = len(rollout.texts) // len(rollout.problems)
-    return int(size * sum(map(len, rollout.prompts)) + rollout.completions.mask.sum())
+    return int(sum(lengths.sum() for lengths in text_lengths(rollout)))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from gspo_jax import costs
 from gspo_jax.advantages import ADVANTAGES
 from gspo_jax.batch import Completions, Rollout, TrainBatch
 from gspo_jax.config import Config
@@ -31,6 +32,7 @@ from gspo_jax.rollout import (
     rollout_metrics,
     sample_completions,
     score_completions,
+    text_lengths,
     to_train_batch,
     token_count,
 )
@@ -67,6 +69,7 @@ def train(config: Config) -> Result:
         shape = read_config(policy.directory)
         sketch = Sketch(config, shape, policy, problems, state, goal, optimizer, held)
         run.log.say(f"Memory: {short_memory(sketch)}.")
+        meter = speedometer(config, policy, run)
         state = run.start(state)
         for step in run.steps(state):
             draw = partial(sample, run, state, step)  # 1 prompt, 2 rollout, 3 reward
@@ -88,6 +91,7 @@ def train(config: Config) -> Result:
             stats |= trl_names(stats, c.algo.loss["name"])
             metrics = rollout_metrics(everything) | stats | {"learning_rate": rate}
             metrics["groups_without_spread"] = roll.prompts - len(groups_with_spread(rollout))
+            metrics |= meter(*text_lengths(everything), run.seconds)
             tokens = token_count(everything)
             run.record(state, metrics, tokens=tokens, rollout=rollout, adv=batch.adv)  # 6 metrics
             run.save(state)  # 7 checkpoint
@@ -128,6 +132,21 @@ def sample(run: Run, state: TrainState, step: int, number: int) -> Rollout:
             texts,
             overlong_buffer=roll.overlong_buffer,
         )
+
+
+def speedometer(config: Config, policy: Policy, run: Run) -> Callable[..., Metrics]:
+    """`costs.utilisation` of a step, from its texts' lengths and its times."""
+    peak = costs.peak(policy.dtype)
+    run.log.say(f"Speed: {costs.shown(peak)}.")
+    return partial(
+        costs.utilisation,
+        read_config(policy.directory),
+        peak=peak,
+        group_size=config.rollout.group_size,
+        epochs=config.algo.epochs,
+        itemsize=jnp.dtype(policy.dtype).itemsize,
+        devices=policy.mesh.size,
+    )
 
 
 def trl_names(metrics: Metrics, loss: str) -> Metrics:

@@ -80,7 +80,8 @@ class Programs(NamedTuple):
         score: (params, batch) -> Scored.
         update: (state, batch, old_logp, ref_logp, targets) -> (state, metrics, Scored before the
             update); donates `state`. `old_logp` None means on-policy; `ref_logp` is None without
-            a KL term in the loss, `targets` without a critic.
+            a KL term in the loss, `targets` without a critic. `phase`, entered for "update" and
+            for "optimizer", times them.
         accumulate: (Gradients of weights, batch, ...) -> the gradients and what was found, with
             the placed batch; the first half of `update`.
         blank, look, start, add, apply: see `make_programs`.
@@ -182,9 +183,12 @@ def make_programs(
             total = add(total, trained, placed, given, rows, np.int32(count), width=width)
         return total, placed, given
 
-    def update(state: TrainState, batch: TrainBatch, old_logp=None, ref_logp=None, targets=None):
-        total = accumulate(_gradients_of(state), batch, old_logp, ref_logp, targets)
-        return apply(state, *total)
+    def update(state, batch, old_logp=None, ref_logp=None, targets=None, *, phase=nullcontext):
+        with phase("update"):
+            total = accumulate(_gradients_of(state), batch, old_logp, ref_logp, targets)
+            jax.block_until_ready(total)
+        with phase("optimizer"):
+            return jax.block_until_ready(apply(state, *total))
 
     return Programs(score, update, accumulate, blank, look, start, add, apply)
 
@@ -245,7 +249,7 @@ def update_on_rollout(
         epochs: passes over the rollout.
         ref_logp: reference log-probabilities, where the objective has a KL term.
         targets: values and returns on the host, where the objective has a critic.
-        phase: entered for "old_logp" and for "update", to time them.
+        phase: entered for "old_logp", "update" (the gradient) and "optimizer", to time them.
     """
     parts = _blocks(batch, minibatches)
     refs = [None] * minibatches if ref_logp is None else _blocks(ref_logp, minibatches)
@@ -257,17 +261,17 @@ def update_on_rollout(
         old += [programs.score(state.params, part) for part in parts[1:]]
         jax.block_until_ready(old)
     metrics = []
-    with phase("update"):
-        for i, part in enumerate(parts * epochs):
-            i %= minibatches
-            known = old[i]
-            if known is not None and part.routing is None:
-                part = part._replace(routing=known.experts)
-            known_logp = None if known is None else known.logp
-            state, stats, scored = programs.update(state, part, known_logp, refs[i], goals[i])
-            metrics.append(stats)
-            old[i] = scored if known is None else known
-        jax.block_until_ready(metrics)
+    for i, part in enumerate(parts * epochs):
+        i %= minibatches
+        known = old[i]
+        if known is not None and part.routing is None:
+            part = part._replace(routing=known.experts)
+        known_logp = None if known is None else known.logp
+        state, stats, scored = programs.update(
+            state, part, known_logp, refs[i], goals[i], phase=phase
+        )
+        metrics.append(stats)
+        old[i] = scored if known is None else known
     logp = [jax.device_get(scored.logp) for scored in old if scored is not None]
     return state._replace(step=state.step + 1), metrics, np.concatenate(logp)
 
