@@ -19,11 +19,13 @@ import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import PyTree
+from rich.console import Console
 
 from gspo_jax import checkpoint
 from gspo_jax.batch import Rollout
 from gspo_jax.config import Config, load_config, run_dir, to_yaml
 from gspo_jax.critic import make_critic, make_term
+from gspo_jax.distributed import agreed, is_writer
 from gspo_jax.errors import INTERRUPTED, PREEMPTED, DataError, NumericalError, StorageError
 from gspo_jax.evaluate import evaluate_policy
 from gspo_jax.metrics import RunLog
@@ -37,6 +39,7 @@ from gspo_jax.sharding import state_shardings
 from gspo_jax.tokenizer import token_ids
 from gspo_jax.update import CriticState, TrainState, init_state
 
+STOPS: list[Literal["preempted", "interrupted"] | None] = [None, "preempted", "interrupted"]
 EXIT_CODES = {"finished": 0, "preempted": PREEMPTED, "interrupted": INTERRUPTED}
 
 _compile_seconds = [0.0]  # of this process; XLA reports every compilation, from cache or not
@@ -148,8 +151,9 @@ def open_run(config: Config, policy: Policy, problems: Problems) -> Iterator["Ru
     directory = run_dir(config)
     devices = [str(device) for device in policy.mesh.devices.flat]
     log = RunLog(
-        directory,
+        directory if is_writer() else directory / "processes" / str(jax.process_index()),
         of=config.run.steps,
+        console=None if is_writer() else Console(quiet=True),
         config=to_yaml(config),
         report_to=config.run.report_to,
         devices=devices,
@@ -171,7 +175,8 @@ class Run:
     directory: Path
     before: dict[str, float] = field(default_factory=dict)
     tokens: int = 0  # prompt and response tokens so far
-    stopped_by: Literal["preempted", "interrupted"] | None = None
+    asked: Literal["preempted", "interrupted"] | None = None  # by a signal to this process
+    stopped_by: Literal["preempted", "interrupted"] | None = None  # all processes alike
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def start(self, state: TrainState) -> TrainState:
@@ -193,7 +198,7 @@ class Run:
         state, meta = checkpoint.restore(root, step, state)
         self.tokens = meta["num_tokens"]
         self.log.start(step)
-        self.before = logged_eval(self.directory, 0)
+        self.before = logged_eval(self.log.directory, 0)
         of = self.config.run.steps
         self.log.say(f"Resumed after step {step} of {of}.")
         if step >= of:
@@ -240,6 +245,7 @@ class Run:
             NumericalError: more updates than `run.skip_budget` were skipped.
         """
         c, step = self.config, int(state.step)
+        self.stopped_by = STOPS[agreed(STOPS.index(self.asked))]
         began, compiled, compiles = self._step_began
         compile_time = _compile_seconds[0] - compiled
         step_time = time.perf_counter() - began - compile_time
@@ -286,12 +292,15 @@ class Run:
             self.log.say(f"Stopped after step {step}; the same command continues from here.")
             return Result(self.directory, step, self.stopped_by, self.before)
         # Measured in its last step, unless it was stopped in the middle of that.
-        after = logged_eval(self.directory, step) or self._measured(step, state)
+        after = logged_eval(self.log.directory, step)
+        if agreed(not after):
+            after = self._measured(step, state)
         self.log.doing("export")
         card = run_card(self.config, self.policy, self.directory, step)
         out_dir = self.directory / "export"
         export_params(self.policy, state.params, out_dir, card=card, replace=True)
-        dynamics(self.directory)
+        if is_writer():
+            dynamics(self.directory)
         self.log.status("finished")
         return Result(self.directory, step, "finished", self.before, after)
 
@@ -309,7 +318,7 @@ class Run:
         """SIGTERM and Ctrl-C ask for a stop after the step; the same signal again forces it."""
 
         def ask(number, frame):
-            self.stopped_by = "interrupted" if number == signal.SIGINT else "preempted"
+            self.asked = "interrupted" if number == signal.SIGINT else "preempted"
             signal.signal(number, lambda *_: os._exit(128 + number))
             self.log.say("Stopping after this step; the same signal again stops at once.")
 

@@ -20,6 +20,7 @@ from gspo_jax.advantages import ADVANTAGES
 from gspo_jax.batch import Completions, Rollout, TrainBatch
 from gspo_jax.config import Config
 from gspo_jax.critic import estimate, make_values
+from gspo_jax.distributed import host
 from gspo_jax.losses import LOSSES, RATIO, token_kl
 from gspo_jax.memory import Sketch, held_by, short_memory
 from gspo_jax.models.hf import read_config
@@ -236,7 +237,7 @@ def make_advantage(
         penalty, metrics = np.zeros(batch.mask.shape, np.float32), {}
         if ref_logp is not None and kl.placement == "reward":
             logp = programs.score(state.params, batch).logp
-            penalty = np.asarray(token_kl(logp, ref_logp, jnp.asarray(batch.mask), "k1"))
+            penalty = host(token_kl(logp, ref_logp, jnp.asarray(batch.mask), "k1"))
             ref_logp = None
             metrics["kl"] = float(penalty.sum() / max(batch.mask.sum(), 1))
         batch, targets, more = estimated(state, batch, penalty)
@@ -269,7 +270,7 @@ def by_token(config: Config, policy: Policy, goal: Objective, critic: CriticTerm
         scored = ~np.isnan(batch.adv)  # what was not scored is not learned from
         batch = batch._replace(mask=batch.mask & scored[:, None])
         found = function(batch.adv, values(state, batch), penalty, batch.mask)
-        adv, targets, metrics = jax.device_get(found)
+        adv, targets, metrics = host(found)
         return batch._replace(adv=adv), targets, {k: float(v) for k, v in metrics.items()}
 
     return estimated

@@ -23,6 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from gspo_jax.batch import TrainBatch
+from gspo_jax.distributed import host
 from gspo_jax.microbatch import Microbatches, fold, pick, put, split, take
 from gspo_jax.models.remat import compiler_options
 from gspo_jax.objective import (
@@ -272,7 +273,7 @@ def update_on_rollout(
         )
         metrics.append(stats)
         old[i] = scored if known is None else known
-    logp = [jax.device_get(scored.logp) for scored in old if scored is not None]
+    logp = [host(scored.logp) for scored in old if scored is not None]
     return state._replace(step=state.step + 1), metrics, np.concatenate(logp)
 
 
