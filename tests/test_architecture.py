@@ -10,13 +10,14 @@ import gspo_jax
 PACKAGE = Path(gspo_jax.__file__).parent
 
 LAYERS = [
-    {"errors", "batch", "masked", "console", "sandbox"},
+    {"errors", "batch", "masked", "console", "sandbox", "tasks.verify", "tasks.zebra_words"}
+    | {"tasks.zebra_solver"},
     {"distributed"},
     {"models.fields", "models.init", "penalties", "mismatch", "advantages", "logps", "quant"}
-    | {"sharding", "chat_template", "tasks.task", "tasks.verify"},
+    | {"sharding", "chat_template", "tasks.task", "tasks.zebra_score"},
     {"losses", "models.attention", "models.cache", "models.files", "optim", "checkpoint", "metrics"}
-    | {"models.rope", "rewards", "tasks.math", "tasks.sources", "report"},
-    {"models.config", "tasks.data", "tokenizer"},
+    | {"models.rope", "rewards", "tasks.draw", "tasks.sources", "report"},
+    {"models.config", "tasks.data", "tasks.math", "tasks.zebra", "tokenizer"},
     {"models.moe", "models.remat"},
     {"models.qwen"},
     {"models.hf"},

@@ -8,6 +8,7 @@ from gspo_jax.errors import ConfigError
 from gspo_jax.tasks.data import user_data
 from gspo_jax.tasks.math import arithmetic
 from gspo_jax.tasks.task import SPLITS, Task, order
+from gspo_jax.tasks.zebra import zebra_synth
 
 __all__ = ["SPLITS", "TASKS", "Task", "load_task", "order", "user_data"]
 
@@ -43,4 +44,7 @@ def load_task(
     return TASKS[name](seed=seed, **options)
 
 
-TASKS: dict[str, Callable[..., Task]] = {"arithmetic": arithmetic}
+TASKS: dict[str, Callable[..., Task]] = {
+    "arithmetic": arithmetic,
+    "zebra-synth": zebra_synth,
+}

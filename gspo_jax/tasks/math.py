@@ -4,6 +4,7 @@ from random import Random
 
 from gspo_jax.batch import Problem
 from gspo_jax.errors import ConfigError
+from gspo_jax.tasks.draw import split_of
 from gspo_jax.tasks.task import SPLITS, Task, fingerprint, fraction
 from gspo_jax.tasks.verify import accuracy
 
@@ -100,12 +101,6 @@ def possible_slips(a: int, b: int, c: int) -> list[str]:
 def canonical_key(a: int, b: int, c: int) -> str:
     """The same text for two problems exactly when they differ only in the order of the sum."""
     return f"{min(a, b)}+{max(a, b)}-{c}"
-
-
-def split_of(key: str) -> str:
-    """The one split a problem can ever be in: 80 % train, 7 % val, 13 % test of all keys."""
-    u = fraction(f"split {key}")
-    return "train" if u < 0.80 else "val" if u < 0.87 else "test"
 
 
 def _draw(split: str, count: int, rng: Random, carrying: bool) -> list[Terms]:

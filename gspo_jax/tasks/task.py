@@ -9,8 +9,14 @@ from typing import Any
 import numpy as np
 
 from gspo_jax.batch import Problem
+from gspo_jax.tasks.verify import boxed
 
 SPLITS = ("train", "val", "test")
+
+
+def boxed_in(problem: Problem, text: str) -> str | None:
+    """What the last box of `text` holds, or None."""
+    return boxed(text) or None
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,8 @@ class Task:
         reward: `reward(prompts=, completions=, answer=, **columns) -> list[float | None]`.
         warnings: what the user should be told before training, one line each.
         fingerprint: differs where the problems or their order differ.
+        answer_in: (problem, text) -> the answer that is read out of a response, or None if it has
+            none; equal answers are equal texts, as a vote among responses needs them.
     """
 
     name: str
@@ -32,6 +40,7 @@ class Task:
     reward: Callable[..., list[float | None]]
     warnings: tuple[str, ...] = ()
     fingerprint: str = ""
+    answer_in: Callable[[Problem, str], str | None] = boxed_in
 
 
 def order(size: int, start: int, count: int, *, seed: int) -> list[int]:

@@ -82,6 +82,12 @@ def accuracy(
     ]
 
 
+def after_reasoning(text: str) -> str:
+    """What follows the last ``</think>``; nothing, if the reasoning never ends."""
+    text = text.rpartition("</think>")[2]
+    return "" if "<think>" in text else text
+
+
 def _own_words(prompt: Any, completion: Any) -> str:
     """The completion's text, less a word-for-word copy of a prompt that shows a box itself."""
     question, text = (
@@ -92,10 +98,7 @@ def _own_words(prompt: Any, completion: Any) -> str:
 
 def _boxes(text: str) -> list[str]:
     """The stripped content of every innermost balanced box after the reasoning, in order."""
-    text = text.rpartition("</think>")[2]
-    if "<think>" in text:
-        return []
-    text = text[-MAX_TEXT:]
+    text = after_reasoning(text)[-MAX_TEXT:]
     found = []
     # One entry per open brace: where its content starts, whether it is a box, and whether a box
     # lies inside. Each brace is looked at once, so that thousands of unclosed boxes cost no more
