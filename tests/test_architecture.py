@@ -17,7 +17,8 @@ LAYERS = [
     | {"sharding", "chat_template", "tasks.task", "tasks.zebra_score"},
     {"losses", "models.attention", "models.cache", "models.files", "optim", "checkpoint", "metrics"}
     | {"models.rope", "rewards", "tasks.draw", "tasks.sources", "report"},
-    {"models.config", "tasks.data", "tasks.math", "tasks.zebra", "tokenizer"},
+    {"models.config", "tasks.data", "tasks.math", "tasks.zebra", "tasks.reasoning", "tokenizer"}
+    | {"tasks.countdown", "tasks.knights"},
     {"models.moe", "models.remat"},
     {"models.qwen"},
     {"models.hf"},

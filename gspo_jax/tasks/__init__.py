@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from gspo_jax.errors import ConfigError
+from gspo_jax.tasks.countdown import countdown_numbers
 from gspo_jax.tasks.data import user_data
+from gspo_jax.tasks.knights import knights_and_knaves
 from gspo_jax.tasks.math import arithmetic
+from gspo_jax.tasks.reasoning import reasoning_mix
 from gspo_jax.tasks.task import SPLITS, Task, order
 from gspo_jax.tasks.zebra import zebra_synth
 
@@ -46,5 +49,8 @@ def load_task(
 
 TASKS: dict[str, Callable[..., Task]] = {
     "arithmetic": arithmetic,
+    "countdown": countdown_numbers,
+    "knights": knights_and_knaves,
+    "reasoning": reasoning_mix,
     "zebra-synth": zebra_synth,
 }

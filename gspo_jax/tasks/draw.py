@@ -4,10 +4,11 @@ Every task of made-up problems gives each problem a canonical key: the same text
 that differ only in what does not matter. The key's hash decides the split, whatever the seed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from random import Random
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from gspo_jax.batch import Problem
 from gspo_jax.errors import ConfigError
@@ -71,11 +72,33 @@ def chosen_sizes(defaults: dict[str, int], sizes: dict[str, int] | None) -> dict
     return size
 
 
-def chosen_levels(levels: Sequence[str], known: Sequence[str]) -> list[str]:
-    """`levels`, at least one and each of them known."""
-    if isinstance(levels, str) or not levels or not set(levels) <= set(known):
-        raise ConfigError(f"levels={levels}: wanted a list with some of {list(known)}.")
-    return list(levels)
+def weighted(rng: Random, weights: Mapping[str, float | int]) -> str:
+    """One of the names, each as often as its weight says."""
+    left = rng.random() * sum(weights.values())
+    for name, weight in weights.items():
+        left -= weight
+        if left < 0:
+            return name
+    return next(name for name in reversed(weights) if weights[name])  # rounding
+
+
+def chosen_weights(
+    what: str, given: Mapping[str, Any] | Sequence[str], known: Sequence[str]
+) -> dict[str, float | int]:
+    """Names with weights, from such a mapping or from a list of equally frequent names.
+
+    Raises:
+        ConfigError: no names, an unknown one, or weights that are no weights; `what` is theirs.
+    """
+    weights = dict(given) if isinstance(given, Mapping) else dict.fromkeys(given, 1.0)
+    if isinstance(given, str) or not weights or not set(weights) <= set(known):
+        raise ConfigError(f"{what}={given}: wanted some of {list(known)}.")
+    numbers = [
+        w for w in weights.values() if not isinstance(w, bool) and isinstance(w, int | float)
+    ]
+    if len(numbers) < len(weights) or not all(0 <= w < inf for w in numbers) or not sum(numbers):
+        raise ConfigError(f"{what}={given}: weights must be numbers, 0 or more, and not all 0.")
+    return weights
 
 
 def made_up(

@@ -5,11 +5,13 @@ one repeated from the question is worth nothing: a policy soon finds whatever el
 """
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 MAX_TEXT = 200_000  # characters after the reasoning that are read, counted from the end
 MAX_ANSWER = 400  # characters of a boxed answer; a longer one is never right
+MAX_LISTS = 50  # boxes that are compared with each other as lists, counted from the end
 
 _BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
@@ -76,10 +78,52 @@ def accuracy(
     A reward function in TRL's form: one prompt, completion and answer per response; completions
     are texts or chats, of which the last message counts.
     """
+    return _scores(check, prompts, completions, answer)
+
+
+def list_accuracy(
+    prompts: list[Any], completions: list[Any], answer: list[Any], **columns: Any
+) -> list[float | None]:
+    """`accuracy` by `check_list`, for gold answers that may be lists of words."""
+    return _scores(check_list, prompts, completions, answer)
+
+
+def _scores(
+    compare: Callable[..., Verdict], prompts: list[Any], completions: list[Any], answer: list[Any]
+) -> list[float | None]:
     return [
-        None if gold is None else check(_own_words(prompt, completion), gold).score
+        None if gold is None else compare(_own_words(prompt, completion), gold).score
         for prompt, completion, gold in zip(prompts, completions, answer, strict=True)
     ]
+
+
+def check_list(text: str, gold: str) -> Verdict:
+    """Compare the boxed list of words in `text` with `gold`, "red, blue", item by item.
+
+    Items are separated by commas or "and", in the right order; case and space do not matter.
+    Two boxes with different lists are no answer.
+    """
+    verdict = check(text, gold)
+    if verdict.reason not in ("wrong", "ambiguous"):
+        return verdict
+    lists = {items(other) for other in _boxes(text)[-MAX_LISTS:] if other}
+    if len(lists) > 1:
+        return Verdict(0.0, verdict.answer, "ambiguous")
+    right = lists == {items(gold)}
+    return Verdict(float(right), verdict.answer, "correct" if right else "wrong")
+
+
+def one_box(text: str) -> str | None:
+    """`boxed`, but None where two boxes say different things."""
+    contents = {box for box in _boxes(text) if box}
+    return contents.pop() if len(contents) == 1 else None
+
+
+def items(answer: str) -> tuple[str, ...]:
+    """The items of a list of words, without case and LaTeX; "and" before one is no part of it."""
+    text = _TEXT.sub(r"\1", _SPACING.sub(" ", answer[:MAX_ANSWER]).replace("$", "")).strip()
+    items = re.split(r" ?, ?(?:and )?| and ", text.removesuffix("."))
+    return tuple(item.strip().casefold() for item in items)
 
 
 def after_reasoning(text: str) -> str:
