@@ -101,6 +101,14 @@ def check_task(task: TaskConfig, evaluation: EvalConfig) -> None:
     for key in task.options:
         if key not in taken:
             raise ConfigError(f"task.options.{key}: {task.name or 'task.path'} takes {taken}.")
+    for level, share in task.curriculum.items():
+        if not 0 <= share < 1:
+            raise ConfigError(
+                f"task.curriculum.{level}={share:g}: the share of the run at which these problems "
+                "join; it must be 0 or more and below 1."
+            )
+    if task.curriculum and 0 not in task.curriculum.values():
+        raise ConfigError(f"task.curriculum={task.curriculum}: some level must start at 0.")
     for spec in task.rewards:
         if not all(spec.rpartition(":")[::2]):
             raise ConfigError(f"task.rewards: {spec!r} is not module:function or file.py:function.")

@@ -28,6 +28,7 @@ from gspo_jax.objective import cast
 from gspo_jax.rollout import Scorer, encode_prompts
 from gspo_jax.sharding import make_mesh, sharding_for
 from gspo_jax.tasks import Task, load_task
+from gspo_jax.tasks.task import curriculum_stages, staged_order
 from gspo_jax.tokenizer import Tokenizer, load_tokenizer
 
 compiled_cast = jax.jit(cast, static_argnums=1)
@@ -63,6 +64,13 @@ class Problems(NamedTuple):
     scorer: Scorer
     shortest: int  # tokens of a training prompt, at least ...
     longest: int  # ... and at most
+    stages: tuple[tuple[float | int, list[int]], ...] = ()  # of a curriculum, in positions
+
+    def visit(self, start: int, count: int, *, total: int, seed: int) -> list[int]:
+        """Positions of the training problems at places start ... of a run that visits `total`."""
+        everything = range(len(self.indices["train"]))
+        stages = self.stages or ((0.0, everything),)
+        return staged_order(stages, start, count, total=total, seed=seed)
 
     def get(self, split: str, positions: Sequence[int]) -> list[Problem]:
         """Problems by their position among those that fit."""
@@ -144,7 +152,17 @@ def load_problems(config: Config, tokenizer: Tokenizer) -> Problems:
     first = task.problem("train", indices["train"][0])
     scorer([first], [first.answer or "", ""], [[], []])
     shortest, longest = min(lengths["train"]), max(lengths["train"])
-    return Problems(task, indices, too_long, scorer, shortest, longest)
+    stages = _stages(task, indices["train"], c.curriculum)
+    return Problems(task, indices, too_long, scorer, shortest, longest, stages)
+
+
+def _stages(task: Task, kept: list[int], starts: dict[str, float]) -> tuple:
+    """The curriculum that `task.curriculum` describes, by the problems' difficulty or level."""
+    if not starts:
+        return ()
+    columns = [task.problem("train", i).columns for i in kept]
+    levels = [str(each.get("difficulty", each.get("level"))) for each in columns]
+    return tuple(curriculum_stages(levels, starts))
 
 
 class TextSizes(NamedTuple):

@@ -40,6 +40,8 @@ class TaskConfig:
     """Which columns of the data are meant: {prompt: question, answer: solution}."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the built-in task, or of tasks.user_data."""
+    curriculum: dict[str, float] = field(default_factory=dict)
+    """Difficulty -> share of the run from which its problems are asked; empty is all of them."""
     max_prompt_length: int = 512
     """Tokens, chat template included."""
     long_prompts: Literal["drop", "refuse"] = "drop"

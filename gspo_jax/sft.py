@@ -18,7 +18,6 @@ from gspo_jax.policy import load_policy, load_problems, passes, text_sizes
 from gspo_jax.rollout import encode_prompts
 from gspo_jax.run import Result, make_state, open_run
 from gspo_jax.sharding import shard_batch
-from gspo_jax.tasks import order
 from gspo_jax.tokenizer import Tokenizer
 from gspo_jax.update import make_programs
 
@@ -49,13 +48,13 @@ def sft(config: Config) -> Result:
     shardings = jax.tree.map(lambda x: x.sharding, state)
     place = partial(shard_batch, mesh=policy.mesh)
     programs = make_programs(policy.graphdef, optimizer, objective, shardings, place=place)
-    size = len(problems.indices["train"])
+    total = c.run.steps * c.sft.batch_size
 
     with open_run(config, policy, problems) as run:
         state = run.start(state)
         for step in run.steps(state):
             first = (step - 1) * c.sft.batch_size
-            chosen = order(size, first, c.sft.batch_size, seed=c.run.seed)
+            chosen = problems.visit(first, c.sft.batch_size, total=total, seed=c.run.seed)
             shown = problems.get("train", chosen)
             batch = solutions(shown, policy.tokenizer, config, objective.longest)
             rate = float(schedule(int(state.updates)))

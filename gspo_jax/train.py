@@ -40,7 +40,6 @@ from gspo_jax.rollout import (
 from gspo_jax.run import Result, Run, add_critic, make_state, open_run
 from gspo_jax.settings import GAE
 from gspo_jax.sharding import shard_batch
-from gspo_jax.tasks import order
 from gspo_jax.update import Programs, TrainState, make_programs, summarise, update_on_rollout
 
 
@@ -106,9 +105,9 @@ def sample(run: Run, state: TrainState, step: int, number: int) -> Rollout:
     """
     c, roll = run.config, run.config.rollout
     with run.phase("generate"):
-        count = len(run.problems.indices["train"])
         first = ((step - 1) * (1 + roll.resample) + number) * roll.prompts
-        chosen = order(count, first, roll.prompts, seed=c.run.seed)
+        total = c.run.steps * (1 + roll.resample) * roll.prompts
+        chosen = run.problems.visit(first, roll.prompts, total=total, seed=c.run.seed)
         asked = run.problems.get("train", chosen)  # 1 prompt
         prompts = encode_prompts(run.policy.tokenizer, asked)
         completions, texts = sample_completions(  # 2 rollout

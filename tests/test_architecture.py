@@ -16,7 +16,7 @@ LAYERS = [
     {"models.fields", "models.init", "penalties", "mismatch", "advantages", "logps", "quant"}
     | {"sharding", "chat_template", "tasks.task", "tasks.zebra_score"},
     {"losses", "models.attention", "models.cache", "models.files", "optim", "checkpoint", "metrics"}
-    | {"models.rope", "rewards", "tasks.draw", "tasks.sources", "report"},
+    | {"models.rope", "rewards", "tasks.draw", "tasks.mixture", "tasks.sources", "report"},
     {"models.config", "tasks.data", "tasks.math", "tasks.zebra", "tasks.reasoning", "tokenizer"}
     | {"tasks.countdown", "tasks.knights"},
     {"models.moe", "models.remat"},

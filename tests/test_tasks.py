@@ -5,7 +5,7 @@ import pytest
 
 from gspo_jax.errors import ConfigError
 from gspo_jax.tasks import TASKS, load_task, order
-from gspo_jax.tasks.task import fingerprint, fraction
+from gspo_jax.tasks.task import curriculum_stages, fingerprint, fraction, staged_order
 
 
 def test_every_epoch_visits_every_problem_once():
@@ -69,3 +69,39 @@ def test_load_task_wants_exactly_one_source():
         load_task("arithmetics")
     with pytest.raises(ConfigError, match=r"task\.fields"):
         load_task("arithmetic", fields={"prompt": "q"})
+
+
+STAGES = [(0.0, [3, 5]), (0.3, [3, 5, 7, 9]), (0.6, [1, 3, 5, 7, 9])]
+
+
+def test_a_curriculum_opens_its_stages_at_their_share_of_the_run():
+    # Of 25 positions, stages begin at ceil(7.5) = 8 and 15.
+    visited = staged_order(STAGES, 0, 25, total=25, seed=4)
+    assert set(visited[:8]) == {3, 5}
+    assert set(visited[8:15]) == {3, 5, 7, 9} and set(visited[15:]) == {1, 3, 5, 7, 9}
+    # Within a stage everything is visited once before anything is visited again.
+    assert sorted(visited[8:12]) == [3, 5, 7, 9] and sorted(visited[15:20]) == [1, 3, 5, 7, 9]
+
+
+@pytest.mark.parametrize("start, count", [(0, 3), (7, 2), (5, 20), (8, 7), (14, 1), (20, 30)])
+def test_any_window_of_a_curriculum_is_that_window_of_the_whole(start, count):
+    whole = staged_order(STAGES, 0, 60, total=25, seed=4)
+    assert staged_order(STAGES, start, count, total=25, seed=4) == whole[start : start + count]
+
+
+def test_one_stage_is_the_plain_order():
+    alone = staged_order([(0.0, range(7))], 5, 12, total=10, seed=2)
+    assert alone == order(7, 5, 12, seed=2)
+
+
+def test_levels_join_together_and_stay():
+    levels = ["hard", "easy", "medium", "easy", "other"]
+    stages = curriculum_stages(levels, {"medium": 0.25, "hard": 0.5, "easy": 0.0})
+    assert stages == [(0.0, [1, 3]), (0.25, [1, 2, 3]), (0.5, [0, 1, 2, 3])]
+
+
+def test_a_curriculum_of_unknown_levels_or_without_a_start_is_refused():
+    with pytest.raises(ConfigError, match=r"task\.curriculum\.esay: no such level; the task has"):
+        curriculum_stages(["easy", "hard"], {"esay": 0})
+    with pytest.raises(ConfigError, match="some level must start at 0"):
+        curriculum_stages(["easy", "hard"], {"easy": 0.1})

@@ -1,14 +1,17 @@
 """Where problems come from: the table of built-in tasks, and data of the user's own."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gspo_jax.errors import ConfigError
 from gspo_jax.tasks.countdown import countdown_numbers
 from gspo_jax.tasks.data import user_data
+from gspo_jax.tasks.draw import chosen_sizes
 from gspo_jax.tasks.knights import knights_and_knaves
 from gspo_jax.tasks.math import arithmetic
+from gspo_jax.tasks.mixture import Part, mix, parsed_parts
 from gspo_jax.tasks.reasoning import reasoning_mix
 from gspo_jax.tasks.task import SPLITS, Task, order
 from gspo_jax.tasks.zebra import zebra_synth
@@ -44,13 +47,40 @@ def load_task(
         raise ConfigError(f"task.name={name}: the tasks are {sorted(TASKS)}.")
     if fields:
         raise ConfigError(f"task.fields: these are columns of task.path; {name} has none.")
+    taken = inspect.signature(TASKS[name]).parameters
+    if unknown := [option for option in options if option not in taken]:
+        raise ConfigError(f"{name} has no option {unknown[0]}; it takes {list(taken)}.")
     return TASKS[name](seed=seed, **options)
+
+
+def mixture_of(
+    *, seed: int = 0, tasks: Mapping[str, Any] | None = None, sizes: dict[str, int] | None = None
+) -> Task:
+    """Several tasks in fixed shares; see `mix`.
+
+    Args:
+        seed: of every part.
+        tasks: {name: weight} for built-in tasks, or {any name: {weight, name or path, fields,
+            options}}, where the last four are those of `load_task`.
+        sizes: the most problems of each split.
+
+    Raises:
+        ConfigError: tasks that are no such mapping, or a mixture inside of a mixture.
+    """
+    parts = {}
+    for label, part in parsed_parts(tasks or {}).items():
+        weight, options = part.pop("weight"), part.pop("options", {})
+        if part.get("name") == "mixture":
+            raise ConfigError(f"task.options.tasks.{label}: a mixture cannot hold another one.")
+        parts[label] = Part(load_task(**part, seed=seed, **options), weight)
+    return mix(parts, sizes=chosen_sizes({}, sizes))
 
 
 TASKS: dict[str, Callable[..., Task]] = {
     "arithmetic": arithmetic,
     "countdown": countdown_numbers,
     "knights": knights_and_knaves,
+    "mixture": mixture_of,
     "reasoning": reasoning_mix,
     "zebra-synth": zebra_synth,
 }

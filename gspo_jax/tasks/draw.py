@@ -79,7 +79,7 @@ def weighted(rng: Random, weights: Mapping[str, float | int]) -> str:
         left -= weight
         if left < 0:
             return name
-    return next(name for name in reversed(weights) if weights[name])  # rounding
+    return next(name for name in reversed(list(weights)) if weights[name])  # rounding
 
 
 def chosen_weights(

@@ -203,7 +203,7 @@ def read_roles(answer: str | None, names: Sequence[str]) -> str | None:
         return None
     if all(len(words) == 1 for words in said) and len(said) == len(names):
         return ", ".join(role for (role,) in said)
-    pairs = [tuple(words) for words in said if len(words) == 2]
+    pairs = [(words[0], words[1]) for words in said if len(words) == 2]
     lower = [name.casefold() for name in names]
     if len(pairs) < len(said) or sorted(name for name, _ in pairs) != sorted(lower):
         return None

@@ -1,7 +1,8 @@
 """What a task is, and the order in which a run visits its problems."""
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gspo_jax.batch import Problem
+from gspo_jax.errors import ConfigError
 from gspo_jax.tasks.verify import boxed
 
 SPLITS = ("train", "val", "test")
@@ -59,6 +61,61 @@ def order(size: int, start: int, count: int, *, seed: int) -> list[int]:
         here = epochs == epoch
         out[here] = _permutation(size, seed, int(epoch))[positions[here] % size]
     return out.tolist()
+
+
+def staged_order(
+    stages: Sequence[tuple[float | int, Sequence[int]]],
+    start: int,
+    count: int,
+    *,
+    total: int,
+    seed: int,
+) -> list[int]:
+    """Problem indices at positions start .. start + count - 1 of a curriculum.
+
+    Stage s begins at position ceil(share_s * total) and visits its own indices as `order` does:
+    in permutations that depend on (seed, s, epoch). Like `order`, nothing is carried from call to
+    call. One stage alone is `order` itself.
+
+    Args:
+        stages: (share of the run at which it begins, its indices), the first at 0, ascending.
+        total: positions of the whole run; from there on the last stage goes on.
+    """
+    begins = [math.ceil(share * total) for share, _ in stages]
+    ends = [*begins[1:], start + count]
+    out: list[int] = []
+    for s, (_, indices) in enumerate(stages):
+        first, last = max(start, begins[s]), min(start + count, ends[s])
+        if first < last:
+            own = seed + (s << 40)  # another permutation in each stage
+            here = order(len(indices), first - begins[s], last - first, seed=own)
+            out += [indices[i] for i in here]
+    return out
+
+
+def curriculum_stages(
+    levels: Sequence[str], starts: Mapping[str, float | int]
+) -> list[tuple[float | int, list[int]]]:
+    """Stages of `staged_order` in which problems join when the turn of their level comes.
+
+    Args:
+        levels: the level of every problem.
+        starts: level -> share of the run at which its problems join; the others never do.
+
+    Raises:
+        ConfigError: a level that no problem has, or none that starts at 0.
+    """
+    if missing := [level for level in starts if level not in levels]:
+        found = sorted(set(levels))[:10]
+        raise ConfigError(f"task.curriculum.{missing[0]}: no such level; the task has {found}.")
+    shares = sorted(set(starts.values()))
+    if not shares or shares[0] != 0:
+        raise ConfigError(f"task.curriculum={dict(starts)}: some level must start at 0.")
+    stages = []
+    for share in shares:
+        open_ = {level for level, start in starts.items() if start <= share}
+        stages.append((share, [i for i, level in enumerate(levels) if level in open_]))
+    return stages
 
 
 def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
