@@ -108,7 +108,7 @@ def evaluate_policy(
 def evaluate_path(config: Config) -> dict[str, float]:
     """Evaluate the model directory that `config.model.path` names, as it stands."""
     policy = load_policy(config)
-    problems = load_problems(config, policy.tokenizer)
+    problems = load_problems(config, policy.tokenizer, train=False)
     with jax.set_mesh(policy.mesh):
         result = evaluate_policy(config, policy, problems, policy.params)
     if not result:

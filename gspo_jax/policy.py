@@ -115,15 +115,18 @@ def param_shardings(params: PyTree, mesh: Mesh) -> PyTree:
     )
 
 
-def load_problems(config: Config, tokenizer: Tokenizer) -> Problems:
+def load_problems(config: Config, tokenizer: Tokenizer, *, train: bool = True) -> Problems:
     """The task's problems with prompts of at most `task.max_prompt_length` tokens.
+
+    Args:
+        train: there must be training problems, which benchmarks do not have.
 
     Raises:
         DataError: a prompt is longer and `task.long_prompts` is "refuse", no training problem is
             left, or a reward function fails on the first of them.
     """
     c = config.task
-    task = load_task(c.name, c.path, seed=c.seed, fields=c.fields, **c.options)
+    task = load_task(c.name, seed=c.seed, fields=c.fields, **{"path": c.path, **c.options})
     functions = rewards.load_rewards(c.rewards) if c.rewards else {task.name: task.reward}
     weights = list(c.reward_weights) or [1.0] * len(functions)
     indices, lengths, too_long = {}, {}, 0
@@ -142,16 +145,19 @@ def load_problems(config: Config, tokenizer: Tokenizer) -> Problems:
         too_long += size - len(kept)
         indices[split] = kept
         lengths[split] = [len(prompts[i]) for i in kept]
-    if not indices["train"]:
+    if train and not task.size["train"]:
+        raise DataError(f"{c.path or c.name} has no training problems, only {task.size}.")
+    first_split = next((s for s in ("train", *indices) if indices[s]), None)
+    if first_split is None or (train and not indices["train"]):
         raise DataError(
             f"no training problem of {c.path or c.name} has a prompt of at most "
             f"{c.max_prompt_length} tokens; raise task.max_prompt_length."
         )
     scorer = partial(rewards.score, functions, weights)
     # A rehearsal: a reward function that cannot work should say so now, not after compiling.
-    first = task.problem("train", indices["train"][0])
+    first = task.problem(first_split, indices[first_split][0])
     scorer([first], [first.answer or "", ""], [[], []])
-    shortest, longest = min(lengths["train"]), max(lengths["train"])
+    shortest, longest = min(lengths[first_split]), max(lengths[first_split])
     stages = _stages(task, indices["train"], c.curriculum)
     return Problems(task, indices, too_long, scorer, shortest, longest, stages)
 

@@ -22,6 +22,7 @@ LAYERS = [
     {"models.moe", "models.remat"},
     {"models.qwen"},
     {"models.hf"},
+    {"tasks.published"},
     {"models", "tasks", "generate"},
     {"settings", "rollout", "objective", "microbatch"},
     {"update"},

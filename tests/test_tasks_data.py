@@ -266,3 +266,21 @@ def test_saved_datasets_and_parquet_files_are_read(tmp_path):
         "the splits ['other'] are not used.",
         "1 of 1 test prompts are training prompts too.",
     ]
+
+
+def test_a_directory_of_files_named_by_split_is_read_with_file_and_line(write, tmp_path):
+    write({"prompt": "a", "answer": 1}, name="train.jsonl")
+    write({"prompt": "b", "answer": 2}, {"prompt": "c", "answer": 3}, name="test.jsonl")
+    task = user_data(tmp_path)
+    assert task.size == {"train": 1, "val": 0, "test": 2}
+    assert [p.id for p in every(task)] == ["train.jsonl:1", "test.jsonl:1", "test.jsonl:2"]
+    write({"prompt": "b", "answer": None}, name="validation.jsonl")
+    with pytest.raises(DataError, match=r"validation\.jsonl:1:answer: got null"):
+        user_data(tmp_path)
+
+
+def test_all_rows_can_be_given_one_split(write):
+    rows = [{"prompt": f"p{i}", "answer": i, "split": "train"} for i in range(9)]
+    assert user_data(write(*rows), split="test").size == {"train": 0, "val": 0, "test": 9}
+    with pytest.raises(DataError, match=r"split=tset: wanted one of"):
+        user_data(write(*rows), split="tset")

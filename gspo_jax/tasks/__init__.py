@@ -12,6 +12,7 @@ from gspo_jax.tasks.draw import chosen_sizes
 from gspo_jax.tasks.knights import knights_and_knaves
 from gspo_jax.tasks.math import arithmetic
 from gspo_jax.tasks.mixture import Part, mix, parsed_parts
+from gspo_jax.tasks.published import READERS, recognised
 from gspo_jax.tasks.reasoning import reasoning_mix
 from gspo_jax.tasks.task import SPLITS, Task, order
 from gspo_jax.tasks.zebra import zebra_synth
@@ -29,8 +30,10 @@ def load_task(
 ) -> Task:
     """The built-in task `name`, or the data at `path`; see `TASKS` and `user_data`.
 
+    A path that is a published set is read as the task of that set.
+
     Args:
-        name, path: exactly one of them.
+        name, path: exactly one of them; but the reader of a published set may be told a path.
         seed: chooses the problems of a task that makes them up; data has none to choose.
         fields: columns of the data.
         options: keyword arguments of the task.
@@ -39,8 +42,13 @@ def load_task(
         ConfigError: both or neither, an unknown name, or an option the task does not take.
         DataError: the data is not what it should be.
     """
+    if name in READERS and path is not None:
+        options, path = {"path": str(path), **options}, None
     if (name is None) == (path is None):
         raise ConfigError(f"got task name {name!r} and path {path!r}; wanted one of the two.")
+    if path is not None and not fields and (known := recognised(str(path))):
+        name, path = known
+        return READERS[name](path=path, **options)
     if path is not None:
         return user_data(path, fields=fields, **options)
     if name not in TASKS:
@@ -83,4 +91,5 @@ TASKS: dict[str, Callable[..., Task]] = {
     "mixture": mixture_of,
     "reasoning": reasoning_mix,
     "zebra-synth": zebra_synth,
+    **READERS,
 }

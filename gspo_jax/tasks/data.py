@@ -5,7 +5,7 @@ A row becomes a Problem through the usual column names, in any case:
     prompt   prompt | messages | question | problem | puzzle      a text, or a chat
     answer   answer | solution | ground_truth | reward_model.ground_truth
     split    split        train, val(idation) or test; else prompts are held out by their hash
-    id       id           unique; else the place of the row in the file
+    id       id | unique_id | problem_idx       unique; else the place of the row in the file
 
 or through `fields`, such as `{"prompt": "text", "answer": "meta.result"}`. All of the row's
 columns stay available to reward functions, by their own names.
@@ -19,23 +19,23 @@ from typing import Any
 
 from gspo_jax.batch import Problem
 from gspo_jax.errors import DataError
-from gspo_jax.tasks.sources import BadRows, Row, described, read_rows
+from gspo_jax.tasks.sources import SPLIT_NAMES, BadRows, Row, described, read_rows
 from gspo_jax.tasks.task import SPLITS, Task, fingerprint, fraction
 from gspo_jax.tasks.verify import MAX_ANSWER, accuracy, boxed
 
 PROMPT = ("prompt", "messages", "question", "problem", "puzzle")
 ANSWER = ("answer", "solution", "ground_truth", "reward_model.ground_truth")
-SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "eval", "evaluation"), "test"),
-}
+ID = ("id", "unique_id", "problem_idx")
 HELD_OUT = 0.1  # share of the prompts that becomes "test" where the data names no splits
 MIN_PROMPTS = 5  # with fewer different prompts nothing is held out
 
 
 def user_data(
-    path: str | Path, *, fields: dict[str, str] | None = None, max_bad_rows: int = 0
+    path: str | Path,
+    *,
+    fields: dict[str, str] | None = None,
+    max_bad_rows: int = 0,
+    split: str | None = None,
 ) -> Task:
     """The task in a data file, a dataset directory, or a dataset of the Hugging Face hub.
 
@@ -52,12 +52,18 @@ def user_data(
         fields: columns by the name they are wanted under, "prompt", "answer", "id", "split" or
             any other; a dotted name reaches into objects. An empty "answer" means there is none.
         max_bad_rows: rows with errors that may be left out; they are counted in a warning.
+        split: "train", "val" or "test": what all rows are, whatever the data says.
 
     Raises:
         DataError: the first error beyond `max_bad_rows`, as file:line:column: what is wrong.
     """
+    if split is not None and split not in SPLITS:
+        raise DataError(f"split={split}: wanted one of {list(SPLITS)}.")
     bad = BadRows(max_bad_rows)
-    rows, warnings = _known_splits(list(read_rows(path, bad)), str(path))
+    rows, warnings = list(read_rows(path, bad)), []
+    if split is None:
+        rows, warnings = _known_splits(rows, str(path))
+    rows = [row._replace(split=split or row.split) for row in rows]
     if not rows:
         raise DataError(f"{path}: no rows.")
     columns = _columns(rows, dict(fields or {}))
@@ -65,15 +71,15 @@ def user_data(
     seen: dict[tuple[str | None, str], str] = {}
     for row in rows:
         try:
-            split = _split(row, columns)
+            place = split or _split(row, columns)
             problem = _problem(row, columns)
-            first = seen.setdefault((split, problem.id), row.place)
+            first = seen.setdefault((place, problem.id), row.place)
             if first != row.place:
                 raise _error(row, columns["id"], f"{problem.id!r} is taken by {first}")
         except DataError as error:
             bad.add(error)
         else:
-            placed.append((split, problem))
+            placed.append((place, problem))
     if not placed:
         raise DataError(f"{path}: no good row is left; the first bad one is {bad.errors[0]}")
     if bad.errors:
@@ -110,7 +116,7 @@ def _columns(rows: list[Row], fields: dict[str, str]) -> dict[str, str]:
     """Which column holds the prompt, and which the answer, the id and the split if any does."""
     present = {name: name for row in rows for name in row.values}
     any_case = {name.lower(): name for name in reversed(present)}
-    usual = {"prompt": PROMPT, "answer": ANSWER, "id": ("id",), "split": ("split",)}
+    usual = {"prompt": PROMPT, "answer": ANSWER, "id": ID, "split": ("split",)}
     columns = {}
     for role, names in usual.items():
         if role not in fields:

@@ -11,6 +11,11 @@ from gspo_jax.errors import DataError
 MAX_LINE = 8_000_000  # bytes of one JSONL row; more is a mistake, not a prompt
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _SUFFIXES = (".jsonl", ".json", ".parquet")
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "eval", "evaluation"), "test"),
+}
 
 
 class Row(NamedTuple):
@@ -39,13 +44,16 @@ def read_rows(path: str | Path, bad: BadRows) -> Iterator[Row]:
     """The rows of a JSONL, JSON or parquet file, a dataset directory, or a dataset of the hub.
 
     Args:
-        path: a file; a directory that `datasets` can read; or "owner/name[:config]".
+        path: a file; a directory of train.jsonl, test.jsonl or the like, or any that `datasets`
+            can read; or "owner/name[:config]".
         bad: takes the errors of rows that cannot be read.
 
     Raises:
         DataError: nothing there, not readable, or more bad rows than `bad` allows.
     """
     file = Path(path)
+    if file.is_dir() and (files := _files_by_split(file)):
+        return (row._replace(split=f.stem) for f in files for row in _jsonl_rows(f, bad))
     if file.is_dir():
         return _dataset_rows(str(path), _load_directory(file))
     if not file.exists():
@@ -59,6 +67,13 @@ def read_rows(path: str | Path, bad: BadRows) -> Iterator[Row]:
     if file.suffix == ".json" and _starts_with_bracket(file):
         return _json_rows(file, bad)
     return _jsonl_rows(file, bad)
+
+
+def _files_by_split(directory: Path) -> list[Path]:
+    """Its JSONL files, if each of them has the name of a split, and there is no other data."""
+    files = sorted(f for f in directory.iterdir() if f.suffix in _SUFFIXES)
+    named = all(f.suffix == ".jsonl" and f.stem in SPLIT_NAMES for f in files)
+    return files if named else []
 
 
 def _starts_with_bracket(file: Path) -> bool:

@@ -315,28 +315,33 @@ def _value_at(puzzle: Puzzle, column: str, house: int) -> str:
 
 def to_problem(row: dict[str, Any], puzzle: Puzzle, *, example: bool) -> Problem:
     """The row as a prompt and its answer, with what is known of its difficulty."""
-    columns = {
-        **{key: value for key, value in row.items() if key not in ("id", "answer")},
+    known = {
         "difficulty": group_of(row["size"]),
         "clues": len(puzzle.clues),
         "nodes": puzzle.nodes,
         "log10_states": round(log10_states(row["size"]), 2),
     }
-    shown = _example() if example else None
-    if "question" in row:
-        prompt, answer = mc_prompt(row, shown), row["answer"]
-        letter = "ABCDEF"[row["choices"].index(answer)]
-        return Problem(row["id"], prompt, letter, columns | {"completion": worked(letter)})
+    shown = example_row() if example else None
+    return (mc_problem if "question" in row else grid_problem)(row | known, shown)
+
+
+def grid_problem(row: dict[str, Any], example: dict[str, Any] | None) -> Problem:
+    """A row of grid_mode as a problem whose answer is the solution as JSON."""
     solution = as_solution(row["solution"])
-    return Problem(
-        row["id"],
-        grid_prompt(row, shown),
-        json.dumps(solution),
-        columns | {"completion": worked(solution)},
-    )
+    columns = {key: value for key, value in row.items() if key != "id"}
+    columns |= {"completion": worked(solution)}
+    return Problem(str(row["id"]), grid_prompt(row, example), json.dumps(solution), columns)
+
+
+def mc_problem(row: dict[str, Any], example: dict[str, Any] | None) -> Problem:
+    """A row of mc_mode as a problem whose answer is the letter of the right choice."""
+    letter = chr(65 + row["choices"].index(row["answer"]))
+    columns = {key: value for key, value in row.items() if key not in ("id", "answer")}
+    columns |= {"completion": worked(letter)}
+    return Problem(str(row["id"]), mc_prompt(row, example), letter, columns)
 
 
 @cache
-def _example() -> dict[str, Any]:
+def example_row() -> dict[str, Any]:
     """The solved puzzle that prompts show: always the same."""
     return grid_row(make_puzzle(Random("zebra-synth example"), 3, 2))
