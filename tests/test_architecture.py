@@ -11,7 +11,7 @@ PACKAGE = Path(gspo_jax.__file__).parent
 
 LAYERS = [
     {"errors", "batch", "masked", "console", "sandbox", "tasks.verify", "tasks.zebra_words"}
-    | {"tasks.zebra_solver"},
+    | {"tasks.zebra_solve"},
     {"distributed"},
     {"models.fields", "models.init", "penalties", "mismatch", "advantages", "logps", "quant"}
     | {"sharding", "chat_template", "tasks.task", "tasks.zebra_score"},

@@ -23,7 +23,7 @@ from gspo_jax.tasks.zebra import (
     true_clues,
     zebra_synth,
 )
-from gspo_jax.tasks.zebra_solver import Clue, count_solutions
+from gspo_jax.tasks.zebra_solve import Clue, count_solutions
 from gspo_jax.tasks.zebra_words import ATTRIBUTES
 
 FEW = {"train": 30, "val": 6, "test": 12}

@@ -70,10 +70,10 @@ def read_rows(path: str | Path, bad: BadRows) -> Iterator[Row]:
 
 
 def _files_by_split(directory: Path) -> list[Path]:
-    """Its JSONL files, if each of them has the name of a split, and there is no other data."""
-    files = sorted(f for f in directory.iterdir() if f.suffix in _SUFFIXES)
-    named = all(f.suffix == ".jsonl" and f.stem in SPLIT_NAMES for f in files)
-    return files if named else []
+    """Its JSONL files, if each of them has the name of a split, and there are no parquet files."""
+    files = sorted(directory.glob("*.jsonl"))
+    named = all(f.stem in SPLIT_NAMES for f in files)
+    return files if named and not any(directory.rglob("*.parquet")) else []
 
 
 def _starts_with_bracket(file: Path) -> bool:

@@ -30,7 +30,7 @@ from gspo_jax.tasks.zebra_score import (
     solution_in,
     worked,
 )
-from gspo_jax.tasks.zebra_solver import BINARY, SYMMETRIC, UNARY, Clue, count_solutions
+from gspo_jax.tasks.zebra_solve import BINARY, SYMMETRIC, UNARY, Clue, count_solutions
 from gspo_jax.tasks.zebra_words import ATTRIBUTES, CLUES, OPENING, PLACES, person, sentence
 
 ZEBRA_SIZES = {"train": 2000, "val": 200, "test": 400}
