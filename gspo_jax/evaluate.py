@@ -1,7 +1,7 @@
 """Accuracy on held-out problems: greedy and avg@k, each with n and a 95 % interval."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from gspo_jax.errors import DataError
 from gspo_jax.generate import PureModel
 from gspo_jax.policy import Policy, Problems, load_policy, load_problems
 from gspo_jax.rollout import Scorer, encode_prompts, sample_completions, score_together
-from gspo_jax.tasks.verify import boxed
+from gspo_jax.tasks.task import boxed_in
 from gspo_jax.tokenizer import Tokenizer
 
 Z95 = 1.959964
@@ -30,6 +30,7 @@ def evaluate(
     max_new_tokens: int,
     key: Key[Array, ""],
     batch: int = 64,
+    answer_in: Callable[[Problem, str], str | None] = boxed_in,
 ) -> dict[str, float]:
     """Score greedy and sampled completions of every problem.
 
@@ -38,11 +39,12 @@ def evaluate(
         temperature: of the samples.
         key: drives the samples; the same key gives the same ones at any `batch`.
         batch: prompts at a time.
+        answer_in: the answer that is read out of a response, as `Task.answer_in`.
 
     Returns:
         `eval/greedy` and `eval/avg@k` with `_low` and `_high` (95 %), `eval/n` problems, and over
-        all completions the shares `eval/truncated` and `eval/no_answer` (no boxed answer) and
-        `eval/mean_length` in tokens. A completion that was not scored counts as 0.
+        all completions the shares `eval/truncated` and `eval/no_answer` (none that `answer_in`
+        reads) and `eval/mean_length` in tokens. A completion that was not scored counts as 0.
     """
 
     def run(temperature: float, group: int):
@@ -64,7 +66,8 @@ def evaluate(
             reward = score_together(scorer, part, texts, ids)[1]
             scores.append(np.nan_to_num(reward).reshape(len(part), group))
             truncated.append(completions.truncated)
-            blank.append([boxed(text) is None for text in texts])
+            asked = [problem for problem in part for _ in range(group)]
+            blank.append([answer_in(*row) is None for row in zip(asked, texts, strict=True)])
             lengths.append(completions.mask.sum(1))
         return np.concatenate(scores), *map(np.concatenate, (truncated, blank, lengths))
 
@@ -102,6 +105,7 @@ def evaluate_policy(
         # Steps are numbered from 1: key 0 is free, and the same at every evaluation.
         key=jax.random.fold_in(jax.random.key(config.run.seed), 0),
         batch=e.batch,
+        answer_in=problems.task.answer_in,
     )
 
 

@@ -43,7 +43,7 @@ def write_task(name: str, out: Path, *, seed: int, options: dict[str, Any]) -> d
 
 def main() -> None:
     """Parse the command line, write, and print the manifest."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Write a task's problems to files.")
     parser.add_argument("name", choices=sorted(TASKS), metavar="NAME", help=", ".join(TASKS))
     parser.add_argument("out", type=Path)
     parser.add_argument("options", nargs="*", metavar="option=value", help="of the task, in YAML")

@@ -10,9 +10,9 @@ import gspo_jax
 PACKAGE = Path(gspo_jax.__file__).parent
 
 LAYERS = [
-    {"errors", "batch", "masked", "console", "sandbox", "tasks.verify", "tasks.zebra_words"}
+    {"errors", "batch", "masked", "console", "sandbox", "tasks.units", "tasks.zebra_words"}
     | {"tasks.zebra_solve"},
-    {"distributed"},
+    {"distributed", "tasks.verify"},
     {"models.fields", "models.init", "penalties", "mismatch", "advantages", "logps", "quant"}
     | {"sharding", "chat_template", "tasks.task", "tasks.zebra_score"},
     {"losses", "models.attention", "models.cache", "models.files", "optim", "checkpoint", "metrics"}

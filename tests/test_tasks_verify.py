@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from gspo_jax.tasks.verify import MAX_TEXT, accuracy, boxed, check
+from gspo_jax.tasks.verify import MAX_TEXT, accuracy, boxed, check, check_list
 
 
 @pytest.mark.parametrize(
@@ -203,3 +203,70 @@ def test_accuracy_gives_nothing_for_repeating_a_prompt_that_shows_a_box():
 def test_accuracy_refuses_columns_of_different_lengths():
     with pytest.raises(ValueError):
         accuracy(["a", "b"], ["c"], ["d"])
+
+
+@pytest.mark.parametrize(
+    "answer, gold",
+    [
+        ("12 cm", "12"),
+        ("12", r"12\text{ cm}"),
+        (r"12\text{ cm}", "12 cm"),
+        (r"12\,\text{cm}", "12 centimeters"),
+        ("120 cm", "1.2 m"),
+        (r"\frac{1}{2}\text{ hour}", "30 minutes"),
+        ("1,500 grams", r"1.5\text{ kg}"),
+        (r"100\text{ cm}^2", "0.01 m^2"),
+        ("4 square feet", r"4 \text{ ft}^{2}"),
+        (r"\$18", "18 dollars"),
+        ("50 cents", r"\$0.50"),
+        ("3 feet.", "1 yard"),
+        ("90 degrees", "90"),
+        (r"90^\circ", "90 degrees"),
+        ("50 percent", r"50\%"),
+        (r"18\text{ apples}", "18"),
+        ("$12$ cm", "12 cm"),
+    ],
+)
+def test_units_that_say_the_same_score_1(answer, gold):
+    assert check(rf"\boxed{{{answer}}}", gold).score == 1.0
+
+
+@pytest.mark.parametrize(
+    "answer, gold",
+    [
+        (r"12\text{ m}", r"12\text{ cm}"),
+        ("12 m", "12 cm"),
+        ("12 cm", "12 seconds"),
+        ("12 cm", "12 cm^2"),
+        ("12 cm^2", "12 cm^3"),
+        ("120 cm", "1.2"),
+        ("50 cents", "50 dollars"),
+        ("1 mile", "1.6 km"),  # 1.609344 km
+        ("3h", "3"),  # may be algebra: 3 times h
+        ("5m", "5"),
+        ("12 apples", "12"),  # an unknown word is no unit
+        ("12 or more", "12"),
+        ("12 to 13 cm", "12"),
+        ("12 cm, 13 cm", "12 cm"),
+        ("cm", "12 cm"),
+        ("12 kg^2", "12 kg"),
+    ],
+)
+def test_units_that_say_something_else_score_0(answer, gold):
+    assert check(rf"\boxed{{{answer}}}", gold).score == 0.0
+
+
+def test_the_same_length_boxed_twice_is_one_answer():
+    assert check(r"\boxed{120\text{ cm}} = \boxed{1.2\text{ m}}", "1.2 m").score == 1.0
+    assert check(r"\boxed{120\text{ cm}} = \boxed{12\text{ m}}", "12 m").reason == "ambiguous"
+
+
+def test_lists_are_compared_item_by_item():
+    for text in ("red, Blue", "red,blue", "red and blue", r"\text{Red, blue}", "red , and blue."):
+        assert check_list(rf"\boxed{{{text}}}", "red, blue").score == 1.0, text
+    for text in ("blue, red", "red", "red, blue, green", "red blue", "red or blue", "redblue", ""):
+        assert check_list(rf"\boxed{{{text}}}", "red, blue").score == 0.0, text
+    assert check_list(r"\boxed{red, blue} \boxed{Red and blue}", "red, blue").score == 1.0
+    assert check_list(r"\boxed{blue, red} \boxed{red, blue}", "red, blue").reason == "ambiguous"
+    assert check_list(r"\boxed{12.0}", "12").score == 1.0
+    assert check_list("red, blue", "red, blue").reason == "no answer"

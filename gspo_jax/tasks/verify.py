@@ -9,6 +9,8 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from gspo_jax.tasks.units import Unit, unit
+
 MAX_TEXT = 200_000  # characters after the reasoning that are read, counted from the end
 MAX_ANSWER = 400  # characters of a boxed answer; a longer one is never right
 MAX_LISTS = 50  # boxes that are compared with each other as lists, counted from the end
@@ -20,6 +22,10 @@ _NUMBER = re.compile(rf"([+-]?)({_DECIMAL})(?:/({_DECIMAL}))?")
 _FRAC = re.compile(rf"([+-]?)\\frac\{{({_DECIMAL})\}}\{{({_DECIMAL})\}}")
 _SPACING = re.compile(r"\\[,;:! ]|~|\s+")
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}")
+_WITH_UNIT = re.compile(
+    r"([-+]?[\\a-z0-9{}.,/]*[0-9}])((?:square|cubic)?[A-Za-z]{1,12}(?:\^\{?[23]\}?)?)"
+)
+_LETTER_UNIT = re.compile(r"[0-9}][A-Za-z](?:\^\{?[23]\}?)?$")
 _VARIABLE = re.compile(r"[A-Za-z]=")
 
 
@@ -53,7 +59,8 @@ def check(text: str, gold: str | int | float) -> Verdict:
 
     Integers, decimals and fractions (``1,234``, ``12.50``, ``3/4``, ``\\frac{3}{4}``, with a
     sign, ``$``, ``%`` or a unit in ``\\text{}``) are compared as exact rational numbers, so that
-    12 equals 12.0 and 1/3 does not equal 0.3333. Anything else must be the same text, up to
+    12 equals 12.0 and 1/3 does not equal 0.3333. Where both have a known unit, it is converted:
+    120 cm equals 1.2 m, and 12 cm does not equal 12 m. Anything else must be the same text, up to
     spacing. Two boxes with different answers are no answer.
     """
     answer = boxed(text)
@@ -63,10 +70,9 @@ def check(text: str, gold: str | int | float) -> Verdict:
         return Verdict(0.0, answer, "blank")
     if len(answer) > MAX_ANSWER:
         return Verdict(0.0, answer[:MAX_ANSWER], "too long")
-    value = _value(answer)
-    if any(_value(other) != value for other in _boxes(text) if other):
+    if any(not _same(other, answer) for other in _boxes(text) if other):
         return Verdict(0.0, answer, "ambiguous")
-    right = str(gold).strip() != "" and value == _value(str(gold))
+    right = str(gold).strip() != "" and _same(answer, str(gold))
     return Verdict(float(right), answer, "correct" if right else "wrong")
 
 
@@ -163,19 +169,45 @@ def _boxes(text: str) -> list[str]:
 
 def _value(answer: str) -> Fraction | str:
     """What an answer says: a number where it is one, else its text in one spelling."""
+    return _measure(answer)[0]
+
+
+def _same(one: str, other: str) -> bool:
+    """Do two answers say the same? A unit counts where both have one."""
+    (a, unit_a), (b, unit_b) = _measure(one), _measure(other)
+    if unit_a is None or unit_b is None or isinstance(a, str) or isinstance(b, str):
+        return a == b
+    return unit_a.measures == unit_b.measures and a * unit_a.size == b * unit_b.size
+
+
+def _measure(answer: str) -> tuple[Fraction | str, Unit | None]:
+    """`_value`, and the unit that stands after the number, if it is a known one."""
     if len(answer) > MAX_ANSWER:
-        return answer
+        return answer, None
+    # "5m" may be algebra; "5 m" and "5\\text{m}" are not.
+    apart = _LETTER_UNIT.search(answer.strip().strip("$").removesuffix(".")) is None
     text = _SPACING.sub("", answer.replace("\u2212", "-"))
     text = re.sub(r"\\[dt]frac", r"\\frac", re.sub(r"\\(left|right)(?![A-Za-z])", "", text))
+    dollars = "\\$" in text
     text = text.strip("$").removesuffix(".").replace("\\$", "").replace("$", "")
     text = _VARIABLE.sub("", text, count=1) if _VARIABLE.match(text) else text
+    if apart and (match := _WITH_UNIT.fullmatch(_TEXT.sub(r"\1", text))):
+        number, found = _number(match[1]), unit(match[2])
+        if found and number is not None:
+            return number, found
     unitless = _TEXT.sub("", text).replace("^\\circ", "").replace("^{\\circ}", "")
     unitless = unitless.replace("\\%", "").replace("%", "")
-    match = _NUMBER.fullmatch(unitless) or _FRAC.fullmatch(unitless)
+    number = _number(unitless)
+    if number is None:
+        return _TEXT.sub(r"\1", text), None
+    return number, unit("dollar") if dollars else None
+
+
+def _number(text: str) -> Fraction | None:
+    """The exact value of an integer, a decimal or a fraction of them; None if it is none."""
+    match = _NUMBER.fullmatch(text) or _FRAC.fullmatch(text)
     if not match:
-        return _TEXT.sub(r"\1", text)
+        return None
     sign, top, bottom = match.groups()
     numerator, denominator = (Fraction((n or "1").replace(",", "")) for n in (top, bottom))
-    if not denominator:
-        return text
-    return (-1 if sign == "-" else 1) * numerator / denominator
+    return (-1 if sign == "-" else 1) * numerator / denominator if denominator else None
