@@ -199,9 +199,9 @@ def pattern_hard(rng: Random) -> Item:
     for i in range(5):
         multiply = (i % 2 == 0) == product_first
         terms.append(terms[-1] * factor if multiply else terms[-1] + addend)
-    if len(next_in_turn(terms[:5])) > 1:
-        return pattern_hard(rng)
-    last = f"* {factor}" if product_first == (4 % 2 == 0) else f"+ {addend}"
+    # Read in the other order, the same numbers would need factors f and g with f * g = 1: there is
+    # one way to go on.
+    last = f"* {factor}" if product_first else f"+ {addend}"
     in_turn = f"* {factor} and + {addend}" if product_first else f"+ {addend} and * {factor}"
     return _pattern(
         "turns",
@@ -211,17 +211,6 @@ def pattern_hard(rng: Random) -> Item:
         terms[5],
         f"The steps are {in_turn}.\n{terms[4]} {last} = {terms[5]}",
     )
-
-
-def next_in_turn(terms: list[int]) -> set[int]:
-    """What may follow five terms of which every other one is a multiple, the others a sum."""
-    found = set()
-    a, b, c, d, e = terms
-    if b % a == 0 and d == c * (b // a) and e - d == c - b:
-        found.add(e * (b // a))
-    if c % b == 0 and e == d * (c // b) and d - c == b - a:
-        found.add(e + b - a)
-    return found
 
 
 # -------------------------------------------------------------------------------------- logic
