@@ -43,6 +43,7 @@ AT_LEAST = {
     "algo.router_z_coef": 0,
     "algo.critic.learning_rate": 0,
     "algo.critic.coef": 0,
+    "task.reward_memory": 0,
     "optim.learning_rate": 0,
     "optim.warmup": 0,
     "optim.weight_decay": 0,
@@ -59,6 +60,8 @@ AT_LEAST = {
     "run.keep": 1,
     "run.log_completions": 0,
     "run.skip_budget": 0,
+    "run.spike_sigmas": 0,
+    "run.save_by": 0,
 }
 
 ONE_PER_RESPONSE = ("gspo", "luspo", "gmpo")  # of the losses; the others take one per token too
@@ -104,6 +107,8 @@ def check_task(task: TaskConfig, evaluation: EvalConfig) -> None:
     for spec in task.rewards:
         if not all(spec.rpartition(":")[::2]):
             raise ConfigError(f"task.rewards: {spec!r} is not module:function or file.py:function.")
+    if task.reward_timeout <= 0:
+        raise ConfigError(f"task.reward_timeout={task.reward_timeout:g}: must be above 0 seconds.")
     functions = max(len(task.rewards), 1)
     if task.reward_weights and len(task.reward_weights) != functions:
         raise ConfigError(

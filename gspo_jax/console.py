@@ -120,8 +120,9 @@ class Display:
     def _tail(self) -> list[str]:
         out = []
         if self._times:
-            # The median: one suspended laptop or one checkpoint must not move the estimate.
-            out.append(f"eta {clock(statistics.median(self._times) * (self.of - self._step))}")
+            # The median: one suspended laptop or one checkpoint must not move the estimate; of
+            # two steps the shorter.
+            out.append(f"eta {clock(statistics.median_low(self._times) * (self.of - self._step))}")
         if rate := self._metrics.get("tokens_per_second"):
             out.append(f"{rate:,.0f} tok/s")
         return out
@@ -164,6 +165,8 @@ def advice(metrics: Mapping[str, Any]) -> dict[str, str]:
         )
     if (metrics.get("skipped_updates") or 0) > 0:
         out["skipped"] = "an update was skipped because its gradient was not finite."
+    if (metrics.get("skipped_spikes") or 0) > 0:
+        out["spikes"] = "an update was skipped because of its long gradient (run.spike_sigmas)."
     return out
 
 

@@ -29,6 +29,7 @@ from gspo_jax.batch import Completions
 from gspo_jax.models.cache import Cache, LayerCache, fit
 from gspo_jax.models.qwen import Qwen, head_logits
 from gspo_jax.sharding import batch_ways, constrain
+from gspo_jax.stopping import raise_if_asked
 
 PureModel = tuple[nnx.GraphDef, nnx.State]
 
@@ -200,6 +201,7 @@ def _decode_all(decode, sizes: Schedule, cache, rows, first, prompt_slots, ended
     number = np.arange(len(ended))
     record = [(number, first)]
     for n, slots in enumerate(sizes.slots):
+        raise_if_asked()  # to stop: nothing has changed yet
         alive = ~ended[number]
         batch = sizes.batch(n, len(number), int(alive.sum()))
         if batch < len(number):  # the living first; who has ended fills up what is left

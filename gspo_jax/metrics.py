@@ -1,6 +1,6 @@
 """The run directory's writer: one JSON object per step, samples, status, environment, lock.
 
-    config.yaml  env.json  status.json  metrics.jsonl  samples.jsonl  lock
+    config.yaml  env.json  status.json  metrics.jsonl  samples.jsonl  warnings.log  lock
 
 Nothing here can fail a run that trains well: a full disk costs lines, a dead tracker a warning.
 Only a directory that cannot be used at all, or that another run uses, is refused at the start.
@@ -9,6 +9,7 @@ Only a directory that cannot be used at all, or that another run uses, is refuse
 import errno
 import fcntl
 import json
+import logging
 import math
 import os
 import platform
@@ -75,6 +76,7 @@ class RunLog:
         self._warned: set[str] = set()
         self._lock = lock(self.directory)
         self._tracker = _Wandb(self._warn) if "wandb" in report_to else None
+        self._heard = _Heard(self)
 
     def start(self, step: int | None = None) -> None:
         """Open the files for a new run, or for one that resumes after `step`.
@@ -146,6 +148,7 @@ class RunLog:
 
     def close(self) -> None:
         """Give the terminal, the files and the lock back."""
+        logging.getLogger("gspo_jax").removeHandler(self._heard)
         self.display.end()
         for file in self._files.values():
             try:
@@ -158,6 +161,7 @@ class RunLog:
         unlock(self._lock)
 
     def __enter__(self) -> "RunLog":
+        logging.getLogger("gspo_jax").addHandler(self._heard)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
@@ -181,6 +185,23 @@ class RunLog:
         if text not in self._warned:
             self._warned.add(text)
             self.display.say(f"warning: {text}", style="yellow")
+
+
+class _Heard(logging.Handler):
+    """What modules log, as the first traceback of a reward function: shown, and kept in a file."""
+
+    def __init__(self, log: RunLog):
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = redact(record.getMessage().rstrip())
+        self._log.say(f"warning: {text}", style="yellow")
+        try:
+            with (self._log.directory / "warnings.log").open("a", encoding="utf-8") as file:
+                file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")
+        except OSError:
+            return  # it was shown
 
 
 class _Wandb:

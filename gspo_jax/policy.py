@@ -28,6 +28,7 @@ from gspo_jax.rollout import Scorer, encode_prompts
 from gspo_jax.sharding import make_mesh, sharding_for
 from gspo_jax.tasks import Task, load_task
 from gspo_jax.tokenizer import Tokenizer, load_tokenizer
+from gspo_jax.workers import load_remote
 
 compiled_cast = jax.jit(cast, static_argnums=1)
 
@@ -115,7 +116,9 @@ def load_problems(config: Config, tokenizer: Tokenizer) -> Problems:
     """
     c = config.task
     task = load_task(c.name, c.path, seed=c.seed, fields=c.fields, **c.options)
-    functions = rewards.load_rewards(c.rewards) if c.rewards else {task.name: task.reward}
+    functions: dict = {task.name: task.reward}  # ours: pure and bounded, called where it is
+    if c.rewards:
+        functions = load_remote(c.rewards, seconds=c.reward_timeout, memory=c.reward_memory)
     weights = list(c.reward_weights) or [1.0] * len(functions)
     indices, lengths, too_long = {}, {}, 0
     for split, size in task.size.items():
@@ -142,6 +145,7 @@ def load_problems(config: Config, tokenizer: Tokenizer) -> Problems:
     # A rehearsal: a reward function that cannot work should say so now, not after compiling.
     first = task.problem("train", indices["train"][0])
     scorer([first], [first.answer or "", ""], [[], []])
+    scorer = partial(scorer, strict=c.reward_errors == "stop", told=set())
     shortest, longest = min(lengths["train"]), max(lengths["train"])
     return Problems(task, indices, too_long, scorer, shortest, longest)
 

@@ -53,7 +53,8 @@ def sketch(
     policy = Policy(graphdef, params, tokenizer, mesh, dtype, directory)  # pyright: ignore
     updates = config.run.steps * config.algo.minibatches * config.algo.epochs
     optimizer, _ = optimizer_at(config, config.optim.learning_rate, updates)
-    state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+    spikes = config.run.spike_sigmas > 0
+    state = jax.eval_shape(lambda p: init_state(p, optimizer, spikes=spikes), params)
     state = _placed(state, state_shardings(state, params, mesh))
     # What "auto" would choose is known on the device alone: here it recomputes nothing.
     kept = config.model.remat if config.model.remat != "auto" else "none"
@@ -178,7 +179,10 @@ def _update(run: Sketch) -> Iterator[Planned]:
     """As `train` calls them: scores of other networks, of π_old, then the gradient and its use."""
     c, a = run.config, run.config.algo
     shardings = jax.tree.map(lambda x: x.sharding, run.state)
-    made = make_programs(run.policy.graphdef, run.optimizer, run.goal, shardings)
+    sigmas = run.config.run.spike_sigmas
+    made = make_programs(
+        run.policy.graphdef, run.optimizer, run.goal, shardings, spike_sigmas=sigmas
+    )
     everything = c.rollout.prompts * c.rollout.group_size
     part = everything // a.minibatches
     routed = _routed(run)

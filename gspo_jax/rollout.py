@@ -1,6 +1,7 @@
 """Prompts -> groups of completions -> texts -> scores, and from there to training rows."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -205,6 +206,27 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         metrics[f"rewards/{name}/mean"] = float(known.mean()) if known.size else float("nan")
         metrics[f"rewards/{name}/std"] = float(known.std()) if known.size else float("nan")
     return metrics | rollout.log
+
+
+def sample_rows(rollout: Rollout, adv: np.ndarray, prompts: int = 4) -> list[dict[str, Any]]:
+    """The best and the worst response to each of the first few prompts, for people to read."""
+    rows, group = [], len(rollout.texts) // len(rollout.problems)
+    if adv.ndim == 2:  # one per token, 0 outside the mask: their mean
+        adv = adv.sum(1) / np.maximum(rollout.completions.mask.sum(1), 1)
+    for p, problem in enumerate(rollout.problems[:prompts]):
+        rewards = np.nan_to_num(rollout.reward[p * group : (p + 1) * group], nan=-np.inf)
+        for b in sorted({int(rewards.argmax()), int(rewards.argmin())}):
+            row = p * group + b
+            rows.append(
+                {
+                    "prompt": problem.prompt,
+                    "completion": rollout.texts[row],
+                    "answer": problem.answer,
+                    "reward": rollout.reward[row],
+                    "advantage": adv[row],
+                }
+            )
+    return rows
 
 
 def token_count(rollout: Rollout) -> int:

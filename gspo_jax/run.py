@@ -1,16 +1,14 @@
-"""One run: its directory, its stop signals, its checkpoints, and how it ends.
+"""One run: its directory, its checkpoints, and how it ends.
 
 `train` and `sft` share this; what differs between them is the step in the middle.
 """
 
-import os
-import signal
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,11 +31,14 @@ from gspo_jax.objective import CriticTerm
 from gspo_jax.optim import make_optimizer, make_schedule
 from gspo_jax.policy import PLAIN, Passes, Policy, Problems, attention, load_policy
 from gspo_jax.report import dynamics, read_metrics
+from gspo_jax.rollout import sample_rows
 from gspo_jax.sharding import state_shardings
+from gspo_jax.stopping import Abandoned, Stop, Why, listening, out_of_time
 from gspo_jax.tokenizer import token_ids
-from gspo_jax.update import CriticState, TrainState, init_state
+from gspo_jax.update import CriticState, TrainState, all_finite, init_state
 
 EXIT_CODES = {"finished": 0, "preempted": PREEMPTED, "interrupted": INTERRUPTED}
+SAVE_RATE = 200e6  # bytes per second at which a checkpoint is taken to be written
 
 _compile_seconds = [0.0]  # of this process; XLA reports every compilation, from cache or not
 _compiles = [0]
@@ -76,11 +77,12 @@ def make_state(
     The state takes over the policy's parameters: the first update donates them.
     """
     optimizer, schedule = optimizer_at(config, config.optim.learning_rate, updates)
-    shapes = jax.eval_shape(lambda params: init_state(params, optimizer), policy.params)
+    begin = partial(init_state, optimizer=optimizer, spikes=config.run.spike_sigmas > 0)
+    shapes = jax.eval_shape(begin, policy.params)
     shardings = state_shardings(shapes, policy.params, policy.mesh)
 
     def rest(params):  # as outputs of a program the parameters would be copied
-        return init_state(params, optimizer)._replace(params=None)
+        return begin(params)._replace(params=None)
 
     start = jax.jit(rest, out_shardings=shardings._replace(params=None))
     return optimizer, schedule, start(policy.params)._replace(params=policy.params)
@@ -144,7 +146,7 @@ def optimizer_at(
 
 @contextmanager
 def open_run(config: Config, policy: Policy, problems: Problems) -> Iterator["Run"]:
-    """Claim the run directory, listen to SIGTERM and Ctrl-C, and give both back at the end."""
+    """Claim the run directory, listen to signals, and give both back at the end."""
     directory = run_dir(config)
     devices = [str(device) for device in policy.mesh.devices.flat]
     log = RunLog(
@@ -154,10 +156,9 @@ def open_run(config: Config, policy: Policy, problems: Problems) -> Iterator["Ru
         report_to=config.run.report_to,
         devices=devices,
     )
-    with log, jax.set_mesh(policy.mesh):
-        run = Run(config, policy, problems, log, directory)
-        with run.listening():
-            yield run
+    alone = jax.process_count() == 1
+    with log, jax.set_mesh(policy.mesh), listening(log.say, abandon=alone) as stop:
+        yield Run(config, policy, problems, log, directory, stop)
 
 
 @dataclass
@@ -169,9 +170,9 @@ class Run:
     problems: Problems
     log: RunLog
     directory: Path
+    stop: Stop
     before: dict[str, float] = field(default_factory=dict)
     tokens: int = 0  # prompt and response tokens so far
-    stopped_by: Literal["preempted", "interrupted"] | None = None
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def start(self, state: TrainState) -> TrainState:
@@ -193,6 +194,9 @@ class Run:
         state, meta = checkpoint.restore(root, step, state)
         self.tokens = meta["num_tokens"]
         self.log.start(step)
+        written = step == 0 or logged_step(self.directory, step)  # by this run
+        if written and self._is_measured(step) and not logged_eval(self.directory, step):
+            self._measured(step, state)  # it was stopped before it came to that
         self.before = logged_eval(self.directory, 0)
         of = self.config.run.steps
         self.log.say(f"Resumed after step {step} of {of}.")
@@ -201,14 +205,20 @@ class Run:
         return state
 
     def steps(self, state: TrainState) -> Iterator[int]:
-        """The steps that are left, until a signal asks to stop."""
+        """The steps that are left, until a signal asks to stop or `run.save_by` comes near."""
+        longest = 0.0  # of the steps so far, with their evaluation and checkpoint
+        saving = sum(x.nbytes for x in jax.tree.leaves(state)) / SAVE_RATE
         for step in range(int(state.step) + 1, self.config.run.steps + 1):
+            if longest and out_of_time(self.config.run.save_by, longest + saving):
+                self.log.say(f"run.save_by={self.config.run.save_by:g} minutes leave no more step.")
+                self.stop.ask("preempted")
+            if self.stopped_by:
+                return
             self.seconds.clear()
             self._step_began = time.perf_counter(), _compile_seconds[0], _compiles[0]
             with self._traced(step):
                 yield step
-            if self.stopped_by:
-                return
+            longest = max(longest, time.perf_counter() - self._step_began[0])
 
     def _traced(self, step: int) -> AbstractContextManager[Any]:
         """Write what the devices do in this step to profile/, if `run.profile_steps` names it."""
@@ -248,6 +258,7 @@ class Run:
             "num_tokens": self.tokens,
             "updates": int(state.updates),
             "skipped_updates": int(state.skipped),
+            **({} if state.spikes is None else {"skipped_spikes": int(state.spikes.skipped)}),
             "step_time": step_time,
             "compile_time": compile_time,
             "compiles": _compiles[0] - compiles,
@@ -255,8 +266,7 @@ class Run:
             **self.seconds,
             "time/host": step_time - sum(self.seconds.values()),
         }
-        last, every = step == c.run.steps, c.eval.every
-        if not self.stopped_by and (last or (every and step % every == 0)):
+        if not self.stopped_by and self._is_measured(step):
             record |= self.evaluate(state)
         self.log.step(step, record)
         every = c.run.log_completions
@@ -266,7 +276,7 @@ class Run:
             raise NumericalError(
                 f"{record['skipped_updates']} updates had a loss or gradient that was not finite, "
                 f"more than run.skip_budget={c.run.skip_budget}; lower optim.learning_rate, or "
-                "look at the rewards. Parameters are those before the first of them."
+                "look at the rewards. None of them changed anything, and no checkpoint was lost."
             )
 
     def save(self, state: TrainState, *, now: bool = False) -> None:
@@ -274,6 +284,11 @@ class Run:
         step, every = int(state.step), self.config.run.save_every
         if now or self.stopped_by or (every and step % every == 0):
             self.log.doing("checkpoint")
+            if not all_finite(state.params):
+                raise NumericalError(
+                    f"the parameters are not finite after step {step}: not saved. Lower "
+                    f"optim.learning_rate and continue from {checkpoint.steps(self.checkpoints)}."
+                )
             meta = {"step": step, "num_tokens": self.tokens}
             checkpoint.save(self.checkpoints, step, state, meta, keep=self.config.run.keep)
 
@@ -281,12 +296,13 @@ class Run:
         """Save; where the run is complete, measure again, export, and draw its dynamics."""
         step = int(state.step)
         self.save(state, now=True)
+        after = logged_eval(self.directory, step)
+        if not self.stopped_by and not after:  # it was stopped while its last step was measured
+            after = self._measured(step, state)
         if self.stopped_by:
             self.log.status(self.stopped_by)
             self.log.say(f"Stopped after step {step}; the same command continues from here.")
             return Result(self.directory, step, self.stopped_by, self.before)
-        # Measured in its last step, unless it was stopped in the middle of that.
-        after = logged_eval(self.directory, step) or self._measured(step, state)
         self.log.doing("export")
         card = run_card(self.config, self.policy, self.directory, step)
         out_dir = self.directory / "export"
@@ -296,32 +312,23 @@ class Run:
         return Result(self.directory, step, "finished", self.before, after)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Greedy accuracy and avg@k on held-out problems; nothing if the split is empty."""
+        """Greedy accuracy and avg@k on held-out problems.
+
+        Nothing if the split is empty, or if the run is to stop: whoever resumes it measures again.
+        """
         self.log.doing("evaluate")
-        return evaluate_policy(self.config, self.policy, self.problems, state.params)
+        with suppress(Abandoned):
+            return evaluate_policy(self.config, self.policy, self.problems, state.params)
+        return {}
 
     @property
     def checkpoints(self) -> Path:
         return self.directory / "checkpoints"
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C ask for a stop after the step; the same signal again forces it."""
-
-        def ask(number, frame):
-            self.stopped_by = "interrupted" if number == signal.SIGINT else "preempted"
-            signal.signal(number, lambda *_: os._exit(128 + number))
-            self.log.say("Stopping after this step; the same signal again stops at once.")
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        earlier = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in earlier.items():
-                signal.signal(number, handler)
+    @property
+    def stopped_by(self) -> Why | None:
+        """Why the run is to stop; None where it goes on."""
+        return self.stop.asked
 
     def _checkpoint_to_resume(self) -> tuple[Path, int] | None:
         """(directory, step) of the checkpoint to continue from, as `run.resume` says."""
@@ -343,33 +350,16 @@ class Run:
             )
         return path.parent, int(path.name)
 
+    def _is_measured(self, step: int) -> bool:
+        every = self.config.eval.every
+        return step in (0, self.config.run.steps) or bool(every and step % every == 0)
+
     def _measured(self, step: int, state: TrainState) -> dict[str, float]:
-        """Evaluate, and log it as a line of its own."""
+        """Evaluate, and add it to the line of the step, which may be of its own."""
         result = self.evaluate(state)
         if result:
-            self.log.step(step, result)
+            self.log.step(step, logged_step(self.directory, step) | result)
         return result
-
-
-def sample_rows(rollout: Rollout, adv: np.ndarray, prompts: int = 4) -> list[dict[str, Any]]:
-    """The best and the worst response to each of the first few prompts, for people to read."""
-    rows, group = [], len(rollout.texts) // len(rollout.problems)
-    if adv.ndim == 2:  # one per token, 0 outside the mask: their mean
-        adv = adv.sum(1) / np.maximum(rollout.completions.mask.sum(1), 1)
-    for p, problem in enumerate(rollout.problems[:prompts]):
-        rewards = np.nan_to_num(rollout.reward[p * group : (p + 1) * group], nan=-np.inf)
-        for b in sorted({int(rewards.argmax()), int(rewards.argmin())}):
-            row = p * group + b
-            rows.append(
-                {
-                    "prompt": problem.prompt,
-                    "completion": rollout.texts[row],
-                    "answer": problem.answer,
-                    "reward": rollout.reward[row],
-                    "advantage": adv[row],
-                }
-            )
-    return rows
 
 
 def export(run_dir: Path, out_dir: Path) -> Path:
@@ -436,5 +426,10 @@ def logged(directory: Path) -> list[dict[str, Any]]:
 
 def logged_eval(directory: Path, step: int) -> dict[str, float]:
     """What was measured at `step`; empty where nothing was."""
-    row = next((row for row in logged(directory) if row["step"] == step), {})
+    row = logged_step(directory, step)
     return {name: value for name, value in row.items() if name.startswith("eval/")}
+
+
+def logged_step(directory: Path, step: int) -> dict[str, Any]:
+    """The line of `step`; empty where there is none."""
+    return next((row for row in logged(directory) if row["step"] == step), {})

@@ -48,6 +48,13 @@ class TaskConfig:
     """Reward functions, "module:function" or "file.py:function"; empty is the task's own."""
     reward_weights: list[float] = field(default_factory=list)
     """One weight per reward function; empty is 1 each."""
+    reward_timeout: float = 60.0
+    """Seconds that one call of a reward function may take, which runs in a process of its own."""
+    reward_memory: float = 0.0
+    """GB of address space that this process may have; 0 is no limit."""
+    reward_errors: Literal["zero", "stop"] = "zero"
+    """What a function that raises, hangs or crashes does to the responses that it was scoring:
+    they get 0 from it and are counted; or to the run: it stops."""
     seed: int = 0
     """Chooses the problems of a task that makes them up; run.seed orders them."""
 
@@ -228,4 +235,10 @@ class RunConfig:
     log_completions: int = 20
     """Steps between tables of sample responses; 0 is never."""
     skip_budget: int = 10
-    """Updates with non-finite gradients that are skipped before the run stops."""
+    """Updates with non-finite gradients, in all, that are skipped before the run stops."""
+    spike_sigmas: float = 0.0
+    """Skip an update whose gradient is longer than the mean of the last 128 by this many standard
+    deviations; 0 is off."""
+    save_by: float = 0.0
+    """Minutes since the process began, in which the run is to have saved and stopped (exit code
+    75); it takes no step that would end later. 0 is no limit."""

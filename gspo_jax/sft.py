@@ -48,7 +48,10 @@ def sft(config: Config) -> Result:
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
     place = partial(shard_batch, mesh=policy.mesh)
-    programs = make_programs(policy.graphdef, optimizer, objective, shardings, place=place)
+    sigmas = c.run.spike_sigmas
+    programs = make_programs(
+        policy.graphdef, optimizer, objective, shardings, place=place, spike_sigmas=sigmas
+    )
     size = len(problems.indices["train"])
 
     with open_run(config, policy, problems) as run:

@@ -37,6 +37,7 @@ from gspo_jax.rollout import (
 from gspo_jax.run import Result, Run, add_critic, make_state, open_run
 from gspo_jax.settings import GAE
 from gspo_jax.sharding import shard_batch
+from gspo_jax.stopping import Abandoned
 from gspo_jax.tasks import order
 from gspo_jax.update import Programs, TrainState, make_programs, summarise, update_on_rollout
 
@@ -59,7 +60,10 @@ def train(config: Config) -> Result:
     shardings = jax.tree.map(lambda x: x.sharding, state)
     goal = objective(config, policy, problems, how, critic)
     place = partial(shard_batch, mesh=policy.mesh)
-    programs = make_programs(policy.graphdef, optimizer, goal, shardings, place=place)
+    sigmas = c.run.spike_sigmas
+    programs = make_programs(
+        policy.graphdef, optimizer, goal, shardings, place=place, spike_sigmas=sigmas
+    )
     advantage = make_advantage(config, policy, goal, programs, reference)
 
     with open_run(config, policy, problems) as run, jax.set_mesh(policy.mesh):
@@ -70,7 +74,10 @@ def train(config: Config) -> Result:
         state = run.start(state)
         for step in run.steps(state):
             draw = partial(sample, run, state, step)  # 1 prompt, 2 rollout, 3 reward
-            rollout, everything = fill_with_spread(draw, roll.prompts, 1 + roll.resample)
+            try:
+                rollout, everything = fill_with_spread(draw, roll.prompts, 1 + roll.resample)
+            except Abandoned:  # asked to stop; the state is that of the step's start
+                break
             with run.phase("advantage"):
                 judged = advantage(state, rollout)  # 4 advantage
             batch, rate = judged.batch, float(schedule(int(state.updates)))
@@ -121,7 +128,7 @@ def sample(run: Run, state: TrainState, step: int, number: int) -> Rollout:
         )
     with run.phase("reward"):
         return score_completions(  # 3 reward
-            run.problems.scorer,
+            partial(run.problems.scorer, step=step),
             asked,
             prompts,
             completions,

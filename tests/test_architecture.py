@@ -10,14 +10,14 @@ import gspo_jax
 PACKAGE = Path(gspo_jax.__file__).parent
 
 LAYERS = [
-    {"errors", "batch", "masked", "console", "sandbox"},
+    {"errors", "batch", "masked", "console", "sandbox", "stopping"},
     {"models.fields", "models.init", "penalties", "mismatch", "advantages", "logps", "quant"}
     | {"sharding", "chat_template", "tasks.task", "tasks.verify"},
     {"losses", "models.attention", "models.cache", "models.files", "optim", "checkpoint", "metrics"}
-    | {"models.rope", "rewards", "tasks.math", "tasks.sources", "report"},
-    {"models.config", "tasks.data", "tokenizer"},
-    {"models.moe", "models.remat"},
-    {"models.qwen"},
+    | {"models.rope", "signatures", "tasks.math", "tasks.sources", "report"},
+    {"models.config", "tasks.data", "tokenizer", "rewards"},
+    {"models.moe", "models.remat", "workers"},
+    {"models.qwen", "reward_worker"},
     {"models.hf"},
     {"models", "tasks", "generate"},
     {"settings", "rollout", "objective", "microbatch"},
