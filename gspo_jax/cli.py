@@ -16,19 +16,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gspo_jax.errors import INTERRUPTED, UNEXPECTED, ConfigError, DataError, StorageError
+from gspo_jax.errors import (
+    INTERRUPTED,
+    UNEXPECTED,
+    ConfigError,
+    DataError,
+    OutOfMemory,
+    StorageError,
+)
 
 if TYPE_CHECKING:
     from gspo_jax.config import Config
     from gspo_jax.run import Result
 
-OUT_OF_MEMORY = 5
 IS_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is returned, the error printed."""
     arguments = _parse(argv)
+    if not arguments.debug:  # XLA's own account of an error: hundreds of lines where memory ends
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         return arguments.command(arguments)
     except KeyboardInterrupt:
@@ -53,8 +61,9 @@ def explain(error: Exception) -> tuple[int, str]:
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
         return StorageError.exit_code, f"no space left ({text[:200]}); set run.dir to another disk."
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        # `train` says more; this is loading, or another command.
         wanted = re.search(r"allocat\w* ([\d.]+ ?\w+)", text)
-        return OUT_OF_MEMORY, (
+        return OutOfMemory.exit_code, (
             f"out of memory{f' (allocating {wanted[1]})' if wanted else ''}; lower "
             "algo.microbatch (responses at a time in the update) or "
             "rollout.max_completion_length (the cache and activations of each)."

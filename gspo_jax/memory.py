@@ -14,14 +14,20 @@ shapes, the others from the compiled program's own account.
 
 import math
 import os
+import re
+import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import PyTree
 
 from gspo_jax.config import Config
+from gspo_jax.errors import OutOfMemory
+from gspo_jax.generate import LENGTHS
 from gspo_jax.microbatch import rows_of, widths
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.objective import Objective
@@ -142,13 +148,21 @@ def per_device(tree: PyTree) -> int:
 
 
 def capacity() -> int:
-    """Bytes that one device can give: the accelerator's limit, or a share of the machine's RAM."""
+    """Bytes that one device can give: the accelerator's limit, or a share of the machine's RAM.
+
+    Of that only what this process may have, where its container or `ulimit -v` says so.
+    """
     device = jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit:
         return int(limit)
-    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return ram // jax.local_device_count()
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    limits += [space] if space != resource.RLIM_INFINITY else []
+    container = Path("/sys/fs/cgroup/memory.max")
+    text = container.read_text().strip() if container.is_file() else ""
+    limits += [int(text)] if text.isdigit() else []
+    return min(limits) // jax.local_device_count()
 
 
 def microbatch_shapes(run: Sketch, rows: int) -> list[tuple[int, int]]:
@@ -195,12 +209,82 @@ def cache(run: Sketch) -> int:
 
 def short_memory(run: Sketch) -> str:
     """What is kept, in one line, from shapes alone."""
+    return f"{_kinds(run)} per device, estimated (gspo-jax plan compiles)"
+
+
+def stages(run: Sketch, *, least: bool = False) -> dict[str, int]:
+    """Bytes per device at the peak of each stage, by formulas.
+
+    With `least`, what no length of the responses and no kernel can lower: the cache in its first
+    portion, and activations, of one layer, only where XLA's own attention is sure.
+    """
+    h, cpu = run.held, run.policy.mesh.devices.flat[0].platform == "cpu"
+    kept = activations(run, layers=1 if least else None) if cpu or not least else 0
+    update = h.always + 2 * h.gradients + 2 * h.weights + kept + head(run)
+    portion = cache(run) // LENGTHS if least else cache(run)
+    return {"update": update, "rollout": h.always + h.weights + portion}
+
+
+def refuse_hopeless(run: Sketch) -> None:
+    """Stop before compiling what cannot fit by far; killed by the kernel, nobody would know why.
+
+    Raises:
+        OutOfMemory: even the least estimate is twice what a device has.
+    """
+    stage, need = max(stages(run, least=True).items(), key=lambda x: x[1])
+    if need > 2 * capacity():
+        raise OutOfMemory(f"it would run out of memory: {_advice(run, stage, need)}")
+
+
+@contextmanager
+def explained(run: Sketch) -> Iterator[None]:
+    """Turn an allocation that failed, while compiling or running, into one line of advice.
+
+    Raises:
+        OutOfMemory: what the run needs by estimate, what the device has, what to lower.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # XLA's is a RuntimeError
+        text = str(error)
+        ours = isinstance(error, OutOfMemory) or "No space left" in text
+        if ours or not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text):
+            raise
+        stage, need = max(stages(run).items(), key=lambda x: x[1])
+        raise OutOfMemory(f"out of memory{wanted(text)}: {_advice(run, stage, need)}") from error
+
+
+def wanted(text: str) -> str:
+    """What the allocator said that it was asked for, in parentheses after a space, if it did."""
+    found = re.search(r"allocat\w* ([\d.]+ ?\w+)", text)
+    return f" (allocating {found[1]})" if found else ""
+
+
+def _advice(run: Sketch, stage: str, need: int) -> str:
+    c, limit = run.config, capacity()
+    rows = microbatch_shapes(run, 1 << 30)[0][1]
+    length = f"rollout.max_completion_length={c.rollout.max_completion_length}"
+    if run.held.always + run.held.gradients > limit:  # whatever the batch is
+        knobs = ["optim.state=8bit"] if c.optim.state == "float32" else []
+        knobs += ["algo.kl.coef=0"] if run.held.reference else []
+        knobs += [f"mesh.fsdp={2 * c.mesh.fsdp}", "a smaller model.path"]
+        change = f"Set {knobs[0]} or {knobs[1]}"
+    elif stage == "rollout":
+        change = f"Lower rollout.prompts={c.rollout.prompts} or {length}"
+    else:
+        change = f"Lower algo.microbatch={c.algo.microbatch or rows} or {length}"
+    return (
+        f"the {stage} needs about {size(need)} per device by estimate ({_kinds(run)}), which has "
+        f"{size(limit)}. {change}; gspo-jax plan says what fits."
+    )
+
+
+def _kinds(run: Sketch) -> str:
     h = run.held
     extra = {"sampler": h.weights, "reference": h.reference, "critic": h.critic}
     parts = {"masters": h.masters, "moments": h.moments, "gradients": h.gradients, **extra}
     parts |= {"cache": cache(run), "activations": activations(run), "logits": head(run)}
-    text = ", ".join(f"{name} {size(n)}" for name, n in parts.items() if n)
-    return f"{text} per device, estimated (gspo-jax plan compiles)"
+    return ", ".join(f"{name} {size(n)}" for name, n in parts.items() if n)
 
 
 def size(count: int) -> str:

@@ -20,7 +20,7 @@ from gspo_jax.batch import Completions, Rollout, TrainBatch
 from gspo_jax.config import Config
 from gspo_jax.critic import estimate, make_values
 from gspo_jax.losses import LOSSES, RATIO, token_kl
-from gspo_jax.memory import Sketch, held_by, short_memory
+from gspo_jax.memory import Sketch, explained, held_by, refuse_hopeless, short_memory
 from gspo_jax.models.hf import read_config
 from gspo_jax.objective import CriticTerm, Metrics, Objective, Targets
 from gspo_jax.policy import Passes, Policy, Problems, load_policy, load_problems, passes, text_sizes
@@ -47,6 +47,7 @@ def train(config: Config) -> Result:
 
     Raises:
         ConfigError, DataError, StorageError: found before the first step.
+        OutOfMemory: a device has less memory than is needed.
         NumericalError: more than `run.skip_budget` updates were not finite.
     """
     c, roll = config, config.rollout
@@ -66,10 +67,11 @@ def train(config: Config) -> Result:
     )
     advantage = make_advantage(config, policy, goal, programs, reference)
 
-    with open_run(config, policy, problems) as run, jax.set_mesh(policy.mesh):
-        held = held_by(state, dtype=policy.dtype, reference=reference is not None)
-        shape = read_config(policy.directory)
-        sketch = Sketch(config, shape, policy, problems, state, goal, optimizer, held)
+    held = held_by(state, dtype=policy.dtype, reference=reference is not None)
+    shape = read_config(policy.directory)
+    sketch = Sketch(config, shape, policy, problems, state, goal, optimizer, held)
+    refuse_hopeless(sketch)
+    with open_run(config, policy, problems) as run, jax.set_mesh(policy.mesh), explained(sketch):
         run.log.say(f"Memory: {short_memory(sketch)}.")
         state = run.start(state)
         for step in run.steps(state):
