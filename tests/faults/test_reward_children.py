@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gspo_jax import rewards, stopping
+from gspo_jax import rewards, stopping, workers
 from gspo_jax.batch import Problem
 from gspo_jax.errors import DataError
 from gspo_jax.stopping import Abandoned, Stop
@@ -21,10 +21,20 @@ from gspo_jax.workers import load_remote
 FUNCTIONS = Path(__file__).parent.parent / "reward_functions.py"
 
 
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch):
+    monkeypatch.setattr(workers, "GRACE", 0.1)
+
+
 @pytest.fixture(scope="module")
 def judge():
-    """One child for the tests that leave it alive."""
+    """One child for many tests, started again where one has killed it."""
     return load_remote([f"{FUNCTIONS}:fails_where_asked"], seconds=1.0, memory=4.0)
+
+
+@pytest.fixture(scope="module")
+def echo():
+    return load_remote([f"{FUNCTIONS}:returns_the_column"], seconds=20.0)
 
 
 def score(functions, levels, column="level", texts=None, **options):
@@ -59,12 +69,16 @@ def eventually(condition, seconds=10.0):
     ],
 )
 def test_row_33_what_is_lost_scores_0_and_all_others_keep_their_place(judge, what, reason, caplog):
-    levels = [None, what, None, what, None]
+    levels = [None, what, None, "raise", None]
     got, reward, log = score(judge, levels, strict=False, told=set())
     np.testing.assert_array_equal(got["fails_where_asked"], [1, 0, 3, 0, 5])
     np.testing.assert_array_equal(reward, [1, 0, 3, 0, 5])
     assert log == {"rewards/fails_where_asked/errors": 2}
     assert f"reward fails_where_asked {reason}" in caplog.text and "(on 2 of 5" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["raise", "die"])
+def test_row_28_strict_stops_instead_with_one_line(judge, what):
     with pytest.raises(DataError, match=r"^reward fails_where_asked .* \(on 1 of 2 resp") as caught:
         score(judge, [None, what], strict=True)
     assert "\n" not in str(caught.value)
@@ -73,7 +87,7 @@ def test_row_33_what_is_lost_scores_0_and_all_others_keep_their_place(judge, wha
 def test_row_21_a_function_that_always_hangs_costs_three_limits_and_no_more(judge):
     began = time.monotonic()
     got, _, log = score(judge, ["sleep"] * 40, strict=False, told=set())
-    # 3 children, each with 1 s to answer, 1 s of grace and a start; then the rest fails at once.
+    # 3 children, each with 1 s to answer, and a start; then the rest fails at once.
     assert time.monotonic() - began < 30
     np.testing.assert_array_equal(got["fails_where_asked"], np.zeros(40))
     assert log == {"rewards/fails_where_asked/errors": 40}
@@ -111,12 +125,11 @@ def test_row_33_a_child_killed_from_outside_in_mid_batch_is_replaced(tmp_path):
     ],
     ids=repr,
 )
-def test_row_24_a_wrong_value_from_a_child_is_one_line_with_function_and_row(values, message):
-    child = load_remote([f"{FUNCTIONS}:returns_the_column"], seconds=20.0)
+def test_row_24_a_wrong_value_from_a_child_is_one_line_with_function_and_row(echo, values, message):
     with pytest.raises(DataError, match=rf"^reward returns_the_column {message}") as caught:
-        score(child, [values] * 3, strict=False)
+        score(echo, [values] * 3, strict=False)
     assert "\n" not in str(caught.value)
-    got, _, _ = score(child, [[1.0, None, 2.0]] * 3)  # None is no error, and the child goes on
+    got, _, _ = score(echo, [[1.0, None, 2.0]] * 3)  # None is no error, and the child goes on
     np.testing.assert_array_equal(got["returns_the_column"], [1, np.nan, 2])
 
 
