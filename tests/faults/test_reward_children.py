@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from faults.small_runs import eventually
+from faults.tools import REWARDS
 from gspo_jax import rewards, stopping, workers
 from gspo_jax.batch import Problem
 from gspo_jax.errors import DataError
 from gspo_jax.stopping import Abandoned, Stop
 from gspo_jax.workers import load_remote
-
-FUNCTIONS = Path(__file__).parent.parent / "reward_functions.py"
 
 
 @pytest.fixture(autouse=True)
@@ -29,12 +29,12 @@ def hurry(monkeypatch):
 @pytest.fixture(scope="module")
 def judge():
     """One child for many tests, started again where one has killed it."""
-    return load_remote([f"{FUNCTIONS}:fails_where_asked"], seconds=1.0, memory=4.0)
+    return load_remote([f"{REWARDS}:fails_where_asked"], seconds=1.0, memory=4.0)
 
 
 @pytest.fixture(scope="module")
 def echo():
-    return load_remote([f"{FUNCTIONS}:returns_the_column"], seconds=20.0)
+    return load_remote([f"{REWARDS}:returns_the_column"], seconds=20.0)
 
 
 def score(functions, levels, column="level", texts=None, **options):
@@ -48,13 +48,6 @@ def alive(pid):
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
         return False
-
-
-def eventually(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +88,7 @@ def test_row_21_a_function_that_always_hangs_costs_three_limits_and_no_more(judg
 
 def test_row_33_a_child_killed_from_outside_in_mid_batch_is_replaced(tmp_path):
     where = tmp_path / "pids"
-    functions = load_remote([f"{FUNCTIONS}:tells_its_process"], seconds=20.0)
+    functions = load_remote([f"{REWARDS}:tells_its_process"], seconds=20.0)
     killed = []
 
     def kill_the_third():
@@ -220,7 +213,7 @@ def test_functions_that_are_found_wrong_in_a_child_are_refused_as_elsewhere(tmp_
         with pytest.raises(DataError, match=message):
             load_remote([spec], seconds=1.0)
     problem = Problem("p", "q", None, {"lock": threading.Lock()})
-    functions = load_remote([f"{FUNCTIONS}:short_words"], seconds=5.0)
+    functions = load_remote([f"{REWARDS}:short_words"], seconds=5.0)
     with pytest.raises(DataError, match="the data's columns cannot be sent to the process"):
         rewards.score(functions, None, [problem], ["x"], [[1]])
 
