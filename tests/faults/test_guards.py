@@ -82,9 +82,8 @@ def test_row_23_a_run_that_stays_poisoned_stops_with_its_last_good_checkpoint(
     poison(2, 99)
     given = settings(tiny_dir, tmp_path, *SAVED, "run.steps=9", "run.skip_budget=3")
     assert main(["train", *given]) == 4
-    assert "4 updates had a loss or gradient that was not finite" in one_line(
-        capsys.readouterr().err
-    )
+    line = one_line(capsys.readouterr().err)
+    assert "4 updates had a loss or gradient that was not finite" in line
     run_dir = tmp_path / "run"
     assert status(run_dir)["state"] == "failed"
     # The third step went over the budget; what the second left is what the first did.
@@ -111,7 +110,7 @@ def test_row_23_parameters_that_are_not_finite_are_never_saved(tiny_dir, tmp_pat
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [1]
 
 
-@pytest.mark.parametrize("state", ["8bit", "float32"])
+@pytest.mark.parametrize("state", ["8bit", pytest.param("float32", marks=pytest.mark.faults)])
 def test_row_25_rewards_without_spread_move_neither_weights_nor_moments(
     tiny_dir, tmp_path, capsys, state
 ):

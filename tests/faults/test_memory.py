@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from faults.small_runs import settings
+from faults.small_runs import config, settings
 from faults.tools import one_line, python, status
 from gspo_jax import memory
 from gspo_jax import train as train_module
@@ -66,14 +66,9 @@ def test_row_54_weights_that_do_not_fit_ask_for_other_settings_than_the_batch(
     tiny_dir, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(memory, "capacity", lambda: 1000)
-    with pytest.raises(OutOfMemory, match=r"Set optim\.state=8bit or mesh\.fsdp=2; gspo-jax plan"):
-        train_module.train(train_module_config(tiny_dir, tmp_path, "optim.state=float32"))
-
-
-def train_module_config(model, directory, *more):
-    from faults.small_runs import config
-
-    return config(model, directory, *SHORT, *more)
+    message = r"Set optim\.state=8bit or mesh\.fsdp=2; gspo-jax plan"
+    with pytest.raises(OutOfMemory, match=message):
+        train_module.train(config(tiny_dir, tmp_path, *SHORT, "optim.state=float32"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a child")
@@ -85,10 +80,8 @@ def test_row_54_a_real_limit_is_known_beforehand(tiny_dir, tmp_path):
         from gspo_jax.cli import main
         sys.exit(main(["train", *sys.argv[1:]]))
     """
-    given = settings(
-        tiny_dir, tmp_path, *SHORT, "rollout.prompts=4096", "algo.microbatch=100000000"
-    )
-    done = python(code, *given, env_flags="") if False else python(code, *given)
+    big = ["rollout.prompts=4096", "algo.microbatch=100000000"]
+    done = python(code, *settings(tiny_dir, tmp_path, *SHORT, *big))
     assert done.returncode == 5, done.stderr
     assert "it would run out of memory" in one_line(done.stderr)
 

@@ -45,7 +45,7 @@ def assert_same_run(got, wanted):
 # Where the step has changed nothing yet it is given up; a compilation is in the first update.
 PLACES = [
     ("generate", 3, 2),
-    ("reward", 3, 2),
+    pytest.param("reward", 3, 2, marks=pytest.mark.faults),
     ("update", 1, 1),
     ("evaluate", 2, 2),
     pytest.param("advantage", 3, 3, marks=pytest.mark.faults),
