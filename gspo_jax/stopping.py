@@ -9,8 +9,9 @@ state is saved. Slurm's --signal=USR1@120 is a warning that the end is near: the
 
 A second one ends the process at once, whatever it is doing. Python's own handlers run between two
 bytecodes of the main thread, which may be many minutes into one call of the compiler; so the byte
-that the interpreter writes when a signal arrives is read by a thread of its own. Checkpoints are
-renamed into place when they are whole: the former one is intact.
+that the interpreter writes when a signal arrives is read by a thread of its own. Only C code that
+keeps the interpreter's lock would hide it; what might, reward functions, runs in other processes.
+Checkpoints are renamed into place when they are whole: the former one is intact.
 """
 
 import os

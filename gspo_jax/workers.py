@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -248,9 +248,7 @@ class Remote:
                 left = left[count:]
 
 
-def load_remote(
-    specs: Sequence[str], *, seconds: float, memory: float = 0.0
-) -> dict[str, Callable | Remote]:
+def load_remote(specs: Sequence[str], *, seconds: float, memory: float = 0.0) -> dict[str, Remote]:
     """Reward functions by name, those of one module together in one child.
 
     Only specs: a function given as such may be a closure, or belong to the program that is
@@ -270,13 +268,12 @@ def load_remote(
         child = children.setdefault(where, Child([], memory=int(memory * 1e9)))
         child.specs.append(spec)
     loaded = {where: _load(child) for where, child in children.items()}
-    functions: dict[str, Callable | Remote] = {}
+    functions: dict[str, Remote] = {}
     for spec in specs:
-        where = spec.rpartition(":")[0]
-        number = len([f for f in functions.values() if f.child is children[where]])
-        one = loaded[where][number]
-        name = unused(one.name, functions)
-        functions[name] = Remote(children[where], number, one, seconds)
+        child = children[spec.rpartition(":")[0]]
+        number = sum(f.child is child for f in functions.values())
+        one = loaded[spec.rpartition(":")[0]][number]
+        functions[unused(one.name, functions)] = Remote(child, number, one, seconds)
     return functions
 
 

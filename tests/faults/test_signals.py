@@ -115,26 +115,27 @@ def test_row_17_a_signal_from_outside_to_a_process_of_its_own(
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+def pid_of(run_dir):
+    return status(run_dir)["pid"] if (run_dir / "status.json").exists() else None
+
+
 @pytest.mark.faults
 def test_row_17_signals_at_random_moments_until_the_run_is_done(tiny_dir, tmp_path, undisturbed):
-    rng, codes = np.random.default_rng(0), []
-    given = settings(tiny_dir, tmp_path)
+    """Each attempt is given a little longer, so that the later ones come to a step or two."""
+    rng, codes, run_dir = np.random.default_rng(0), [], tmp_path / "run"
     while not codes or codes[-1] != 0:
-        process = start(given)
-        eventually((tmp_path / "run" / "metrics.jsonl").exists, process=process)
-        began = time.monotonic()
-        # The first few come at once; later ones leave time for a step or two.
-        while process.poll() is None and time.monotonic() < began + rng.uniform(0, len(codes)):
+        process = start(settings(tiny_dir, tmp_path))
+        eventually(lambda p=process: pid_of(run_dir) == p.pid, process=process)
+        end = time.monotonic() + rng.uniform(0, 0.3 * len(codes))
+        while process.poll() is None and time.monotonic() < end:
             time.sleep(0.01)
         if process.poll() is None:
             process.send_signal([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT][len(codes) % 3])
         out, _ = process.communicate(timeout=120)
         codes.append(process.returncode)
-        # Before it listens, a process is ended by the signal itself: nothing has begun.
-        assert codes[-1] in (0, 75, 130, -15, -10), (codes, out)
-        assert len(codes) < 20
-    assert {75, 130} <= set(codes)
-    assert_same_run(tmp_path / "run", undisturbed)
+        assert codes[-1] in (0, 75, 130) and len(codes) < 30, (codes, out)
+    assert len(codes) > 5 and {75, 130} <= set(codes)
+    assert_same_run(run_dir, undisturbed)
 
 
 # ------------------------------------------------------------------------------ twice
