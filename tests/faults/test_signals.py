@@ -265,15 +265,20 @@ def test_a_budget_of_minutes_counts_from_the_start_of_the_process(monkeypatch, m
 def test_row_20_a_stopped_process_continues_as_if_nothing_had_been(
     tiny_dir, tmp_path, undisturbed, pause
 ):
-    """Stopped while a reward function works, whose limit is shorter than the pause."""
+    """With the child that is scoring, whose limit is shorter than the pause: as a laptop sleeps."""
     told = tmp_path / "told"
     limit = ["task.reward_timeout=1.5"]
     given = settings(tiny_dir, tmp_path, *limit, reward="slow")
     process = start(given, command=[*DRIVEN, "reward", "2", "tell"], TOLD=str(told))
     eventually(told.exists, 120, process)
-    process.send_signal(signal.SIGSTOP)
-    time.sleep(pause)
-    process.send_signal(signal.SIGCONT)
+    time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    asleep = [process.pid, *map(int, children)]
+    assert len(asleep) > 1
+    for number, seconds in ((signal.SIGSTOP, pause), (signal.SIGCONT, 0)):
+        for pid in asleep:
+            os.kill(pid, number)
+        time.sleep(seconds)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
     rows = [
