@@ -50,7 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         code, text = explain(error)
         _say_error(text)
-        return code
+        return _leave(code)
+
+
+def _leave(code: int) -> int:
+    """Of several processes one that fails ends at once: at a regular exit it would wait for all."""
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def explain(error: Exception) -> tuple[int, str]:
@@ -173,10 +182,14 @@ def _run(
 ) -> int:
     if (config := _resolve(arguments)) is None:
         return 0
-    if before:
+    from gspo_jax.distributed import is_writer, join
+
+    join(arguments.coordinator, arguments.processes, arguments.process)
+    if before and is_writer():
         before(config)
     result = action(config)
-    after(config, result)
+    if is_writer():
+        after(config, result)
     return result.exit_code
 
 
@@ -255,6 +268,8 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("runs", metavar="RUN", nargs="+", help="run directories")
         else:
             _add_settings(sub, name)
+        if name in ("demo", "train", "sft"):
+            _add_processes(sub)
         if name == "plan":
             sub.add_argument("--no-compile", action="store_true", help="estimate; takes seconds")
             sub.add_argument(
@@ -276,6 +291,13 @@ def _add_settings(sub: argparse.ArgumentParser, name: str) -> None:
     sub.add_argument(
         "--dry-run", action="store_true", help="check model, data and rewards, touch nothing"
     )
+
+
+def _add_processes(sub: argparse.ArgumentParser) -> None:
+    group = sub.add_argument_group("several processes (srun, mpirun and the like need none of it)")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, metavar="I", help="the number of this one, from 0")
 
 
 def _say_error(text: str) -> None:

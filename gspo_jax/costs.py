@@ -1,14 +1,21 @@
 """Work of a step in floating-point operations and bytes moved, from shapes; rates by measurement.
 
-A multiply-add counts as two. Attention counts whole squares of positions, as they are computed:
-the causal half is masked, not skipped. Every response is taken to have full length.
+    step_work     before the run: every response at full length, attention over whole squares of
+                  positions, as it is computed (the causal half is masked, not skipped)
+    utilisation   of a step that was run: its own texts without padding, attention over the causal
+                  half, no recomputation; so what padding and masks waste counts against us
+
+A multiply-add counts as two.
 """
 
 import time
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
 
 from gspo_jax.generate import bucket, schedule
 from gspo_jax.models.config import QwenConfig
@@ -41,6 +48,115 @@ class Rates(NamedTuple):
     copy: float  # bytes read and written
 
 
+DATASHEET = {  # dense bfloat16 operations per second, by a part of the device's name
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+}
+
+
+class Peak(NamedTuple):
+    """What utilisation is measured against, and where that figure is from."""
+
+    rates: Rates
+    matmul: float  # operations per second
+    source: str
+
+
+def peak(dtype: str) -> Peak:
+    """The datasheet's matmul rate where the device is known and computes in bfloat16, else ours."""
+    rates, kind = measured_rates(dtype), jax.devices()[0].device_kind
+    stated = [value for name, value in DATASHEET.items() if name in kind]
+    if stated and dtype == "bfloat16":
+        return Peak(rates, stated[0], f"{kind}'s datasheet")
+    return Peak(rates, rates.matmul, "measured")
+
+
+def shown(peak: Peak) -> str:
+    """For people, in one line."""
+    return (
+        f"speed/mfu is of {peak.matmul / 1e12:,.3g} TFLOP/s ({peak.source}) per device; "
+        f"measured: {peak.rates.matmul / 1e12:,.3g} TFLOP/s matmul, "
+        f"{peak.rates.copy / 1e9:,.3g} GB/s copy"
+    )
+
+
+def utilisation(
+    c: QwenConfig,
+    prompt: Int[np.ndarray, " B"],
+    length: Int[np.ndarray, " B"],
+    seconds: Mapping[str, float],
+    *,
+    peak: Peak,
+    group_size: int,
+    epochs: int = 1,
+    itemsize: int = 4,
+    devices: int = 1,
+) -> dict[str, float]:
+    """How near a step came to what its devices can do.
+
+        speed/mfu                 3 forward passes' operations / (time/update * peak matmul rate)
+        speed/generate_of_floor   the least time that the sampling could take / time/generate
+
+    Args:
+        prompt, length: tokens of each response's prompt and of the response.
+        seconds: of the step's phases; those that are missing or 0 give no figure.
+    """
+    found = {}
+    if spent := seconds.get("time/update"):
+        work = 3 * epochs * operations(c, prompt, length)  # the gradient costs two more passes
+        found["speed/mfu"] = work / (spent * peak.matmul * devices)
+    if spent := seconds.get("time/generate"):
+        shared = prompt[::group_size]
+        floor = operations(c, shared, np.ones_like(shared)) / (peak.rates.matmul * devices)
+        floor += decode_floor(c, prompt, length, peak.rates, itemsize=itemsize, devices=devices)
+        found["speed/generate_of_floor"] = floor / spent
+    return found
+
+
+def operations(
+    c: QwenConfig, prompt: Int[np.ndarray, " B"], length: Int[np.ndarray, " B"]
+) -> float:
+    """Of one forward pass over these texts, whose responses meet the vocabulary."""
+    total = (prompt + length).astype(np.float64)
+    dense = total.sum() * layer_parameters(c) + length.sum() * c.hidden_size * c.vocab_size
+    return float(2 * dense + _attention(c, (total**2 / 2).sum()))
+
+
+def decode_floor(
+    c: QwenConfig,
+    prompt: Int[np.ndarray, " B"],
+    length: Int[np.ndarray, " B"],
+    rates: Rates,
+    *,
+    itemsize: int = 4,
+    devices: int = 1,
+) -> float:
+    """Seconds: each step reads all weights and the live rows' cache, or computes, if that is more.
+
+    The first token comes with the prompts. Of experts, those of one token: a lower bound.
+    """
+    ended = np.bincount(length, minlength=length.max() + 1)
+    rows = (len(length) - np.cumsum(ended))[1:].astype(np.float64)  # alive at token 1, 2, ...
+    asked = (prompt.sum() - np.cumsum(np.bincount(length, weights=prompt)))[1:]
+    context = asked + rows * np.arange(1, len(rows) + 1)  # positions of all live rows
+    weights = layer_parameters(c) + c.hidden_size * c.vocab_size
+    work = (2 * weights * rows + _attention(c, context)) / devices / rates.matmul
+    cache = 2 * c.num_layers * c.num_kv_heads * c.head_dim * context / devices
+    moved = itemsize * (weights + cache) / rates.copy
+    return float(np.maximum(work, moved)[rows > 0].sum())
+
+
+def _attention(c: QwenConfig, pairs):
+    """Operations of scores and of weighted sums over so many pairs of positions."""
+    return 4.0 * c.num_layers * c.num_heads * c.head_dim * pairs
+
+
 def layer_parameters(c: QwenConfig) -> int:
     """Weights that multiply each token, of all layers: of experts those that serve it."""
     D, H = c.hidden_size, c.head_dim
@@ -58,8 +174,7 @@ def layer_parameters(c: QwenConfig) -> int:
 def forward(c: QwenConfig, rows: int, length: int, scored: int) -> int:
     """Operations of a forward pass: `scored` positions of each row meet the vocabulary."""
     dense = length * layer_parameters(c) + scored * c.hidden_size * c.vocab_size
-    attention = c.num_layers * c.num_heads * c.head_dim * length**2
-    return rows * (2 * dense + 4 * attention)
+    return rows * (2 * dense + int(_attention(c, length**2)))
 
 
 def step_work(
@@ -86,9 +201,8 @@ def step_work(
     decode, per_token = [], layer_parameters(c) + c.hidden_size * c.vocab_size
     sizes = schedule(B, S, T, ways=ways)
     for slots in sizes.slots:
-        attention = 4 * c.num_layers * c.num_heads * c.head_dim * slots
         cache = 2 * c.num_layers * B * c.num_kv_heads * c.head_dim * slots
-        operations = B * (2.0 * per_token + attention)
+        operations = B * (2.0 * per_token + _attention(c, slots))
         # every device reads all weights, and its own share of the cache
         moved = float(itemsize * (per_token * ways + cache))
         decode += [(operations, moved)] * sizes.steps

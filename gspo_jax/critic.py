@@ -15,7 +15,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PyTree
 
@@ -34,6 +33,7 @@ from gspo_jax.objective import (
     pad_to,
     response_tokens,
 )
+from gspo_jax.optim import Optimizer
 from gspo_jax.update import TrainState, microbatches
 
 
@@ -84,7 +84,7 @@ def forward_values(
 
 def make_term(
     graphdef: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     *,
     shared: bool,
     clip: float,

@@ -12,7 +12,7 @@ from gspo_jax.config import Config
 from gspo_jax.errors import DataError
 from gspo_jax.generate import PureModel
 from gspo_jax.policy import Policy, Problems, load_policy, load_problems
-from gspo_jax.rollout import Scorer, encode_prompts, sample_completions
+from gspo_jax.rollout import Scorer, encode_prompts, sample_completions, score_together
 from gspo_jax.tasks.verify import boxed
 from gspo_jax.tokenizer import Tokenizer
 
@@ -60,7 +60,8 @@ def evaluate(
                 first_prompt=start,
             )
             rows = zip(completions.tokens, completions.mask, strict=True)
-            reward = scorer(part, texts, [row[m].tolist() for row, m in rows])[1]
+            ids = [row[m].tolist() for row, m in rows]
+            reward = score_together(scorer, part, texts, ids)[1]
             scores.append(np.nan_to_num(reward).reshape(len(part), group))
             truncated.append(completions.truncated)
             blank.append([boxed(text) is None for text in texts])

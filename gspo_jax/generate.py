@@ -26,6 +26,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gspo_jax.batch import Completions
+from gspo_jax.distributed import host
 from gspo_jax.models.cache import Cache, LayerCache, fit
 from gspo_jax.models.qwen import Qwen, head_logits
 from gspo_jax.sharding import batch_ways, constrain
@@ -192,7 +193,7 @@ def generate(
     found, drawn_experts = _completions(record, B, max_new_tokens, eos)
     if experts is None or drawn_experts is None:
         return found
-    routing = _routing(jax.device_get(experts), mask, drawn_experts, found.mask)
+    routing = _routing(host(experts), mask, drawn_experts, found.mask)
     return found._replace(routing=routing)
 
 
@@ -238,7 +239,7 @@ def _begin(logits, experts, prompt_of, start, keys, sampling) -> tuple[Rows, Dra
     logits = constrain(logits[prompt_of], "batch", None)
     token, logp = sample(logits, _fold(keys, jnp.int32(0)), sampling)
     experts = None if experts is None else experts[prompt_of, -1][None]
-    return _split(Rows(token, start, keys)), Drawn(token[None], logp[None], experts)
+    return _split(Rows(token, start, keys)), _everywhere(Drawn(token[None], logp[None], experts))
 
 
 @partial(
@@ -267,7 +268,7 @@ def _decode(
 
     number = step + jnp.arange(steps, dtype=jnp.int32)
     (cache, token), drawn = jax.lax.scan(draw_one, (cache, rows.token), number)
-    return cache, _split(rows._replace(token=token)), drawn
+    return cache, _split(rows._replace(token=token)), _everywhere(drawn)
 
 
 def _refit(cache: Cache, rows: Int[np.ndarray, " C"] | None, slots: int) -> Cache:
@@ -293,6 +294,11 @@ def _pick(rows: Rows, kept) -> Rows:
 
 def _split(rows: Rows) -> Rows:
     return jax.tree.map(lambda x: constrain(x, "batch"), rows)
+
+
+def _everywhere(drawn: Drawn) -> Drawn:
+    """On every device: each process looks at all rows, to know which are done."""
+    return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), drawn)
 
 
 def bucket(length: int) -> int:
@@ -387,7 +393,7 @@ def _completions(
     """
 
     def join(*chunks: Array) -> np.ndarray:
-        parts = jax.device_get(chunks)
+        parts = host(chunks)
         whole = np.zeros((len(record[0][0]), limit, *parts[0].shape[2:]), parts[0].dtype)
         step = 0
         for (number, _), part in zip(record, parts, strict=True):

@@ -21,6 +21,7 @@ from gspo_jax.losses import entropy_bonus
 from gspo_jax.losses import kl as kl_penalty
 from gspo_jax.losses import value as value_loss
 from gspo_jax.models.moe import Routing, balance, router_metrics
+from gspo_jax.optim import Optimizer
 
 Metrics = dict[str, Any]
 
@@ -36,7 +37,7 @@ class CriticTerm(NamedTuple):
     """How a critic takes part in an update; `critic` builds it."""
 
     values: Callable[..., Float[Array, "B T"]]  # (its params, batch, the policy's states)
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizer
     clip: float
     coef: float  # of its loss, which matters where it reaches the policy's weights
     shared: bool  # whether it reads the policy's states

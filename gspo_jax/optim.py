@@ -1,6 +1,7 @@
 """The optimizer: AdamW as an optax chain, its state kept in 8 bits.
 
     compress_state(inner)   any optax transformation, its large moments stored as quant codes
+    leaf_by_leaf(inner)     one parameter after the other, so that one at a time is unpacked
     make_optimizer(...)     clip by global norm -> Adam -> weight decay -> learning rate
 
 Master parameters stay in float32: an RL step of 1e-6 is far below bfloat16's spacing.
@@ -14,7 +15,7 @@ from zlib import crc32
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from gspo_jax.quant import Quantised, block_size, dequantise, hashed, quantise
 
@@ -58,34 +59,125 @@ def compress_state(
         fits = leaf.ndim >= 2 and block_size(leaf.shape[-1], block) >= SHORTEST_BLOCK
         return large and fits and (select is None or select(path, leaf))
 
-    def compress(path: tuple[Any, ...], leaf: Any, count: Any) -> Any:
-        if not chosen(path, leaf):
+    def compress(field: tuple[Any, ...], path: tuple[Any, ...], leaf: Any, count: Any) -> Any:
+        if not chosen(field + path, leaf):
             return leaf
-        signed = _names(path).isdisjoint(NON_NEGATIVE)
+        signed = _names(field).isdisjoint(NON_NEGATIVE)
         uniform = None
         if stochastic and not signed:
-            uniform = hashed(leaf.shape, count, crc32(jax.tree_util.keystr(path).encode()))
+            seed = crc32(jax.tree_util.keystr(field + path).encode())
+            uniform = hashed(leaf.shape, count, seed)
         size = block_size(leaf.shape[-1], block)
         return quantise(leaf, signed=signed, block=size, uniform=uniform)
 
-    def compressed(full: PyTree) -> CompressedState:
+    def compressed(full: PyTree, tree: Any) -> CompressedState:
+        # A parameter may be called "v" too: the state's own fields end where its path begins.
         count = _count_of(full) if stochastic else None
-        coded = jax.tree_util.tree_map_with_path(partial(compress, count=count), full)
-        return CompressedState(coded)
+
+        def node(field: tuple[Any, ...], x: Any) -> Any:
+            return jax.tree_util.tree_map_with_path(partial(compress, field, count=count), x)
+
+        like = partial(_is_like, tree=tree)
+        return CompressedState(jax.tree_util.tree_map_with_path(node, full, is_leaf=like))
 
     def decompress(leaf: Any) -> Any:
         return dequantise(leaf) if isinstance(leaf, Quantised) else leaf
 
     def init(params: PyTree) -> CompressedState:
         # Unseen by the compiler, which would work out the codes of all zeros itself, for minutes.
-        return compressed(jax.tree.map(jax.lax.optimization_barrier, inner.init(params)))
+        zeros = jax.tree.map(jax.lax.optimization_barrier, inner.init(params))
+        return compressed(zeros, jax.tree.structure(params))
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None):
         full = jax.tree.map(decompress, state.inner, is_leaf=lambda x: isinstance(x, Quantised))
+        tree = jax.tree.structure(updates)
         updates, full = inner.update(updates, full, params)
-        return updates, compressed(full)
+        return updates, compressed(full, tree)
 
     return optax.GradientTransformation(init, update)
+
+
+class LeafByLeaf(NamedTuple):
+    """An optax transformation that can also be run, and applied, one parameter at a time.
+
+    Attributes:
+        init, update: as optax has them.
+        step: (gradients, state, parameters, go) -> the parameters and state after the update, or
+            the very same where the scalar `go` is false.
+    """
+
+    init: Callable[..., Any]
+    update: Callable[..., Any]
+    step: Callable[..., tuple[PyTree, PyTree]]
+
+
+Optimizer = optax.GradientTransformation | LeafByLeaf
+
+
+def leaf_by_leaf(inner: optax.GradientTransformation, *, max_grad_norm: float) -> LeafByLeaf:
+    """`inner` after clipping by the norm of all gradients, with a `step` that takes little memory.
+
+    Run on a whole tree, XLA may unpack every 8-bit moment before it packs the first one again
+    (five times the parameters, on a CPU). Each parameter has a conditional of its own here, and
+    the buffers of one conditional are gone before the next.
+
+    Args:
+        inner: treats parameters alone, as Adam, weight decay and schedules do. Its state may hold
+            trees like the parameters, and numbers that are the same for all of them.
+        max_grad_norm: longer gradients are scaled down to this length, as in
+            `optax.clip_by_global_norm`.
+    """
+    whole = optax.chain(optax.clip_by_global_norm(max_grad_norm), inner)
+
+    def step(grads: PyTree, state: Any, params: PyTree, go: Bool[Array, ""]):
+        norm = optax.global_norm(grads)
+
+        def one(grad, state, param):
+            grad = jnp.where(norm < max_grad_norm, grad, grad / norm * max_grad_norm)
+            change, state = inner.update(grad, state, param)
+            return optax.apply_updates(param, change), state
+
+        leaves, tree = jax.tree.flatten(params)
+        first, parts = state[0], _parts(state[1], tree)
+        done = [
+            jax.lax.cond(go, one, lambda _, state, param: (param, state), *leaf)
+            for leaf in zip(tree.flatten_up_to(grads), parts, leaves, strict=True)
+        ]
+        params = tree.unflatten([param for param, _ in done])
+        return params, (first, _whole(state[1], tree, [state for _, state in done]))
+
+    return LeafByLeaf(whole.init, whole.update, step)
+
+
+def _parts(state: PyTree, tree: Any) -> list[PyTree]:
+    """A state for each leaf of `tree`, as if it were the only parameter."""
+    like = partial(_is_like, tree=tree)
+
+    def part(i: int) -> PyTree:
+        return jax.tree.map(lambda x: _leaves(x)[i] if like(x) else x, state, is_leaf=like)
+
+    return [part(i) for i in range(tree.num_leaves)]
+
+
+def _whole(state: PyTree, tree: Any, parts: list[PyTree]) -> PyTree:
+    """`state` again, from those of the leaves; what they share is the last one's."""
+    like = partial(_is_like, tree=tree)
+    nodes, outer = jax.tree.flatten(state, is_leaf=like)
+    columns = zip(*(outer.flatten_up_to(part) for part in parts), strict=True)
+    joined = [
+        tree.unflatten(column) if like(node) else column[-1]
+        for node, column in zip(nodes, columns, strict=True)
+    ]
+    return outer.unflatten(joined)
+
+
+def _leaves(x: PyTree) -> list[Any]:
+    return jax.tree.leaves(x, is_leaf=lambda leaf: isinstance(leaf, Quantised))
+
+
+def _is_like(x: PyTree, tree: Any) -> bool:
+    """Whether `x` has one entry per parameter, packed or not."""
+    return jax.tree.structure(x, is_leaf=lambda leaf: isinstance(leaf, Quantised)) == tree
 
 
 def _names(path: tuple[Any, ...]) -> set[Any]:
@@ -135,15 +227,15 @@ def make_optimizer(
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
     state: str = "8bit",
-) -> optax.GradientTransformation:
+) -> LeafByLeaf:
     """AdamW with its moments in 8 bits ("8bit") or in float32; decay on matrices alone."""
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
-    return optax.chain(
-        optax.clip_by_global_norm(max_grad_norm),
+    inner = optax.chain(
         compress_state(adam) if state == "8bit" else adam,
         optax.add_decayed_weights(weight_decay, mask=_matrices),
         optax.scale_by_learning_rate(schedule),
     )
+    return leaf_by_leaf(inner, max_grad_norm=max_grad_norm)
 
 
 def _matrices(params: PyTree) -> PyTree:

@@ -15,6 +15,7 @@ from gspo_jax import rewards
 from gspo_jax.batch import Problem
 from gspo_jax.checks import check_experts
 from gspo_jax.config import Config, model_dir
+from gspo_jax.distributed import agreed, place
 from gspo_jax.errors import DataError
 from gspo_jax.generate import PureModel
 from gspo_jax.microbatch import MICROBATCH_TOKENS
@@ -95,7 +96,7 @@ def random_model(config: QwenConfig, seed: int, mesh: Mesh) -> Qwen:
     """A network of this shape with Qwen's own initialisation, sharded over `mesh`."""
     model = Qwen(config, rngs=nnx.Rngs(seed))
     graphdef, params = nnx.split(model)
-    return nnx.merge(graphdef, jax.device_put(params, param_shardings(params, mesh)))
+    return nnx.merge(graphdef, jax.tree.map(place, params, param_shardings(params, mesh)))
 
 
 def param_shardings(params: PyTree, mesh: Mesh) -> PyTree:
@@ -178,7 +179,8 @@ PLAIN = Passes()
 
 def passes(config: Config, policy: Policy, sizes: TextSizes) -> Passes:
     """The configured ones, with every "auto" decided."""
-    kind = attention(config, policy).name
+    everywhere = not agreed(attention(config, policy).name != "cudnn")
+    kind = "cudnn" if everywhere else "xla"
     return Passes(kind, remat(config, policy, sizes, kind))
 
 
@@ -198,7 +200,7 @@ def remat(config: Config, policy: Policy, sizes: TextSizes, attention: str) -> s
     """
     if config.model.remat != "auto":
         return config.model.remat
-    device = policy.mesh.devices.flat[0]
+    device = policy.mesh.local_devices[0]
     stats = device.memory_stats() or {}
     if device.platform == "cpu" or "bytes_limit" not in stats:
         return "none"
@@ -224,7 +226,8 @@ def remat(config: Config, policy: Policy, sizes: TextSizes, attention: str) -> s
         )
         for name in POLICIES
     }
-    return choose_remat(stats["bytes_limit"] - held - coming, need)
+    chosen = choose_remat(stats["bytes_limit"] - held - coming, need)
+    return POLICIES[agreed(POLICIES.index(chosen))]  # the process with least memory decides
 
 
 def _on_cpu() -> bool:

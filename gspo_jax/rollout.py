@@ -3,12 +3,14 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from gspo_jax.advantages import soft_overlong
 from gspo_jax.batch import Completions, Problem, Rollout, TrainBatch
+from gspo_jax.distributed import gathered, own_rows
 from gspo_jax.generate import PureModel, bucket, generate
 from gspo_jax.tokenizer import Tokenizer
 
@@ -67,13 +69,44 @@ def score_completions(
     to 1 of their reward (`advantages.soft_overlong`); "overlong" then stands among the rewards.
     """
     ids = [row[m].tolist() for row, m in zip(completions.tokens, completions.mask, strict=True)]
-    rewards, reward, log = scorer(problems, texts, ids)
+    rewards, reward, log = score_together(scorer, problems, texts, ids)
     if overlong_buffer:
         length, limit = completions.mask.sum(1, dtype=np.int32), completions.mask.shape[1]
         punishment = soft_overlong(jnp.asarray(length), max_length=limit, buffer=overlong_buffer)
         rewards = rewards | {"overlong": np.asarray(punishment)}
         reward = reward + rewards["overlong"]
     return Rollout(problems, prompts, completions, texts, rewards, reward, log)
+
+
+def score_together(
+    scorer: Scorer,
+    problems: Sequence[Problem],
+    texts: Sequence[str],
+    ids: Sequence[Sequence[int]],
+) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, float]]:
+    """What `scorer` says of all responses, each process having asked it for its own problems'."""
+    if jax.process_count() == 1:
+        return scorer(problems, texts, ids)
+    mine, size = own_rows(len(problems)), len(texts) // len(problems)
+    rows, said = slice(mine.start * size, mine.stop * size), None
+    if own := problems[mine]:
+        rewards, reward, log = scorer(own, texts[rows], ids[rows])
+        said = {k: v.tolist() for k, v in rewards.items()}, reward.tolist(), log
+    shares = [share for share in gathered(said) if share is not None]
+    names, logs = shares[0][0], [(len(reward), log) for _, reward, log in shares]
+
+    def joined(lists) -> np.ndarray:
+        return np.concatenate([np.asarray(x, np.float32) for x in lists])
+
+    def mean(name: str) -> float:  # over the responses of those who logged it
+        known = [(n, log[name]) for n, log in logs if name in log]
+        return sum(n * x for n, x in known) / sum(n for n, _ in known)
+
+    return (
+        {name: joined(share[0][name] for share in shares) for name in names},
+        joined(share[1] for share in shares),
+        {name: mean(name) for name in sorted({name for _, log in logs for name in log})},
+    )
 
 
 def groups_with_spread(rollout: Rollout) -> list[int]:
@@ -229,7 +262,13 @@ def sample_rows(rollout: Rollout, adv: np.ndarray, prompts: int = 4) -> list[dic
     return rows
 
 
+def text_lengths(rollout: Rollout) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
+    """Tokens of each response's prompt, and of the response."""
+    size = len(rollout.texts) // len(rollout.problems)
+    prompt = np.repeat([len(ids) for ids in rollout.prompts], size)
+    return prompt, rollout.completions.mask.sum(1)
+
+
 def token_count(rollout: Rollout) -> int:
     """Prompt tokens, once per response, and response tokens."""
-    size = len(rollout.texts) // len(rollout.problems)
-    return int(size * sum(map(len, rollout.prompts)) + rollout.completions.mask.sum())
+    return int(sum(lengths.sum() for lengths in text_lengths(rollout)))

@@ -17,18 +17,20 @@ import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import PyTree
+from rich.console import Console
 
 from gspo_jax import checkpoint
 from gspo_jax.batch import Rollout
 from gspo_jax.config import Config, load_config, run_dir, to_yaml
 from gspo_jax.critic import make_critic, make_term
+from gspo_jax.distributed import agreed, is_writer
 from gspo_jax.errors import INTERRUPTED, PREEMPTED, DataError, NumericalError, StorageError
 from gspo_jax.evaluate import evaluate_policy
 from gspo_jax.metrics import RunLog
 from gspo_jax.model_card import model_card, stated
 from gspo_jax.models.hf import save_model
 from gspo_jax.objective import CriticTerm
-from gspo_jax.optim import make_optimizer, make_schedule
+from gspo_jax.optim import Optimizer, make_optimizer, make_schedule
 from gspo_jax.policy import PLAIN, Passes, Policy, Problems, attention, load_policy
 from gspo_jax.report import dynamics, read_metrics
 from gspo_jax.rollout import sample_rows
@@ -37,6 +39,7 @@ from gspo_jax.stopping import Abandoned, Stop, Why, listening, out_of_time
 from gspo_jax.tokenizer import token_ids
 from gspo_jax.update import CriticState, TrainState, all_finite, init_state
 
+STOPS: list[Why | None] = [None, "preempted", "interrupted"]
 EXIT_CODES = {"finished": 0, "preempted": PREEMPTED, "interrupted": INTERRUPTED}
 SAVE_RATE = 200e6  # bytes per second at which a checkpoint is taken to be written
 
@@ -71,7 +74,7 @@ class Result:
 
 def make_state(
     config: Config, policy: Policy, updates: int
-) -> tuple[optax.GradientTransformation, Callable[[int], Any], TrainState]:
+) -> tuple[Optimizer, Callable[[int], Any], TrainState]:
     """The optimizer, its learning rate by update, and the state before the first step.
 
     The state takes over the policy's parameters: the first update donates them.
@@ -128,7 +131,7 @@ def add_critic(
 
 def optimizer_at(
     config: Config, learning_rate: float, updates: int
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
+) -> tuple[Optimizer, optax.Schedule]:
     """The configured optimizer with this peak, and its learning rate by update."""
     c = config.optim
     schedule = make_schedule(learning_rate, kind=c.schedule, warmup=c.warmup, updates=updates)
@@ -150,8 +153,9 @@ def open_run(config: Config, policy: Policy, problems: Problems) -> Iterator["Ru
     directory = run_dir(config)
     devices = [str(device) for device in policy.mesh.devices.flat]
     log = RunLog(
-        directory,
+        directory if is_writer() else directory / "processes" / str(jax.process_index()),
         of=config.run.steps,
+        console=None if is_writer() else Console(quiet=True),
         config=to_yaml(config),
         report_to=config.run.report_to,
         devices=devices,
@@ -173,6 +177,7 @@ class Run:
     stop: Stop
     before: dict[str, float] = field(default_factory=dict)
     tokens: int = 0  # prompt and response tokens so far
+    stopped_by: Why | None = None  # all processes alike
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def start(self, state: TrainState) -> TrainState:
@@ -194,10 +199,12 @@ class Run:
         state, meta = checkpoint.restore(root, step, state)
         self.tokens = meta["num_tokens"]
         self.log.start(step)
-        written = step == 0 or logged_step(self.directory, step)  # by this run
-        if written and self._is_measured(step) and not logged_eval(self.directory, step):
-            self._measured(step, state)  # it was stopped before it came to that
-        self.before = logged_eval(self.directory, 0)
+        before, own = self.log.directory, logged_step(self.log.directory, step)
+        owed = step == 0 or bool(own)  # what this run has begun to write
+        owed = owed and self._is_measured(step) and not logged_eval(before, step)
+        if agreed(owed):  # it was stopped before it came to that
+            self._measured(step, state)
+        self.before = logged_eval(before, 0)
         of = self.config.run.steps
         self.log.say(f"Resumed after step {step} of {of}.")
         if step >= of:
@@ -212,7 +219,7 @@ class Run:
             if longest and out_of_time(self.config.run.save_by, longest + saving):
                 self.log.say(f"run.save_by={self.config.run.save_by:g} minutes leave no more step.")
                 self.stop.ask("preempted")
-            if self.stopped_by:
+            if self.agree():
                 return
             self.seconds.clear()
             self._step_began = time.perf_counter(), _compile_seconds[0], _compiles[0]
@@ -250,6 +257,7 @@ class Run:
             NumericalError: more updates than `run.skip_budget` were skipped.
         """
         c, step = self.config, int(state.step)
+        self.agree()
         began, compiled, compiles = self._step_began
         compile_time = _compile_seconds[0] - compiled
         step_time = time.perf_counter() - began - compile_time
@@ -296,10 +304,10 @@ class Run:
         """Save; where the run is complete, measure again, export, and draw its dynamics."""
         step = int(state.step)
         self.save(state, now=True)
-        after = logged_eval(self.directory, step)
-        if not self.stopped_by and not after:  # it was stopped while its last step was measured
+        after = logged_eval(self.log.directory, step)
+        if not self.agree() and agreed(not after):  # it was stopped while that was measured
             after = self._measured(step, state)
-        if self.stopped_by:
+        if self.agree():
             self.log.status(self.stopped_by)
             self.log.say(f"Stopped after step {step}; the same command continues from here.")
             return Result(self.directory, step, self.stopped_by, self.before)
@@ -307,7 +315,8 @@ class Run:
         card = run_card(self.config, self.policy, self.directory, step)
         out_dir = self.directory / "export"
         export_params(self.policy, state.params, out_dir, card=card, replace=True)
-        dynamics(self.directory)
+        if is_writer():
+            dynamics(self.directory)
         self.log.status("finished")
         return Result(self.directory, step, "finished", self.before, after)
 
@@ -325,10 +334,10 @@ class Run:
     def checkpoints(self) -> Path:
         return self.directory / "checkpoints"
 
-    @property
-    def stopped_by(self) -> Why | None:
-        """Why the run is to stop; None where it goes on."""
-        return self.stop.asked
+    def agree(self) -> Why | None:
+        """Why the run is to stop, where any process was asked to; all of them call this."""
+        self.stopped_by = STOPS[agreed(STOPS.index(self.stop.asked))]
+        return self.stopped_by
 
     def _checkpoint_to_resume(self) -> tuple[Path, int] | None:
         """(directory, step) of the checkpoint to continue from, as `run.resume` says."""
@@ -358,7 +367,7 @@ class Run:
         """Evaluate, and add it to the line of the step, which may be of its own."""
         result = self.evaluate(state)
         if result:
-            self.log.step(step, logged_step(self.directory, step) | result)
+            self.log.step(step, logged_step(self.log.directory, step) | result)
         return result
 
 

@@ -57,15 +57,14 @@ def sft(config: Config) -> Result:
     with open_run(config, policy, problems) as run:
         state = run.start(state)
         for step in run.steps(state):
-            with run.phase("update"):
-                first = (step - 1) * c.sft.batch_size
-                chosen = order(size, first, c.sft.batch_size, seed=c.run.seed)
-                shown = problems.get("train", chosen)
-                batch = solutions(shown, policy.tokenizer, config, objective.longest)
-                rate = float(schedule(int(state.updates)))
-                state, stats, _ = programs.update(state, batch)
-                state = state._replace(step=state.step + 1)
-                metrics = {name: float(stats[name]) for name in ("loss", "grad_norm", "entropy")}
+            first = (step - 1) * c.sft.batch_size
+            chosen = order(size, first, c.sft.batch_size, seed=c.run.seed)
+            shown = problems.get("train", chosen)
+            batch = solutions(shown, policy.tokenizer, config, objective.longest)
+            rate = float(schedule(int(state.updates)))
+            state, stats, _ = programs.update(state, batch, phase=run.phase)
+            state = state._replace(step=state.step + 1)
+            metrics = {name: float(stats[name]) for name in ("loss", "grad_norm", "entropy")}
             tokens = int(batch.prompt_length.sum() + batch.mask.sum())
             run.record(state, metrics | {"learning_rate": rate}, tokens=tokens)
             run.save(state)

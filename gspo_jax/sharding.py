@@ -16,6 +16,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from gspo_jax.distributed import place
 from gspo_jax.errors import ConfigError
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -88,7 +89,7 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
 
     def put(x):
         axes = ("batch",) + (None,) * (x.ndim - 1)
-        return jax.device_put(x, sharding_for(axes, mesh, x.shape))
+        return place(x, sharding_for(axes, mesh, x.shape))
 
     return jax.tree.map(put, batch)
 

@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from gspo_jax import costs
 from gspo_jax.advantages import ADVANTAGES
 from gspo_jax.batch import Completions, Rollout, TrainBatch
 from gspo_jax.config import Config
 from gspo_jax.critic import estimate, make_values
+from gspo_jax.distributed import host
 from gspo_jax.losses import LOSSES, RATIO, token_kl
 from gspo_jax.memory import Sketch, explained, held_by, refuse_hopeless, short_memory
 from gspo_jax.models.hf import read_config
@@ -31,6 +33,7 @@ from gspo_jax.rollout import (
     rollout_metrics,
     sample_completions,
     score_completions,
+    text_lengths,
     to_train_batch,
     token_count,
 )
@@ -73,6 +76,7 @@ def train(config: Config) -> Result:
     refuse_hopeless(sketch)
     with open_run(config, policy, problems) as run, jax.set_mesh(policy.mesh), explained(sketch):
         run.log.say(f"Memory: {short_memory(sketch)}.")
+        meter = speedometer(config, policy, run)
         state = run.start(state)
         for step in run.steps(state):
             draw = partial(sample, run, state, step)  # 1 prompt, 2 rollout, 3 reward
@@ -97,6 +101,7 @@ def train(config: Config) -> Result:
             stats |= trl_names(stats, c.algo.loss["name"])
             metrics = rollout_metrics(everything) | stats | {"learning_rate": rate}
             metrics["groups_without_spread"] = roll.prompts - len(groups_with_spread(rollout))
+            metrics |= meter(*text_lengths(everything), run.seconds)
             tokens = token_count(everything)
             run.record(state, metrics, tokens=tokens, rollout=rollout, adv=batch.adv)  # 6 metrics
             run.save(state)  # 7 checkpoint
@@ -137,6 +142,21 @@ def sample(run: Run, state: TrainState, step: int, number: int) -> Rollout:
             texts,
             overlong_buffer=roll.overlong_buffer,
         )
+
+
+def speedometer(config: Config, policy: Policy, run: Run) -> Callable[..., Metrics]:
+    """`costs.utilisation` of a step, from its texts' lengths and its times."""
+    peak = costs.peak(policy.dtype)
+    run.log.say(f"Speed: {costs.shown(peak)}.")
+    return partial(
+        costs.utilisation,
+        read_config(policy.directory),
+        peak=peak,
+        group_size=config.rollout.group_size,
+        epochs=config.algo.epochs,
+        itemsize=jnp.dtype(policy.dtype).itemsize,
+        devices=policy.mesh.size,
+    )
 
 
 def trl_names(metrics: Metrics, loss: str) -> Metrics:
@@ -226,7 +246,7 @@ def make_advantage(
         penalty, metrics = np.zeros(batch.mask.shape, np.float32), {}
         if ref_logp is not None and kl.placement == "reward":
             logp = programs.score(state.params, batch).logp
-            penalty = np.asarray(token_kl(logp, ref_logp, jnp.asarray(batch.mask), "k1"))
+            penalty = host(token_kl(logp, ref_logp, jnp.asarray(batch.mask), "k1"))
             ref_logp = None
             metrics["kl"] = float(penalty.sum() / max(batch.mask.sum(), 1))
         batch, targets, more = estimated(state, batch, penalty)
@@ -259,7 +279,7 @@ def by_token(config: Config, policy: Policy, goal: Objective, critic: CriticTerm
         scored = ~np.isnan(batch.adv)  # what was not scored is not learned from
         batch = batch._replace(mask=batch.mask & scored[:, None])
         found = function(batch.adv, values(state, batch), penalty, batch.mask)
-        adv, targets, metrics = jax.device_get(found)
+        adv, targets, metrics = host(found)
         return batch._replace(adv=adv), targets, {k: float(v) for k, v in metrics.items()}
 
     return estimated

@@ -23,6 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from gspo_jax.batch import TrainBatch
+from gspo_jax.distributed import host
 from gspo_jax.microbatch import Microbatches, fold, pick, put, split, take
 from gspo_jax.models.remat import compiler_options
 from gspo_jax.objective import (
@@ -37,6 +38,7 @@ from gspo_jax.objective import (
     pad_to,
     share_of_loss,
 )
+from gspo_jax.optim import LeafByLeaf, Optimizer
 from gspo_jax.sharding import batch_ways
 
 SPIKE_WINDOW = 128  # updates that a gradient is compared with
@@ -92,7 +94,8 @@ class Programs(NamedTuple):
         score: (params, batch) -> Scored.
         update: (state, batch, old_logp, ref_logp, targets) -> (state, metrics, Scored before the
             update); donates `state`. `old_logp` None means on-policy; `ref_logp` is None without
-            a KL term in the loss, `targets` without a critic.
+            a KL term in the loss, `targets` without a critic. `phase`, entered for "update" and
+            for "optimizer", times them.
         accumulate: (Gradients of weights, batch, ...) -> the gradients and what was found, with
             the placed batch; the first half of `update`.
         blank, look, start, add, apply: see `make_programs`.
@@ -108,9 +111,7 @@ class Programs(NamedTuple):
     apply: Any
 
 
-def init_state(
-    params: PyTree, optimizer: optax.GradientTransformation, *, spikes: bool = False
-) -> TrainState:
+def init_state(params: PyTree, optimizer: Optimizer, *, spikes: bool = False) -> TrainState:
     """The state before the first step; with `spikes`, what is needed to skip those."""
     counts = [jnp.int32(0) for _ in range(5)]  # buffers of their own: all are donated
     norms = jnp.full(SPIKE_WINDOW, jnp.nan, jnp.float32)
@@ -120,7 +121,7 @@ def init_state(
 
 def make_programs(
     graphdef: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     objective: Objective,
     shardings: TrainState | None = None,
     *,
@@ -206,9 +207,12 @@ def make_programs(
             total = add(total, trained, placed, given, rows, np.int32(count), width=width)
         return total, placed, given
 
-    def update(state: TrainState, batch: TrainBatch, old_logp=None, ref_logp=None, targets=None):
-        total = accumulate(_gradients_of(state), batch, old_logp, ref_logp, targets)
-        return apply(state, *total)
+    def update(state, batch, old_logp=None, ref_logp=None, targets=None, *, phase=nullcontext):
+        with phase("update"):
+            total = accumulate(_gradients_of(state), batch, old_logp, ref_logp, targets)
+            jax.block_until_ready(total)
+        with phase("optimizer"):
+            return jax.block_until_ready(apply(state, *total))
 
     return Programs(score, update, accumulate, blank, look, start, add, apply)
 
@@ -223,7 +227,7 @@ def microbatches(batch: TrainBatch, objective: Objective) -> list[Microbatches]:
 def apply_guarded(
     state: TrainState,
     grads: Gradients,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     objective: Objective,
     norm: Float[Array, ""],
     finite: Bool[Array, ""],
@@ -238,11 +242,13 @@ def apply_guarded(
 
     def step(optimizer, grads, params, opt_state, good):
         def apply(params, opt_state):
-            with jax.numpy_dtype_promotion("standard"):  # optax relies on implicit promotion
-                steps, opt_state = optimizer.update(grads, opt_state, params)
+            steps, opt_state = optimizer.update(grads, opt_state, params)
             return optax.apply_updates(params, steps), opt_state
 
-        return jax.lax.cond(good, apply, lambda *same: same, params, opt_state)
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on implicit promotion
+            if isinstance(optimizer, LeafByLeaf):
+                return optimizer.step(grads, opt_state, params, good)
+            return jax.lax.cond(good, apply, lambda *same: same, params, opt_state)
 
     good = finite & ~spike
     moved = good & (norm > 0)
@@ -315,7 +321,7 @@ def update_on_rollout(
         epochs: passes over the rollout.
         ref_logp: reference log-probabilities, where the objective has a KL term.
         targets: values and returns on the host, where the objective has a critic.
-        phase: entered for "old_logp" and for "update", to time them.
+        phase: entered for "old_logp", "update" (the gradient) and "optimizer", to time them.
     """
     parts = _blocks(batch, minibatches)
     refs = [None] * minibatches if ref_logp is None else _blocks(ref_logp, minibatches)
@@ -327,18 +333,18 @@ def update_on_rollout(
         old += [programs.score(state.params, part) for part in parts[1:]]
         jax.block_until_ready(old)
     metrics = []
-    with phase("update"):
-        for i, part in enumerate(parts * epochs):
-            i %= minibatches
-            known = old[i]
-            if known is not None and part.routing is None:
-                part = part._replace(routing=known.experts)
-            known_logp = None if known is None else known.logp
-            state, stats, scored = programs.update(state, part, known_logp, refs[i], goals[i])
-            metrics.append(stats)
-            old[i] = scored if known is None else known
-        jax.block_until_ready(metrics)
-    logp = [jax.device_get(scored.logp) for scored in old if scored is not None]
+    for i, part in enumerate(parts * epochs):
+        i %= minibatches
+        known = old[i]
+        if known is not None and part.routing is None:
+            part = part._replace(routing=known.experts)
+        known_logp = None if known is None else known.logp
+        state, stats, scored = programs.update(
+            state, part, known_logp, refs[i], goals[i], phase=phase
+        )
+        metrics.append(stats)
+        old[i] = scored if known is None else known
+    logp = [host(scored.logp) for scored in old if scored is not None]
     return state._replace(step=state.step + 1), metrics, np.concatenate(logp)
 
 

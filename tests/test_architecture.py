@@ -11,6 +11,7 @@ PACKAGE = Path(gspo_jax.__file__).parent
 
 LAYERS = [
     {"errors", "batch", "masked", "console", "sandbox", "stopping"},
+    {"distributed"},
     {"models.fields", "models.init", "penalties", "mismatch", "advantages", "logps", "quant"}
     | {"sharding", "chat_template", "tasks.task", "tasks.verify"},
     {"losses", "models.attention", "models.cache", "models.files", "optim", "checkpoint", "metrics"}

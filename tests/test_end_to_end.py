@@ -61,7 +61,7 @@ def config(tiny_dir, data, tmp_path):
 def metrics(run_dir):
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [
-        {k: v for k, v in line.items() if k not in TIMED and not k.startswith("time/")}
+        {k: v for k, v in line.items() if k not in TIMED and not k.startswith(("time/", "speed/"))}
         for line in lines
     ]
 
@@ -96,9 +96,11 @@ def test_every_second_of_a_step_has_a_name_and_a_step_can_be_traced(config):
     row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     names = {name for name in row if name.startswith("time/")}
     assert names == {
-        f"time/{n}" for n in ("generate", "reward", "advantage", "old_logp", "update", "host")
+        f"time/{n}"
+        for n in ("generate", "reward", "advantage", "old_logp", "update", "optimizer", "host")
     }
     assert sum(row[name] for name in names) == pytest.approx(row["step_time"], rel=1e-6)
+    assert 0 < row["speed/mfu"] < 1 and 0 < row["speed/generate_of_floor"] < 1
     assert list((run_dir / "profile").rglob("*.xplane.pb"))
 
 

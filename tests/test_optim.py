@@ -10,7 +10,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gspo_jax.optim import CompressedState, compress_state, make_optimizer, make_schedule
+from gspo_jax.optim import (
+    CompressedState,
+    compress_state,
+    leaf_by_leaf,
+    make_optimizer,
+    make_schedule,
+)
 from gspo_jax.quant import Quantised, dequantise, quantise
 
 
@@ -62,6 +68,17 @@ def test_moments_take_two_bytes_per_parameter_and_small_leaves_stay_float32():
     stored = sum(x.nbytes for x in jax.tree.leaves((state.mu["w"], state.nu["w"])))
     # one byte of code each, and one float32 scale per 256 codes: 2 * (1 + 4 / 256) = 2.03
     assert stored / params["w"].size == pytest.approx(2.03125)
+
+
+def test_a_parameter_named_like_a_second_moment_keeps_the_signs_of_its_first():
+    """Attention's value projection is called v, as is the second moment of some optimizers."""
+    params = {"layer": {"v": jnp.zeros((64, 128)), "nu": jnp.zeros((64, 128))}}
+    grads = jax.tree.map(lambda x: x - 1.0, params)
+    tx = compress_state(optax.scale_by_adam())
+    _, state = tx.update(grads, tx.init(params), params)
+    for name in ("v", "nu"):
+        assert state.inner.mu["layer"][name].signed and not state.inner.nu["layer"][name].signed
+        np.testing.assert_allclose(dequantise(state.inner.mu["layer"][name]), -0.1, rtol=1e-5)
 
 
 def test_with_min_size_out_of_reach_it_is_the_inner_transformation_exactly():
@@ -191,6 +208,71 @@ def test_the_chain_in_float32_is_optax_adamw_with_clipping():
     b, _, _ = descend(reference, loss, params, 5)
     np.testing.assert_allclose(a["w"], b["w"], rtol=1e-6)
     np.testing.assert_allclose(a["b"], b["b"], rtol=1e-6)
+
+
+def same(x, y):
+    if x.dtype == jnp.uint8:
+        assert (np.abs(np.int32(x) - np.int32(y)) <= 1).all() and (x == y).mean() > 0.999
+    else:
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("state", ["8bit", "float32"])
+@pytest.mark.parametrize("max_grad_norm", [0.5, 1e9])  # the gradients' norm is about 30
+def test_leaf_by_leaf_is_the_whole_tree_at_once_but_for_rounding(state, max_grad_norm):
+    shapes = {"a": (64, 128), "b": (128,), "c": {"d": (3, 32, 64), "e": (96, 50)}}
+    draw = partial(jax.tree.map, is_leaf=lambda x: isinstance(x, tuple))
+    keys = iter(jax.random.split(jax.random.key(0), 40))
+    params = draw(lambda s: jax.random.normal(next(keys), s), shapes)
+    tx = make_optimizer(
+        optax.linear_schedule(1e-2, 0, 9),
+        weight_decay=0.1,
+        max_grad_norm=max_grad_norm,
+        state=state,
+    )
+
+    @jax.jit
+    def whole(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    one_by_one = jax.jit(lambda params, state, grads, go: tx.step(grads, state, params, go))
+    a = b = (params, tx.init(params))
+    for n in range(4):
+        grads = draw(lambda s, n=n: 0.2 * (n + 1) * jax.random.normal(next(keys), s), shapes)
+        a, b = whole(*a, grads), one_by_one(*b, grads, True)
+        assert jax.tree.structure(a) == jax.tree.structure(b)
+        # Two programs round the last bit differently, which may choose the neighbouring code.
+        jax.tree.map(same, a, b)
+    poisoned = jax.tree.map(lambda x: x * jnp.nan, grads)
+    jax.tree.map(np.testing.assert_array_equal, b, one_by_one(*b, poisoned, False))
+
+
+def test_leaf_by_leaf_takes_any_transformation_of_single_parameters():
+    loss, params = regression(4)
+    for inner in (optax.sgd(1e-2, momentum=0.9), optax.lion(1e-3), optax.adafactor(1e-2)):
+        tx = leaf_by_leaf(inner, max_grad_norm=1e9)
+        whole, _, _ = descend(tx, loss, params, 3)
+        one_by_one, state = params, tx.init(params)
+        for _ in range(3):
+            one_by_one, state = tx.step(
+                jax.grad(loss)(one_by_one), state, one_by_one, jnp.bool_(True)
+            )
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), whole, one_by_one)
+
+
+def test_one_parameter_at_a_time_is_unpacked():
+    """Both moments, both new ones and the change: 5 float32 arrays, of one of 16 parameters.
+
+    Beside them XLA keeps the new codes of all, half a float32 array. A whole tree takes 5 of all.
+    """
+    params = {f"w{i}": jax.ShapeDtypeStruct((256, 512), jnp.float32) for i in range(16)}
+    size = 16 * 4 * 256 * 512
+    tx = make_optimizer(optax.constant_schedule(1e-6))
+    state, go = jax.eval_shape(tx.init, params), jax.ShapeDtypeStruct((), bool)
+    step = jax.jit(lambda p, s, g, go: tx.step(g, s, p, go), donate_argnums=(0, 1))
+    found = step.lower(params, state, params, go).compile().memory_analysis()
+    assert found.temp_size_in_bytes < size * (5 / 16 + 0.51)
 
 
 def test_a_learning_rate_of_1e_6_changes_float32_parameters_of_ordinary_size():

@@ -24,6 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import DTypeLike
 
+from gspo_jax.distributed import host, is_writer, place
 from gspo_jax.errors import ConfigError, DataError, NumericalError
 from gspo_jax.models import files
 from gspo_jax.models.config import DTYPES, QwenConfig
@@ -160,11 +161,14 @@ def save_model(
         NumericalError: a weight is not finite in the dtype of the files.
         StorageError: the disk is full or not writable.
     """
+    slots = _slots(nnx.state(model, nnx.Param))
+    if not is_writer():  # its share of the weights is asked for all the same
+        for slot in slots:
+            _host(slot, np.dtype(jnp.dtype(model.config.dtype)))
+        return
     lender = None if like is None else files.resolve(like)
     with files.appearing(out_dir, replace=replace) as partial:
-        _write_weights(
-            partial, _slots(nnx.state(model, nnx.Param)), model.config.dtype, shard_bytes
-        )
+        _write_weights(partial, slots, model.config.dtype, shard_bytes)
         ids = {**(token_ids or {}), **(_lend(lender, partial) if lender else {})}
         _write_json(partial / "config.json", {**model.config.to_hf(), **ids})
         if not (partial / "generation_config.json").exists():
@@ -270,7 +274,7 @@ def _read_all(
         if mesh is None:
             placed = jax.device_put(values)  # jnp.asarray would copy twice
         else:
-            placed = jax.device_put(values, sharding_for(slot.param.axes, mesh, values.shape))
+            placed = place(values, sharding_for(slot.param.axes, mesh, values.shape))
         filled[slot.path] = slot.param.replace(placed)
     return filled
 
@@ -312,7 +316,7 @@ def _write_weights(directory: Path, slots: list[Slot], dtype: str, shard_bytes: 
 def _host(slot: Slot, dtype: np.dtype) -> np.ndarray:
     """One tensor as it will lie on disk."""
     param = slot.param[...] if slot.expert is None else slot.param[...][slot.expert]
-    values = _turned(np.asarray(jax.device_get(param)), slot, dtype)
+    values = _turned(np.asarray(host(param)), slot, dtype)
     _check_finite(values, NumericalError, f"{slot.name} in {dtype.name}")
     return values
 

@@ -24,7 +24,7 @@ def config(model, directory, *more, **options):
 def metrics(run_dir):
     """Lines of metrics.jsonl but for what takes time, which is never the same twice."""
     return [
-        {k: v for k, v in line.items() if k not in VARIES and not k.startswith("time/")}
+        {k: v for k, v in line.items() if k not in VARIES and not k.startswith(("time/", "speed/"))}
         for line in tools.metrics(run_dir)
     ]
 
