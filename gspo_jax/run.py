@@ -219,7 +219,7 @@ class Run:
             if longest and out_of_time(self.config.run.save_by, longest + saving):
                 self.log.say(f"run.save_by={self.config.run.save_by:g} minutes leave no more step.")
                 self.stop.ask("preempted")
-            if self.agree():
+            if self.stopping():
                 return
             self.seconds.clear()
             self._step_began = time.perf_counter(), _compile_seconds[0], _compiles[0]
@@ -257,7 +257,7 @@ class Run:
             NumericalError: more updates than `run.skip_budget` were skipped.
         """
         c, step = self.config, int(state.step)
-        self.agree()
+        self.stopping()
         began, compiled, compiles = self._step_began
         compile_time = _compile_seconds[0] - compiled
         step_time = time.perf_counter() - began - compile_time
@@ -305,9 +305,9 @@ class Run:
         step = int(state.step)
         self.save(state, now=True)
         after = logged_eval(self.log.directory, step)
-        if not self.agree() and agreed(not after):  # it was stopped while that was measured
+        if not self.stopping() and agreed(not after):  # it was stopped while that was measured
             after = self._measured(step, state)
-        if self.agree():
+        if self.stopping():
             self.log.status(self.stopped_by)
             self.log.say(f"Stopped after step {step}; the same command continues from here.")
             return Result(self.directory, step, self.stopped_by, self.before)
@@ -334,10 +334,10 @@ class Run:
     def checkpoints(self) -> Path:
         return self.directory / "checkpoints"
 
-    def agree(self) -> Why | None:
-        """Why the run is to stop, where any process was asked to; all of them call this."""
+    def stopping(self) -> bool:
+        """Whether the run is to stop, because any process was asked to; all of them call this."""
         self.stopped_by = STOPS[agreed(STOPS.index(self.stop.asked))]
-        return self.stopped_by
+        return self.stopped_by is not None
 
     def _checkpoint_to_resume(self) -> tuple[Path, int] | None:
         """(directory, step) of the checkpoint to continue from, as `run.resume` says."""
