@@ -207,7 +207,7 @@ def test_replay_without_experts_is_refused(config):
     ("number", "state", "code"),
     [(signal.SIGTERM, "preempted", 75), (signal.SIGINT, "interrupted", 130)],
 )
-def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(
+def test_a_signal_saves_the_rollout_and_the_same_command_goes_on(
     config, monkeypatch, number, state, code
 ):
     """Sent while the third step is scored; the rerun ends where an undisturbed run does."""
@@ -218,16 +218,20 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(
     monkeypatch.setattr(function, "signal", number)
     spec = "task.rewards=[reward_functions:terminate_in_third_step]"
     result = train(config("disturbed", spec))
-    assert (result.state, result.exit_code, result.steps) == (state, code, 3)
+    assert (result.state, result.exit_code, result.steps) == (state, code, 2)
     status = json.loads((result.run_dir / "status.json").read_text())
-    assert (status["state"], status["step"]) == (state, 3)
-    assert checkpoint.steps(result.run_dir / "checkpoints") == [3]
+    assert (status["state"], status["step"]) == (state, 2)
+    assert checkpoint.names(result.run_dir / "checkpoints") == ["2+0"]
     result = train(config("disturbed", spec))
     assert result.state == "finished"
     wanted, got = stored(undisturbed, 4), stored(result.run_dir, 4)
     for name in wanted:
         np.testing.assert_array_equal(wanted[name], got[name], err_msg=name)
-    assert [row["step"] for row in metrics(result.run_dir)] == [1, 2, 3, 4]
+    rows = [  # but for the name of the reward function
+        [{k: v for k, v in row.items() if not k.startswith("rewards/")} for row in metrics(run)]
+        for run in (result.run_dir, undisturbed)
+    ]
+    assert rows[0] == rows[1]
 
 
 def test_padding_with_the_end_of_sequence_changes_nothing(config, tiny_dir, tmp_path):
