@@ -1,5 +1,6 @@
 """Rows 10 to 15: a run that was stopped goes on as if it had not been, or says why it cannot."""
 
+import importlib
 import json
 import os
 import shutil
@@ -22,7 +23,6 @@ from gspo_jax.errors import StorageError
 from gspo_jax.models import Qwen, QwenConfig, save_model
 from gspo_jax.optim import make_optimizer
 from gspo_jax.replay import TIMED
-from gspo_jax.run import Run
 from gspo_jax.train import train
 from gspo_jax.update import init_state
 
@@ -56,18 +56,22 @@ def assert_same_run(run, other):
 @pytest.fixture
 def stop_at(monkeypatch):
     """Send this process a SIGTERM at the n-th time that the updates ask whether to stop."""
-    asked = Run.stopping
+    loop = importlib.import_module("gspo_jax.train")
+    updates = loop.continue_updates
 
     def arm(number):
         count = [0]
 
-        def stopping(run):
-            count[0] += 1
-            if count[0] == number:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return asked(run)
+        def watched(*args, stop, **options):
+            def asked():
+                count[0] += 1
+                if count[0] == number:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return stop()
 
-        monkeypatch.setattr(Run, "stopping", stopping)
+            return updates(*args, stop=asked, **options)
+
+        monkeypatch.setattr(loop, "continue_updates", watched)
 
     return arm
 
