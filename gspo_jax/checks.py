@@ -58,6 +58,7 @@ AT_LEAST = {
     "run.steps": 1,
     "run.save_every": 0,
     "run.keep": 1,
+    "run.keep_every": 0,
     "run.log_completions": 0,
     "run.skip_budget": 0,
     "run.spike_sigmas": 0,

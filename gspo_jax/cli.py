@@ -1,4 +1,4 @@
-"""gspo-jax demo | train | sft | eval | plan | export | report
+"""gspo-jax demo | train | sft | eval | plan | export | replay | report
 
 Settings are `section.key=value`, over a YAML file if one is named. Exit codes: 0 finished,
 1 unexpected, 2 usage or configuration, 3 data or model directory, 4 numerical failure, 5 out of
@@ -158,6 +158,16 @@ def export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def replay(arguments: argparse.Namespace) -> int:
+    """A recorded step computed again; exit code 4 if anything differs."""
+    from gspo_jax import story
+    from gspo_jax.replay import replay
+
+    done = replay(Path(arguments.run), arguments.step)
+    story.show(story.replayed(done))
+    return done.exit_code
+
+
 def report(arguments: argparse.Namespace) -> int:
     """plots/ of each run."""
     from gspo_jax.report import dynamics
@@ -232,6 +242,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         return arguments
     given = [*arguments.settings, *rest]
     arguments.overrides = [text for text in given if IS_OVERRIDE.match(text)]
+    if getattr(arguments, "resume", None):
+        arguments.overrides.append(f"run.resume={arguments.resume}")
     files = [text for text in given if not IS_OVERRIDE.match(text)]
     files += [arguments.config] if arguments.config else []
     if len(files) > 1:
@@ -255,6 +267,7 @@ def _parser() -> argparse.ArgumentParser:
         "eval": (evaluate, "held-out accuracy of a model directory"),
         "plan": (plan, "memory per device and cost of a step, without weights"),
         "export": (export, "a run's newest checkpoint as a Hugging Face directory"),
+        "replay": (replay, "compute one recorded step of a run again, and compare"),
         "report": (report, "draw a run's metrics into its plots/"),
     }
     for name, (command, text) in described.items():
@@ -264,12 +277,17 @@ def _parser() -> argparse.ArgumentParser:
         if name == "export":
             sub.add_argument("run", metavar="RUN", help="a run directory, like runs/demo-seed0")
             sub.add_argument("out", metavar="OUT", nargs="?", help="default: RUN/export")
+        elif name == "replay":
+            sub.add_argument("run", metavar="RUN", help="a run directory, like runs/demo-seed0")
+            sub.add_argument("--step", type=int, required=True, metavar="K", help="1 or more")
         elif name == "report":
             sub.add_argument("runs", metavar="RUN", nargs="+", help="run directories")
         else:
             _add_settings(sub, name)
         if name in ("demo", "train", "sft"):
             _add_processes(sub)
+        if name in ("train", "sft"):
+            sub.add_argument("--resume", metavar="PATH", help="a checkpoint; run.resume=PATH")
         if name == "plan":
             sub.add_argument("--no-compile", action="store_true", help="estimate; takes seconds")
             sub.add_argument(

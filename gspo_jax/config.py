@@ -323,6 +323,21 @@ def diff(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     return {n: (left.get(n), right.get(n)) for n in names if left.get(n) != right.get(n)}
 
 
+def changes(saved: str, config: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted name -> (then, now) of what differs from a YAML text that `to_yaml` once gave.
+
+    Values are compared as they were written. A setting that did not exist then is no change while
+    it has its default.
+    """
+    texts = (saved, to_yaml(config), to_yaml(Config()))
+    then, now, default = (
+        dict(_leaves(OmegaConf.to_container(OmegaConf.create(text), resolve=False)))
+        for text in texts
+    )
+    names = [*then, *(name for name in now if name not in then and default.get(name) != now[name])]
+    return {n: (then.get(n), now.get(n)) for n in names if then.get(n) != now.get(n)}
+
+
 def _sections(config: Config) -> dict[str, dict[str, Any]]:
     """Section name -> its settings, as plain dicts and lists."""
     return {name: value for name, value in asdict(config).items() if name != "written"}

@@ -1,5 +1,6 @@
 """Prompts -> groups of completions -> texts -> scores, and from there to training rows."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -241,6 +242,18 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     return metrics | rollout.log
 
 
+def text_lengths(rollout: Rollout) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
+    """Tokens of each response's prompt, and of the response."""
+    size = len(rollout.texts) // len(rollout.problems)
+    prompt = np.repeat([len(ids) for ids in rollout.prompts], size)
+    return prompt, rollout.completions.mask.sum(1)
+
+
+def token_count(rollout: Rollout) -> int:
+    """Prompt tokens, once per response, and response tokens."""
+    return int(sum(lengths.sum() for lengths in text_lengths(rollout)))
+
+
 def sample_rows(rollout: Rollout, adv: np.ndarray, prompts: int = 4) -> list[dict[str, Any]]:
     """The best and the worst response to each of the first few prompts, for people to read."""
     rows, group = [], len(rollout.texts) // len(rollout.problems)
@@ -262,13 +275,10 @@ def sample_rows(rollout: Rollout, adv: np.ndarray, prompts: int = 4) -> list[dic
     return rows
 
 
-def text_lengths(rollout: Rollout) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
-    """Tokens of each response's prompt, and of the response."""
-    size = len(rollout.texts) // len(rollout.problems)
-    prompt = np.repeat([len(ids) for ids in rollout.prompts], size)
-    return prompt, rollout.completions.mask.sum(1)
-
-
-def token_count(rollout: Rollout) -> int:
-    """Prompt tokens, once per response, and response tokens."""
-    return int(sum(lengths.sum() for lengths in text_lengths(rollout)))
+def digest(completions: Completions) -> str:
+    """SHA-256 of which tokens were sampled, in hexadecimal; what lies after them does not count."""
+    mask = completions.mask
+    found = hashlib.sha256(str(mask.shape).encode())
+    found.update(np.ascontiguousarray(mask).tobytes())
+    found.update(np.where(mask, completions.tokens, 0).astype("<i4").tobytes())
+    return found.hexdigest()

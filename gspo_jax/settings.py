@@ -225,9 +225,13 @@ class RunConfig:
     save_every: int = 0
     """Steps between checkpoints; 0 is at the end alone."""
     keep: int = 2
-    """Checkpoints kept, the newest."""
+    """Checkpoints kept, the newest; the best by evaluation is kept beside them."""
+    keep_every: int = 0
+    """Steps between checkpoints that are saved and kept for good; 0 is none."""
     resume: str = "auto"
     """"auto" continues the run if it has a checkpoint, "never" starts anew, or a checkpoint."""
+    allow_data_change: bool = False
+    """Continue a run although its data or the choice of its data is no longer the same."""
     report_to: list[str] = field(default_factory=list)
     """["wandb"] sends the metrics there too."""
     profile_steps: list[int] = field(default_factory=list)

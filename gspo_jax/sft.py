@@ -54,7 +54,7 @@ def sft(config: Config) -> Result:
     )
     size = len(problems.indices["train"])
 
-    with open_run(config, policy, problems) as run:
+    with open_run(config, policy, problems, kind="sft") as run:
         state = run.start(state)
         for step in run.steps(state):
             first = (step - 1) * c.sft.batch_size

@@ -76,8 +76,25 @@ class TrainState(NamedTuple):
 class Scored(NamedTuple):
     """What a policy says of a batch: log-probabilities, and the experts that it chose."""
 
-    logp: Float[Array, "B T"]
-    experts: Int[Array, "B S M X"] | None = None
+    logp: Float[Any, "B T"]
+    experts: Int[Any, "B S M X"] | None = None
+
+
+class Pending(NamedTuple):
+    """A rollout and how far its updates have come.
+
+    Attributes:
+        batch, ref_logp, targets: as of `update_on_rollout`.
+        old: what the policy at the start says of each minibatch, None for the first until its
+            update is done; empty before any was asked for.
+        stats: the metrics of each update that is done.
+    """
+
+    batch: TrainBatch
+    ref_logp: Float[Any, "B T"] | None = None
+    targets: Targets | None = None
+    old: tuple[Scored | None, ...] = ()
+    stats: tuple[Metrics, ...] = ()
 
 
 class Accumulated(NamedTuple):
@@ -323,29 +340,65 @@ def update_on_rollout(
         targets: values and returns on the host, where the objective has a critic.
         phase: entered for "old_logp", "update" (the gradient) and "optimizer", to time them.
     """
-    parts = _blocks(batch, minibatches)
-    refs = [None] * minibatches if ref_logp is None else _blocks(ref_logp, minibatches)
-    goals = [None] * minibatches if targets is None else _blocks(targets, minibatches)
-    # The first update is on-policy by construction, and tells its own π_old; the others' is needed
-    # before the policy moves.
-    old: list[Scored | None] = [None]
-    with phase("old_logp"):
-        old += [programs.score(state.params, part) for part in parts[1:]]
-        jax.block_until_ready(old)
-    metrics = []
-    for i, part in enumerate(parts * epochs):
+    pending = Pending(batch, ref_logp, targets)
+    state, done = continue_updates(
+        programs, state, pending, minibatches=minibatches, epochs=epochs, phase=phase
+    )
+    return state, list(done.stats), old_logps(done)
+
+
+def continue_updates(
+    programs: Programs,
+    state: TrainState,
+    pending: Pending,
+    *,
+    minibatches: int,
+    epochs: int = 1,
+    phase: Callable[[str], AbstractContextManager[None]] = nullcontext,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[TrainState, Pending]:
+    """The updates of a rollout that are left, or some of them: `stop` is asked before each.
+
+    Continuing later, from what is returned, gives bit for bit what would have come without a stop.
+    `state.step` counts the rollout once all its updates are done.
+
+    Args:
+        programs, minibatches, epochs, phase: as of `update_on_rollout`; `state` is donated.
+    """
+    parts, total = _blocks(pending.batch, minibatches), minibatches * epochs
+    refs, goals = (
+        [None] * minibatches if tree is None else _blocks(tree, minibatches)
+        for tree in (pending.ref_logp, pending.targets)
+    )
+    if stop():
+        return state, pending
+    old, stats = list(pending.old), list(pending.stats)
+    if not old:
+        # The first update is on-policy by construction, and tells its own π_old; the others' is
+        # needed before the policy moves.
+        with phase("old_logp"):
+            old = [None, *(programs.score(state.params, part) for part in parts[1:])]
+            jax.block_until_ready(old)
+    for i in range(len(stats), total):
+        if stop():
+            break
         i %= minibatches
-        known = old[i]
+        known, part = old[i], parts[i]
         if known is not None and part.routing is None:
             part = part._replace(routing=known.experts)
         known_logp = None if known is None else known.logp
-        state, stats, scored = programs.update(
+        state, metrics, scored = programs.update(
             state, part, known_logp, refs[i], goals[i], phase=phase
         )
-        metrics.append(stats)
+        stats.append(metrics)
         old[i] = scored if known is None else known
-    logp = [host(scored.logp) for scored in old if scored is not None]
-    return state._replace(step=state.step + 1), metrics, np.concatenate(logp)
+    state = state._replace(step=state.step + int(len(stats) == total))
+    return state, pending._replace(old=tuple(old), stats=tuple(stats))
+
+
+def old_logps(done: Pending) -> Float[np.ndarray, "B T"]:
+    """log π_old of all rows of a rollout, once every minibatch has had its update."""
+    return np.concatenate([host(x.logp) for x in done.old if x is not None])
 
 
 def _zeros_of(graphdef, trained: Gradients, batch: TrainBatch, objective: Objective) -> Forward:

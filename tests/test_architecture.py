@@ -13,7 +13,7 @@ LAYERS = [
     {"errors", "batch", "masked", "console", "sandbox", "stopping"},
     {"distributed"},
     {"models.fields", "models.init", "penalties", "mismatch", "advantages", "logps", "quant"}
-    | {"sharding", "chat_template", "tasks.task", "tasks.verify"},
+    | {"sharding", "chat_template", "tasks.task", "tasks.verify", "integrity"},
     {"losses", "models.attention", "models.cache", "models.files", "optim", "checkpoint", "metrics"}
     | {"models.rope", "signatures", "tasks.math", "tasks.sources", "report"},
     {"models.config", "tasks.data", "tokenizer", "rewards"},
@@ -26,17 +26,17 @@ LAYERS = [
     {"checks", "critic"},
     {"config"},
     {"policy", "model_card"},
-    {"evaluate", "memory", "costs"},
+    {"evaluate", "memory", "costs", "resume", "export"},
     {"run"},
     {"train"},
-    {"sft", "programs"},
+    {"sft", "programs", "replay"},
     {"plan"},
     {"story"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PURE = {"losses", "penalties", "mismatch", "advantages", "logps", "quant", "masked"}
-FILES_ONLY = {"report", "metrics", "console", "errors", "cli"}
+FILES_ONLY = {"report", "metrics", "console", "errors", "cli", "integrity"}
 
 
 def module_name(path: Path) -> str:

@@ -10,6 +10,7 @@ from gspo_jax.checks import ELSEWHERE
 from gspo_jax.config import (
     SETTINGS,
     Config,
+    changes,
     diff,
     load_config,
     model_dir,
@@ -320,6 +321,23 @@ def test_diff_names_what_changed_with_both_values():
     b = load_config(None, ["rollout.group_size=4"])
     assert diff(a, b) == {"rollout.group_size": (8, 4), "algo.loss.clip_low": (1e-3, None)}
     assert diff(a, a) == {}
+
+
+def test_changes_are_told_as_they_were_written_and_a_new_setting_is_none(monkeypatch):
+    monkeypatch.setenv("MODELS", "/secret/models")
+    a = load_config(None, ["model.path=${oc.env:MODELS}/qwen", "algo.loss.clip_low=1e-3"])
+    b = load_config(None, ["model.path=/elsewhere", "rollout.group_size=4"])
+    saved = to_yaml(a)
+    assert changes(saved, a) == {}
+    assert changes(saved, b) == {
+        "model.path": ("${oc.env:MODELS}/qwen", "/elsewhere"),
+        "rollout.group_size": (8, 4),
+        "algo.loss.clip_low": (1e-3, None),
+    }
+    older = "".join(line for line in saved.splitlines(True) if "keep_every" not in line)
+    assert changes(older, a) == {}
+    c = replace(a, run=replace(a.run, keep_every=5))
+    assert changes(older, c) == {"run.keep_every": (None, 5)}
 
 
 def test_demo_means_the_model_inside_the_package(tmp_path):

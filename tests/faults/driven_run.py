@@ -10,7 +10,6 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from gspo_jax import checkpoint
 from gspo_jax import run as run_module
 from gspo_jax.cli import main
 
@@ -24,8 +23,9 @@ def at(place, step, act, patch=setattr):
             left.pop()()
 
     if place == "save":
-        save = checkpoint.save
-        patch(checkpoint, "save", lambda d, s, *a, **k: [reached(s), save(d, s, *a, **k)][1])
+        save = run_module.Run.save
+        watched = lambda r, s, **k: [reached(int(s.step)), save(r, s, **k)][1]  # noqa: E731
+        patch(run_module.Run, "save", watched)
     elif place == "evaluate":
         measure = run_module.Run.evaluate
         patch(run_module.Run, "evaluate", lambda r, s: [reached(int(s.step)), measure(r, s)][1])

@@ -35,14 +35,16 @@ def poison(monkeypatch):
     """NaN advantages from one step on, in so many steps; a judge cannot do that, a bug could."""
 
     def from_step(first, count):
-        update = train_module.update_on_rollout
+        update = train_module.update
 
-        def poisoned(programs, state, batch, **options):
+        def poisoned(loop, state, begun, *options):
             if first <= int(state.step) + 1 < first + count:
+                batch = begun.pending.batch
                 batch = batch._replace(adv=np.full_like(batch.adv, np.nan))
-            return update(programs, state, batch, **options)
+                begun = begun._replace(pending=begun.pending._replace(batch=batch))
+            return update(loop, state, begun, *options)
 
-        monkeypatch.setattr(train_module, "update_on_rollout", poisoned)
+        monkeypatch.setattr(train_module, "update", poisoned)
 
     return from_step
 
@@ -94,17 +96,17 @@ def test_row_23_a_run_that_stays_poisoned_stops_with_its_last_good_checkpoint(
 
 def test_row_23_parameters_that_are_not_finite_are_never_saved(tiny_dir, tmp_path, monkeypatch):
     """Whatever made them so: the guard of the update is not asked."""
-    update = train_module.update_on_rollout
+    update = train_module.update
 
-    def broken(programs, state, batch, **options):
-        state, *rest = update(programs, state, batch, **options)
+    def broken(*arguments):
+        state, begun = update(*arguments)
         if int(state.step) == 2:
             leaves, tree = jax.tree.flatten(state.params)
             leaves[3] = leaves[3].at[0].set(jnp.inf)
             state = state._replace(params=jax.tree.unflatten(tree, leaves))
-        return state, *rest
+        return state, begun
 
-    monkeypatch.setattr(train_module, "update_on_rollout", broken)
+    monkeypatch.setattr(train_module, "update", broken)
     with pytest.raises(NumericalError, match=r"not finite after step 2: not saved\. .* \[1\]\."):
         train(config(tiny_dir, tmp_path, *SAVED))
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [1]

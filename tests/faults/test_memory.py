@@ -22,7 +22,7 @@ DUMP = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123456789012 
 SHORT = ["eval.split=test", "run.steps=1"]
 
 
-@pytest.mark.parametrize("where", ["sample", "update_on_rollout", "make_advantage"])
+@pytest.mark.parametrize("where", ["sample", "update", "make_advantage"])
 def test_row_54_an_allocation_that_fails_is_one_line_with_figures_and_knobs(
     tiny_dir, tmp_path, monkeypatch, capsys, where
 ):

@@ -42,31 +42,33 @@ def assert_same_run(got, wanted):
     assert metrics(got) == metrics(wanted)
 
 
-# Where the step has changed nothing yet it is given up; a compilation is in the first update.
+# While a step samples and scores it is given up; then its rollout is saved with the updates that
+# are done ("2+1"). The first update is mostly compilation.
 PLACES = [
-    ("generate", 3, 2),
-    pytest.param("reward", 3, 2, marks=pytest.mark.faults),
-    ("update", 1, 1),
-    ("evaluate", 2, 2),
-    pytest.param("advantage", 3, 3, marks=pytest.mark.faults),
-    pytest.param("update", 3, 3, marks=pytest.mark.faults),
-    pytest.param("save", 3, 3, marks=pytest.mark.faults),
-    pytest.param("evaluate", 0, 0, marks=pytest.mark.faults),
-    pytest.param("evaluate", 4, 4, marks=pytest.mark.faults),
+    ("generate", 3, "2"),
+    pytest.param("reward", 3, "2", marks=pytest.mark.faults),
+    pytest.param("advantage", 3, "2+0", marks=pytest.mark.faults),
+    ("update", 1, "0+1"),
+    pytest.param("update", 3, "2+1", marks=pytest.mark.faults),
+    pytest.param("save", 3, "3", marks=pytest.mark.faults),
+    pytest.param("evaluate", 0, "0", marks=pytest.mark.faults),
+    ("evaluate", 2, "2"),
+    pytest.param("evaluate", 4, "4", marks=pytest.mark.faults),
 ]
 
 
-@pytest.mark.parametrize(("place", "step", "left_at"), PLACES)
+@pytest.mark.parametrize(("place", "step", "saved"), PLACES)
 def test_row_17_a_signal_in_any_phase_saves_and_the_rerun_is_bitwise_the_same(
-    tiny_dir, tmp_path, monkeypatch, undisturbed, place, step, left_at
+    tiny_dir, tmp_path, monkeypatch, undisturbed, place, step, saved
 ):
     at(place, step, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch.setattr)
     more = ["run.save_every=3"] if place == "save" else []
     result = train(config(tiny_dir, tmp_path, *more))
-    assert (result.state, result.exit_code, result.steps) == ("preempted", 75, left_at)
+    done = int(saved.partition("+")[0])
+    assert (result.state, result.exit_code, result.steps) == ("preempted", 75, done)
     said = status(result.run_dir)
-    assert (said["state"], said["step"]) == ("preempted", left_at)
-    assert checkpoint.steps(result.run_dir / "checkpoints") == [left_at]
+    assert (said["state"], said["step"]) == ("preempted", done)
+    assert checkpoint.names(result.run_dir / "checkpoints")[-1] == saved
     monkeypatch.undo()
     assert train(config(tiny_dir, tmp_path, *more)).state == "finished"
     assert_same_run(result.run_dir, undisturbed)
@@ -233,19 +235,19 @@ def test_several_processes_do_not_give_a_step_up():
 def test_save_by_stops_before_the_step_that_would_pass_it(tiny_dir, tmp_path, monkeypatch):
     """Two steps fit; the third would end later. A later process has its own time."""
     given = ["eval.split=test", "run.save_by=10"]
-    clock = [0.0]
-    monkeypatch.setattr(stopping, "BEGAN", 0.0)
-    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
+    later, monotonic, counter = [0.0], time.monotonic, time.perf_counter
+    monkeypatch.setattr(stopping, "BEGAN", monotonic())
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + later[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: counter() + later[0])
 
     def step_takes_4_minutes():
-        clock[0] += 240
+        later[0] += 240
 
     for step in (1, 2, 3, 4):
         at("reward", step, step_takes_4_minutes, monkeypatch.setattr)
-    monkeypatch.setattr("gspo_jax.run.time.perf_counter", lambda: clock[0])
     result = train(config(tiny_dir, tmp_path, *given))
     assert (result.state, result.exit_code, result.steps) == ("preempted", 75, 2)
-    clock[0] = 0.0
+    monkeypatch.setattr(stopping, "BEGAN", time.monotonic())
     result = train(config(tiny_dir, tmp_path, *given))
     assert (result.state, result.steps) == ("finished", 4)
 
