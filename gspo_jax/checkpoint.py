@@ -307,6 +307,7 @@ def _write(path: Path, leaves: dict[str, Any], meta, pending: Pending | None) ->
         former = _set_aside(path) if path.exists() else None
         part.rename(path)
         integrity.sync(path.parent)
+        integrity.sync(path.parent.parent)  # which may be new as well
         if former is not None:
             shutil.rmtree(former)
     barrier(f"checkpoint {path.name} is in its place")

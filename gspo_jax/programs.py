@@ -29,8 +29,8 @@ from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.qwen import Qwen
 from gspo_jax.objective import CriticTerm, Given, Gradients, Targets, cast
 from gspo_jax.policy import Passes, Policy, Problems, compiled_cast, resolve_dtype
-from gspo_jax.run import optimizer_at
 from gspo_jax.sharding import sharding_for, state_shardings
+from gspo_jax.state import optimizer_at
 from gspo_jax.tokenizer import Tokenizer
 from gspo_jax.train import objective
 from gspo_jax.update import CriticState, init_state, make_programs

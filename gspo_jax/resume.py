@@ -37,6 +37,7 @@ FREE = (  # of no consequence for what is learned
     *("run", "eval", "mesh", "model.attention", "model.remat", "algo.microbatch"),
     *DATA,
 )
+NOT_FREE = ("run.seed", "run.spike_sigmas")
 UNSAID = ("run.name", "run.dir", "run.resume", "run.allow_data_change")
 
 Say = Callable[[str], None]
@@ -217,7 +218,7 @@ def compare(meta: dict[str, Any], config: Config, problems: Problems, found: Fou
     for name, (then, value) in differs.items():
         # Only a schedule that ends with the run depends on its length.
         decays = name == "run.steps" and config.optim.schedule != "constant"
-        free = _in(name, FREE) and not decays
+        free = _in(name, FREE) and not _in(name, NOT_FREE) and not decays
         say(f"  {name}: {then} -> {value}{'' if free else '  (changes what is learned from here)'}")
 
 

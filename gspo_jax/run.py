@@ -6,7 +6,7 @@
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,12 +15,10 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import optax
 from rich.console import Console
 
 from gspo_jax import checkpoint, resume
 from gspo_jax.config import Config, load_config, run_dir, to_yaml
-from gspo_jax.critic import make_critic, make_term
 from gspo_jax.distributed import agreed, is_writer
 from gspo_jax.errors import (
     INTERRUPTED,
@@ -33,14 +31,12 @@ from gspo_jax.evaluate import evaluate_policy
 from gspo_jax.export import export_params, logged_eval, logged_step, run_card
 from gspo_jax.integrity import tidy_names
 from gspo_jax.metrics import RunLog
-from gspo_jax.objective import CriticTerm
-from gspo_jax.optim import Optimizer, make_optimizer, make_schedule
-from gspo_jax.policy import PLAIN, Passes, Policy, Problems, attention, load_policy
+from gspo_jax.policy import Policy, Problems, attention, load_policy
 from gspo_jax.report import dynamics
 from gspo_jax.resume import Begun
-from gspo_jax.sharding import state_shardings
+from gspo_jax.state import add_critic, make_state
 from gspo_jax.stopping import Abandoned, Stop, Why, listening, out_of_time
-from gspo_jax.update import CriticState, TrainState, all_finite, init_state
+from gspo_jax.update import TrainState, all_finite
 
 STOPS: list[Why | None] = [None, "preempted", "interrupted"]
 EXIT_CODES = {"finished": 0, "preempted": PREEMPTED, "interrupted": INTERRUPTED}
@@ -73,81 +69,6 @@ class Result:
     def exit_code(self) -> int:
         """0 finished; with the checkpoint saved, 75 preempted and 130 interrupted."""
         return EXIT_CODES[self.state]
-
-
-def make_state(
-    config: Config, policy: Policy, updates: int
-) -> tuple[Optimizer, Callable[[int], Any], TrainState]:
-    """The optimizer, its learning rate by update, and the state before the first step.
-
-    The state takes over the policy's parameters: the first update donates them.
-    """
-    optimizer, schedule = optimizer_at(config, config.optim.learning_rate, updates)
-    begin = partial(init_state, optimizer=optimizer, spikes=config.run.spike_sigmas > 0)
-    shapes = jax.eval_shape(begin, policy.params)
-    shardings = state_shardings(shapes, policy.params, policy.mesh)
-
-    def rest(params):  # as outputs of a program the parameters would be copied
-        return begin(params)._replace(params=None)
-
-    start = jax.jit(rest, out_shardings=shardings._replace(params=None))
-    return optimizer, schedule, start(policy.params)._replace(params=policy.params)
-
-
-def add_critic(
-    config: Config,
-    policy: Policy,
-    state: TrainState,
-    updates: int,
-    how: Passes = PLAIN,
-    *,
-    shortest_prompt: int = 1,
-) -> tuple[TrainState, CriticTerm | None]:
-    """The state with the critic that `algo.critic` asks for, and its part in the objective.
-
-    To be called before the first update, which donates the weights that it copies.
-    """
-    c = config.algo.critic
-    if c.kind == "none":
-        return state, None
-    optimizer, _ = optimizer_at(config, c.learning_rate, updates)
-    graphdef, params = make_critic(c.kind, policy.graphdef, policy.params)
-
-    def start(params):
-        return CriticState(params, optimizer.init(params))
-
-    shardings = state_shardings(jax.eval_shape(start, params), params, policy.mesh)
-    critic = jax.jit(start, out_shardings=shardings)(params)
-    term = make_term(
-        graphdef,
-        optimizer,
-        shared=c.kind == "shared",
-        clip=c.clip,
-        coef=c.coef,
-        dtype=policy.dtype,
-        remat=how.remat,
-        attention=how.attention,
-        shortest_prompt=shortest_prompt,
-    )
-    return state._replace(critic=critic), term
-
-
-def optimizer_at(
-    config: Config, learning_rate: float, updates: int
-) -> tuple[Optimizer, optax.Schedule]:
-    """The configured optimizer with this peak, and its learning rate by update."""
-    c = config.optim
-    schedule = make_schedule(learning_rate, kind=c.schedule, warmup=c.warmup, updates=updates)
-    optimizer = make_optimizer(
-        schedule,
-        b1=c.b1,
-        b2=c.b2,
-        eps=c.eps,
-        weight_decay=c.weight_decay,
-        max_grad_norm=c.max_grad_norm,
-        state=c.state,
-    )
-    return optimizer, schedule
 
 
 @contextmanager
@@ -361,7 +282,7 @@ class Run:
         after = logged_eval(self.log.directory, step)
         if not self.stopping() and agreed(not after):  # it was stopped while that was measured
             after = self._measured(step, state)
-        if self.stopping():
+        if self.stopping() and self.stopped_by:
             self.log.status(self.stopped_by)
             done = told(step, self.begun)
             self.log.say(f"Stopped after {done}; the same command continues from here.")

@@ -16,8 +16,9 @@ from gspo_jax.losses import LOSSES
 from gspo_jax.objective import Objective
 from gspo_jax.policy import load_policy, load_problems, passes, text_sizes
 from gspo_jax.rollout import encode_prompts
-from gspo_jax.run import Result, make_state, open_run
+from gspo_jax.run import Result, open_run
 from gspo_jax.sharding import shard_batch
+from gspo_jax.state import make_state
 from gspo_jax.tasks import order
 from gspo_jax.tokenizer import Tokenizer
 from gspo_jax.update import make_programs

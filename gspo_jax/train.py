@@ -41,9 +41,10 @@ from gspo_jax.rollout import (
     text_lengths,
     to_train_batch,
 )
-from gspo_jax.run import Result, Run, add_critic, make_state, open_run
+from gspo_jax.run import Result, Run, open_run
 from gspo_jax.settings import GAE
 from gspo_jax.sharding import shard_batch
+from gspo_jax.state import add_critic, make_state
 from gspo_jax.stopping import Abandoned
 from gspo_jax.tasks import order
 from gspo_jax.update import (

@@ -26,7 +26,7 @@ LAYERS = [
     {"checks", "critic"},
     {"config"},
     {"policy", "model_card"},
-    {"evaluate", "memory", "costs", "resume", "export"},
+    {"evaluate", "memory", "costs", "resume", "export", "state"},
     {"run"},
     {"train"},
     {"sft", "programs", "replay"},
