@@ -4,9 +4,9 @@
     SIGINT             exit code 130, "interrupted"
 
 The first of them asks. While a step generates or scores nothing has changed yet, so that step is
-given up at the next safe point (`raise_if_asked`). Between two updates the run stops too: the rollout
-is saved with the state. Slurm's --signal=USR1@120 is a warning that the end is near: the same as
-SIGTERM.
+given up at the next safe point (`raise_if_asked`). Between two updates the run stops, too: then the
+rollout is saved with the state. Slurm's --signal=USR1@120 is a warning that the end is near: the
+same as SIGTERM.
 
 A second one ends the process at once, whatever it is doing. Python's own handlers run between two
 bytecodes of the main thread, which may be many minutes into one call of the compiler; so the byte
