@@ -344,8 +344,8 @@ class Run:
         self.log.doing("checkpoint")
         if not all_finite(state.params):
             raise NumericalError(
-                f"the parameters are not finite after step {step}: not saved. Lower "
-                f"optim.learning_rate and continue from {checkpoint.steps(self.checkpoints)}."
+                f"the parameters are not finite after step {step}, and are not saved. Lower "
+                "optim.learning_rate; the same command goes on from the checkpoint before."
             )
         self.best = value if value is not None and better else self.best
         meta = {"step": step, "num_tokens": self.tokens, "kind": self.kind, "measured": value}

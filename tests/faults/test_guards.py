@@ -107,7 +107,7 @@ def test_row_23_parameters_that_are_not_finite_are_never_saved(tiny_dir, tmp_pat
         return state, begun
 
     monkeypatch.setattr(train_module, "update", broken)
-    with pytest.raises(NumericalError, match=r"not finite after step 2: not saved\. .* \[1\]\."):
+    with pytest.raises(NumericalError, match="not finite after step 2, and are not saved"):
         train(config(tiny_dir, tmp_path, *SAVED))
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [1]
 
