@@ -6,22 +6,25 @@ has changed since is told, and refused where the run would no longer be the one 
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+import yaml
 from jaxtyping import Int
 
 from gspo_jax import checkpoint, integrity
 from gspo_jax.batch import Completions, TrainBatch
 from gspo_jax.config import Config, changes, to_yaml
-from gspo_jax.distributed import host
+from gspo_jax.distributed import host, place
 from gspo_jax.errors import ConfigError, DataError, StorageError
 from gspo_jax.metrics import plain
 from gspo_jax.objective import Targets
 from gspo_jax.policy import Problems
 from gspo_jax.tasks.task import fingerprint
-from gspo_jax.update import Pending, Scored
+from gspo_jax.update import Pending, Scored, TrainState, empty_window
 
 SAME = (  # what makes a run the one it is; another value is another run
     *("model.path", "model.init", "model.dtype", "model.template_args"),
@@ -188,6 +191,21 @@ def identity(config: Config, problems: Problems) -> dict[str, Any]:
     """What a checkpoint says of its run: the settings, and the fingerprint of its problems."""
     visited = [problems.task.fingerprint, problems.indices["train"]]
     return {"config": to_yaml(config), "data": fingerprint(visited)}
+
+
+def restore(found: Found, meta: dict[str, Any], state: TrainState) -> TrainState:
+    """The checkpoint's state like `state`; run.spike_sigmas may be switched on and off in between.
+
+    Switched on, its window begins here.
+    """
+    own, had = state.spikes, (yaml.safe_load(meta["config"])["run"].get("spike_sigmas") or 0) > 0
+    like = state._replace(spikes=None)
+    if had:
+        there = partial(place, sharding=state.step.sharding)
+        like = state._replace(spikes=own or jax.tree.map(there, empty_window()))
+    root, name = found.path.parent, found.path.name
+    state, _ = checkpoint.restore(root, name, like, verified=True)
+    return state if had and own is not None else state._replace(spikes=own)
 
 
 def compare(meta: dict[str, Any], config: Config, problems: Problems, found: Found, say: Say):

@@ -145,7 +145,7 @@ class Run:
                 f"{self.directory} is a run of gspo-jax {meta['kind']}, not of {self.kind}; choose "
                 f"another run.name, with run.resume={found.path} to start from its weights."
             )
-        state, _ = checkpoint.restore(root, name, state, verified=True)
+        state = resume.restore(found, meta, state)
         if (pending := checkpoint.read_pending(found.path)) is not None:
             self.begun = resume.unpack(pending)
         self.tokens, step, of = meta["num_tokens"], int(meta["step"]), self.config.run.steps
@@ -265,8 +265,8 @@ class Run:
         self.log.doing("checkpoint")
         if not all_finite(state.params):
             raise NumericalError(
-                f"the parameters are not finite after step {step}: not saved. Lower "
-                f"optim.learning_rate and continue from {checkpoint.steps(self.checkpoints)}."
+                f"the parameters are not finite after step {step}, and are not saved. Lower "
+                "optim.learning_rate; the same command goes on from the checkpoint before."
             )
         self.best = value if value is not None and better else self.best
         meta = {"step": step, "num_tokens": self.tokens, "kind": self.kind, "measured": value}
@@ -282,11 +282,12 @@ class Run:
         after = logged_eval(self.log.directory, step)
         if not self.stopping() and agreed(not after):  # it was stopped while that was measured
             after = self._measured(step, state)
-        if self.stopping() and self.stopped_by:
-            self.log.status(self.stopped_by)
+        self.stopping()
+        if (why := self.stopped_by) is not None:
+            self.log.status(why)
             done = told(step, self.begun)
             self.log.say(f"Stopped after {done}; the same command continues from here.")
-            return Result(self.directory, step, self.stopped_by, self.before)
+            return Result(self.directory, step, why, self.before)
         self.log.doing("export")
         card = run_card(self.config, self.policy, self.directory, step)
         out_dir = self.directory / "export"

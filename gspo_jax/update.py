@@ -130,10 +130,15 @@ class Programs(NamedTuple):
 
 def init_state(params: PyTree, optimizer: Optimizer, *, spikes: bool = False) -> TrainState:
     """The state before the first step; with `spikes`, what is needed to skip those."""
-    counts = [jnp.int32(0) for _ in range(5)]  # buffers of their own: all are donated
+    counts = [jnp.int32(0) for _ in range(3)]  # buffers of their own: all are donated
+    window = empty_window() if spikes else None
+    return TrainState(params, optimizer.init(params), *counts, spikes=window)
+
+
+def empty_window() -> Spikes:
+    """Before the first update."""
     norms = jnp.full(SPIKE_WINDOW, jnp.nan, jnp.float32)
-    window = Spikes(norms, *counts[3:]) if spikes else None
-    return TrainState(params, optimizer.init(params), *counts[:3], spikes=window)
+    return Spikes(norms, jnp.int32(0), jnp.int32(0))
 
 
 def make_programs(
