@@ -5,7 +5,7 @@ importance ratio, entropy, response length, gradient norm.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,11 @@ def read_metrics(run: Path, *, most: int = MOST_ROWS) -> Rows:
     return [rows[step] for step in sorted(rows)]
 
 
-def dynamics(run: Path) -> Path:
+def dynamics(run: Path, say: Callable[[str], None] | None = None) -> Path:
     """Draw a run directory's metrics into its plots/dynamics.png, and say where that is.
+
+    Args:
+        say: told why it cannot be drawn, which then is no error: so a run ends well without.
 
     Raises:
         DataError: the run has no metrics to draw.
@@ -85,8 +88,14 @@ def dynamics(run: Path) -> Path:
     """
     run = Path(run)
     home = run.parent if run.suffix == ".jsonl" else run
-    rows = read_metrics(run, most=2 * MOST_POINTS)
-    return draw(rows, home / "plots" / "dynamics.png", title=home.resolve().name)
+    path = home / "plots" / "dynamics.png"
+    try:
+        draw(read_metrics(run, most=2 * MOST_POINTS), path, title=home.resolve().name)
+    except (DataError, StorageError) as error:
+        if say is None:
+            raise
+        say(f"warning: {error}")
+    return path
 
 
 def draw(rows: Rows, path: Path, *, title: str = "") -> Path:

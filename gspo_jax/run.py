@@ -300,15 +300,9 @@ class Run:
         out_dir = self.directory / "export"
         export_params(self.policy, state.params, out_dir, card=card, replace=True)
         if is_writer():
-            self._draw()
+            dynamics(self.directory, self.log.say)
         self.log.status("finished")
         return Result(self.directory, step, "finished", self.before, after)
-
-    def _draw(self) -> None:
-        try:
-            dynamics(self.directory)
-        except (ValueError, OSError) as error:  # a picture is never a reason to fail
-            self.log.say(f"warning: {error}", style="yellow")
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Greedy accuracy and avg@k on held-out problems; nothing if the split is empty."""

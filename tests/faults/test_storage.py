@@ -82,6 +82,7 @@ def test_row_45_a_checkpoint_on_a_full_disk_is_one_line_and_the_older_ones_go_on
     assert told["metrics"] == [1, 2, 3, 4] and told["status"]["state"] == "finished"
 
 
+@pytest.mark.faults
 @needs_mount
 def test_row_45_metrics_on_a_full_disk_cost_lines_and_not_the_run(on_a_full_disk):
     told, _, out = on_a_full_disk("metrics")
@@ -92,6 +93,7 @@ def test_row_45_metrics_on_a_full_disk_cost_lines_and_not_the_run(on_a_full_disk
     assert said.count("metrics.jsonl is missing lines (No space left on device)") == 1
 
 
+@pytest.mark.faults
 @needs_mount
 def test_row_45_an_export_on_a_full_disk_leaves_nothing_or_the_former_one(on_a_full_disk):
     told, said, _ = on_a_full_disk("export")
