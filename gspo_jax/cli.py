@@ -8,6 +8,7 @@ stderr. Whatever needs JAX is imported by the command that needs it.
 
 import argparse
 import errno
+import logging
 import os
 import re
 import sys
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     if not arguments.debug:  # XLA's own account of an error: hundreds of lines where memory ends
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        _hush()
     try:
         return arguments.command(arguments)
     except KeyboardInterrupt:
@@ -318,5 +320,25 @@ def _add_processes(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--process", type=int, metavar="I", help="the number of this one, from 0")
 
 
+def _hush() -> None:
+    """Of a write that fails Orbax tells a hundred times, from threads; we tell once."""
+    import absl.logging  # makes its logger, which therefore must not exist before
+
+    absl.logging.get_absl_logger().addFilter(_is_not_of_orbax)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _show_unraisable
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
+
+
+def _show_unraisable(told: Any) -> None:
+    if str(told.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(told)
+
+
 def _say_error(text: str) -> None:
-    print(f"gspo-jax: {text}", file=sys.stderr)
+    from gspo_jax.console import inert, redact
+
+    print(f"gspo-jax: {inert(redact(text))}", file=sys.stderr)

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from gspo_jax import checks
+from gspo_jax.console import redact
 from gspo_jax.errors import ConfigError
 from gspo_jax.settings import (
     AlgoConfig,
@@ -302,7 +303,7 @@ def to_yaml(config: Config) -> str:
     """All settings, in order, such that loading them gives an equal config.
 
     Values that were written as ${...} appear as they were written: what the environment holds
-    does not reach a saved file.
+    does not reach a saved file. Nor does what looks like a credential, or a password in a URL.
     """
     tree = _sections(config)
     current = dict(_leaves(tree))
@@ -313,7 +314,7 @@ def to_yaml(config: Config) -> str:
             for key in path:
                 place = place[int(key) if isinstance(place, list) else key]
             place[int(last) if isinstance(place, list) else last] = text
-    return OmegaConf.to_yaml(OmegaConf.create(tree))
+    return redact(OmegaConf.to_yaml(OmegaConf.create(tree)))
 
 
 def diff(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:

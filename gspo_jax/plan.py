@@ -68,6 +68,8 @@ def plan(config: Config) -> str:
         "eval": _eval(config),
         "writes": _place(run_dir(config)),
     }
+    if problems.task.warnings:
+        lines["warning"] = " ".join(problems.task.warnings)
     simulate_devices(config)
     run = sketch(config, shape, problems, make_mesh(config.mesh.data, config.mesh.fsdp))
     lines["memory"] = short_memory(run)

@@ -293,7 +293,7 @@ class Run:
         out_dir = self.directory / "export"
         export_params(self.policy, state.params, out_dir, card=card, replace=True)
         if is_writer():
-            dynamics(self.directory)
+            dynamics(self.directory, self.log.say)
         self.log.status("finished")
         return Result(self.directory, step, "finished", self.before, after)
 

@@ -252,6 +252,7 @@ def mismatch(old_logp: Float[np.ndarray, "B T"], completions: Completions) -> di
     """
     difference = np.abs(old_logp - completions.logp)[completions.mask]
     name = "sampling/sampling_logp_difference"
+    difference = difference if difference.size else np.zeros(1)
     return {f"{name}/mean": float(difference.mean()), f"{name}/max": float(difference.max())}
 
 

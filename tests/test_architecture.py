@@ -11,7 +11,7 @@ PACKAGE = Path(gspo_jax.__file__).parent
 
 LAYERS = [
     {"errors", "batch", "masked", "console", "sandbox", "stopping"},
-    {"distributed"},
+    {"distributed", "jsonl"},
     {"models.fields", "models.init", "penalties", "mismatch", "advantages", "logps", "quant"}
     | {"sharding", "chat_template", "tasks.task", "tasks.verify", "integrity"},
     {"losses", "models.attention", "models.cache", "models.files", "optim", "checkpoint", "metrics"}
@@ -36,7 +36,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PURE = {"losses", "penalties", "mismatch", "advantages", "logps", "quant", "masked"}
-FILES_ONLY = {"report", "metrics", "console", "errors", "cli", "integrity"}
+FILES_ONLY = {"report", "metrics", "console", "jsonl", "errors", "cli", "integrity"}
 
 
 def module_name(path: Path) -> str:

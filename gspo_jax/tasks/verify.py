@@ -18,6 +18,7 @@ _NUMBER = re.compile(rf"([+-]?)({_DECIMAL})(?:/({_DECIMAL}))?")
 _FRAC = re.compile(rf"([+-]?)\\frac\{{({_DECIMAL})\}}\{{({_DECIMAL})\}}")
 _SPACING = re.compile(r"\\[,;:! ]|~|\s+")
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}")
+_UNITS = re.compile(rf"^(?:{_TEXT.pattern})+|(?:{_TEXT.pattern})+$")  # not between two numbers
 _VARIABLE = re.compile(r"[A-Za-z]=")
 
 
@@ -122,7 +123,7 @@ def _value(answer: str) -> Fraction | str:
     text = re.sub(r"\\[dt]frac", r"\\frac", re.sub(r"\\(left|right)(?![A-Za-z])", "", text))
     text = text.strip("$").removesuffix(".").replace("\\$", "").replace("$", "")
     text = _VARIABLE.sub("", text, count=1) if _VARIABLE.match(text) else text
-    unitless = _TEXT.sub("", text).replace("^\\circ", "").replace("^{\\circ}", "")
+    unitless = _UNITS.sub("", text).replace("^\\circ", "").replace("^{\\circ}", "")
     unitless = unitless.replace("\\%", "").replace("%", "")
     match = _NUMBER.fullmatch(unitless) or _FRAC.fullmatch(unitless)
     if not match:
