@@ -13,7 +13,16 @@ LAYERS = [
     {"errors", "batch", "masked", "console", "sandbox"},
     {"models.fields", "models.init", "penalties", "mismatch", "advantages", "logps", "quant"}
     | {"sharding", "chat_template", "tasks.task", "tasks.verify"},
-    {"losses", "models.attention", "models.cache", "models.files", "optim", "checkpoint", "metrics"}
+    {
+        "losses",
+        "models.attention",
+        "models.linear",
+        "models.cache",
+        "models.files",
+        "optim",
+        "checkpoint",
+        "metrics",
+    }
     | {"models.rope", "rewards", "tasks.math", "tasks.sources", "report"},
     {"models.config", "tasks.data", "tokenizer"},
     {"models.moe", "models.remat"},
