@@ -16,6 +16,7 @@ The first two are exact; the last is what XLA keeps, from above. All but `none` 
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -74,6 +75,17 @@ def activation_bytes(
     layers = sum(kept(remat, F) for F in inner)
     again = 0 if remat == "none" else max(kept("none", F) for F in inner)
     return tokens * (layers + again)
+
+
+def share_of(c: QwenConfig, ways: int) -> QwenConfig:
+    """The part of the network that each of `ways` devices computes, which split heads and MLP."""
+    return replace(
+        c,
+        num_heads=c.num_heads // ways,
+        num_kv_heads=c.num_kv_heads // ways,
+        intermediate_size=-(-c.intermediate_size // ways),
+        experts=c.experts and replace(c.experts, size=-(-c.experts.size // ways)),
+    )
 
 
 def choose_remat(free: int, need: Mapping[str, int]) -> str:
