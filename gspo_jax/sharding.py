@@ -195,6 +195,12 @@ def regathering(function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.checkpoint(function, policy=kept)
 
 
+def regathers(shardings: PyTree) -> bool:
+    """Whether the parameters of a state with these shardings are gathered for use."""
+    meshes = (getattr(s, "mesh", None) for s in jax.tree.leaves(shardings))
+    return any(mesh is not None and mesh.shape.get(GATHERED, 1) > 1 for mesh in meshes)
+
+
 def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """Put a tree of host arrays on the mesh, their leading axis being the batch."""
 

@@ -83,7 +83,8 @@ class Experts(nnx.Module):
         rows = h.reshape(B * S, D)
         logits = dense(h, self.router)[0].reshape(B * S, -1).astype(float_dtype(h))
         p = jax.nn.softmax(logits, axis=-1)
-        own = jax.lax.top_k(jax.lax.stop_gradient(p), X)[1]
+        # Left to the compiler, every device would sort the rows of all of them.
+        own = by_rows(lambda p: jax.lax.top_k(p, X)[1], [jax.lax.stop_gradient(p)], [], [])
         ids = own if replay is None else replay.reshape(own.shape).astype(own.dtype)
         ids = jnp.where(ids < 0, own, ids)
         gates = jnp.take_along_axis(p, ids, axis=-1)

@@ -36,13 +36,13 @@ def recomputed(layer: Callable[..., Any], remat: str) -> Callable[..., Any]:
     return jax.checkpoint(layer, policy=dots if remat == "dots" else None)
 
 
-def compiler_options(remat: str) -> dict[str, Any]:
+def compiler_options(remat: str, regathers: bool = False) -> dict[str, Any]:
     """What `jax.jit` needs to be told, for programs with a backward pass.
 
     XLA's CPU compiler removes the barriers around what is recomputed, finds it to be the same as
-    what was computed before, and keeps that: it must not.
+    what was computed before, and keeps that: it must not. Nor where weights are gathered again (`regathers`).
     """
-    if remat == "none" or jax.default_backend() != "cpu":
+    if (remat == "none" and not regathers) or jax.default_backend() != "cpu":
         return {}
     return {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
