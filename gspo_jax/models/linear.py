@@ -23,7 +23,6 @@ from gspo_jax.sharding import (
     fill_up,
     gathered,
     partition_spec,
-    regathering,
 )
 
 
@@ -43,12 +42,14 @@ def dense(x: Float[Array, "B S I"], *kernels: nnx.Param) -> list[Float[Array, "B
         for axis in {_stays(spec[1]) for spec in specs} - {None}:
             # Once for all kernels: the gradient of x is summed over their columns once, too.
             x = jax.lax.pcast(x, axis, to="varying")
+        # Before they are gathered, so that of their gradients only shares are summed over data.
+        shards = (_by_row(w, spec) for w, spec in zip(shards, specs, strict=True))
         out = [x @ gathered(w, spec) for w, spec in zip(shards, specs, strict=True)]
         return [jax.lax.psum(y, inner) if inner else y for y in out]
 
     batch = RULES["batch"]
     spread = jax.shard_map(
-        regathering(local),
+        jax.checkpoint(local),  # the backward pass gathers again; the products it does not need
         in_specs=(PartitionSpec(batch, inner), *specs),
         out_specs=[PartitionSpec(batch, _stays(spec[1])) for spec in specs],
     )
@@ -78,6 +79,11 @@ def lookup(table: nnx.Param, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
     spread = jax.shard_map(local, in_specs=(batch, spec), out_specs=batch)
     flat = fill_up(ids.reshape(-1), mesh)
     return spread(flat, table[...])[: ids.size].reshape(*ids.shape, -1)
+
+
+def _by_row(w: Array, spec: PartitionSpec) -> Array:
+    """`w`, said to differ between the devices that have other rows: as the product with it does."""
+    return jax.lax.pcast(w, tuple(a for a in RULES["batch"] or () if a not in spec), to="varying")
 
 
 def _stays(part: str | None) -> str | None:

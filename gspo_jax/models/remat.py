@@ -40,7 +40,8 @@ def compiler_options(remat: str, regathers: bool = False) -> dict[str, Any]:
     """What `jax.jit` needs to be told, for programs with a backward pass.
 
     XLA's CPU compiler removes the barriers around what is recomputed, finds it to be the same as
-    what was computed before, and keeps that: it must not. Nor where weights are gathered again (`regathers`).
+    what was computed before, and keeps that: it must not, nor where weights that devices share are
+    gathered again (`regathers`).
     """
     if (remat == "none" and not regathers) or jax.default_backend() != "cpu":
         return {}
