@@ -161,7 +161,7 @@ def by_rows(
         shares = (gathered(w, spec) for w, spec in zip(given[len(rows) :], specs, strict=True))
         return function(*given[: len(rows)], *shares)
 
-    count, split = len(rows[0]), PartitionSpec(RULES["batch"])
+    count, split = len(rows[0]), partition_spec(("batch",), mesh)
     spread = jax.shard_map(
         regathering(local),
         in_specs=(*(split for _ in rows), *specs),

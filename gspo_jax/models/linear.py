@@ -18,7 +18,6 @@ from jaxtyping import Array, Float, Int
 
 from gspo_jax.sharding import (
     GATHERED,
-    RULES,
     current_mesh,
     fill_up,
     gathered,
@@ -43,11 +42,11 @@ def dense(x: Float[Array, "B S I"], *kernels: nnx.Param) -> list[Float[Array, "B
             # Once for all kernels: the gradient of x is summed over their columns once, too.
             x = jax.lax.pcast(x, axis, to="varying")
         # Before they are gathered, so that of their gradients only shares are summed over data.
-        shards = (_by_row(w, spec) for w, spec in zip(shards, specs, strict=True))
+        shards = (_by_row(w, spec, batch) for w, spec in zip(shards, specs, strict=True))
         out = [x @ gathered(w, spec) for w, spec in zip(shards, specs, strict=True)]
         return [jax.lax.psum(y, inner) if inner else y for y in out]
 
-    batch = RULES["batch"]
+    batch = partition_spec(("batch",), mesh)[0]
     spread = jax.shard_map(
         jax.checkpoint(local),  # the backward pass gathers again; the products it does not need
         in_specs=(PartitionSpec(batch, inner), *specs),
@@ -75,15 +74,16 @@ def lookup(table: nnx.Param, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
             found = table[ids]
         return jax.lax.all_to_all(found, slices, 0, 1, tiled=True) if slices else found
 
-    batch = PartitionSpec(RULES["batch"])
+    batch = partition_spec(("batch",), mesh)
     spread = jax.shard_map(local, in_specs=(batch, spec), out_specs=batch)
     flat = fill_up(ids.reshape(-1), mesh)
     return spread(flat, table[...])[: ids.size].reshape(*ids.shape, -1)
 
 
-def _by_row(w: Array, spec: PartitionSpec) -> Array:
+def _by_row(w: Array, spec: PartitionSpec, batch: str | tuple[str, ...] | None) -> Array:
     """`w`, said to differ between the devices that have other rows: as the product with it does."""
-    return jax.lax.pcast(w, tuple(a for a in RULES["batch"] or () if a not in spec), to="varying")
+    rows = (batch,) if isinstance(batch, str) else batch or ()
+    return jax.lax.pcast(w, tuple(axis for axis in rows if axis not in spec), to="varying")
 
 
 def _stays(part: str | None) -> str | None:
