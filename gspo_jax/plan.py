@@ -88,13 +88,7 @@ def report(config: Config, *, compiled: bool = True, limit: int | None = None) -
         ConfigError: it does not fit; the message says what to change.
         DataError: the model's config.json is not what it should be.
     """
-    simulate_devices(config)
-    directory = model_dir(config)
-    shape = read_config(directory)
-    check_experts(config.algo, shape)
-    mesh = open_mesh(config, shape)
-    problems, note = _problems(config, directory)
-    run = sketch(config, shape, problems, mesh)
+    run, note = sketched(config)
     planned = programs(run)
     found = [compile_one(p) if compiled else estimate(run, p) for p in largest(planned)]
     limit = capacity() if limit is None else limit
@@ -103,6 +97,21 @@ def report(config: Config, *, compiled: bool = True, limit: int | None = None) -
         lines.append(_compiling(planned, found))
     refuse(run, found, limit)
     return "\n".join(f"{name:11} {text}" for name, text in lines)
+
+
+def sketched(config: Config) -> tuple[Sketch, str]:
+    """The run in shapes, on simulated devices where need be, and what had to be assumed.
+
+    Raises:
+        ConfigError, DataError: as `report`.
+    """
+    simulate_devices(config)
+    directory = model_dir(config)
+    shape = read_config(directory)
+    check_experts(config.algo, shape)
+    mesh = open_mesh(config, shape)
+    problems, note = _problems(config, directory)
+    return sketch(config, shape, problems, mesh), note
 
 
 def refuse(run: Sketch, found: Sequence[Compiled], limit: int) -> None:

@@ -25,6 +25,9 @@ from jaxtyping import PyTree
 
 from gspo_jax.errors import ConfigError
 
+Names = tuple[str, ...]
+Axes = tuple[str | None, ...]
+
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp", "expert"),
     "embed": "fsdp",
@@ -218,24 +221,33 @@ def state_shardings(tree: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
     divides (8-bit codes have the parameter's shape, their scales a shorter last axis); any other
     leaf is copied to every device. `tree` may hold shapes instead of arrays.
     """
-    axes_of = {_names(path): variable for path, variable in _logical_axes(params).items()}
+    found = {path: axes for path, _, axes in leaves_of(tree, params)}
 
     def place(path, leaf):
+        return sharding_for(found[path][1], mesh, leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def leaves_of(tree: PyTree, params: PyTree) -> list[tuple[Any, Any, tuple[Names, Axes]]]:
+    """Of each leaf its path, itself, the parameter that it belongs to, and its logical axes.
+
+    A leaf that belongs to none has the name () and no axes that are split.
+    """
+    known = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: hasattr(x, "axes"))
+    axes_of: dict[Names, Axes] = {_names(path): leaf.axes for path, leaf in known}
+
+    def owner(path, leaf) -> tuple[Names, Axes]:
         names = _names(path)
         for start in range(len(names)):
             for end in range(len(names), start, -1):
                 axes = axes_of.get(names[start:end])
                 if axes is not None and len(axes) == len(leaf.shape):
-                    return sharding_for(axes, mesh, leaf.shape)
-        return NamedSharding(mesh, PartitionSpec())
+                    return names[start:end], axes
+        return (), (None,) * len(leaf.shape)
 
-    return jax.tree_util.tree_map_with_path(place, tree)
-
-
-def _logical_axes(params: PyTree) -> dict[tuple, tuple[str | None, ...]]:
-    """Path of each parameter -> its logical axes, as the model declared them."""
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: hasattr(x, "axes"))
-    return {path: leaf.axes for path, leaf in leaves}
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(path, leaf, owner(path, leaf)) for path, leaf in leaves]
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ LAYERS = [
     {"run"},
     {"train"},
     {"sft", "programs"},
-    {"plan"},
+    {"plan", "shardings"},
     {"story"},
     {"cli"},
 ]
