@@ -14,7 +14,6 @@ Rounding to the nearest code loses changes of less than half a step. Given `unif
 value takes one of its two neighbouring codes by chance instead, and is right on average.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,8 +24,8 @@ from jaxtyping import Array, Float, Int
 
 UNSIGNED_OCTAVES, SIGNED_OCTAVES = 24.0, 16.0
 
-# Elements that are looked at together. Where devices split the last axis, it need be a multiple of
-# this alone on each of them, not of whole blocks: of those only the maxima of parts travel.
+# Elements that are looked at together, at most. Where devices split the last axis, it need be a
+# multiple of this on each of them, not of whole blocks: of those only the maxima of parts travel.
 PART = 32
 
 
@@ -74,7 +73,7 @@ def quantise(
         raise ValueError(f"{x.shape[-1]=} does not split into {block=}; take block_size(n).")
     wide = x.astype(jnp.float32)
     magnitude = jnp.abs(wide)
-    parts = magnitude.reshape(*x.shape[:-1], -1, math.gcd(block, PART))
+    parts = magnitude.reshape(*x.shape[:-1], -1, block_size(block, PART))
     count = block // parts.shape[-1]
     scale = jnp.max(jnp.max(parts, axis=-1).reshape(*x.shape[:-1], -1, count), axis=-1)
     # Empty blocks divide by 1; a magnitude of 0 is set apart before the logarithm.
@@ -100,7 +99,7 @@ def dequantise(q: Quantised) -> Float[Array, "*shape"]:
         code = jnp.where(code > 128, code - 128, code)
     ratio = jnp.exp2((code - top) * (octaves / (top - 1)))
     block = code.shape[-1] // q.scale.shape[-1]
-    parts = ratio.reshape(*code.shape[:-1], -1, math.gcd(block, PART))
+    parts = ratio.reshape(*code.shape[:-1], -1, block_size(block, PART))
     parts = parts * _each(q.scale, block // parts.shape[-1])
     return jnp.where(code > 0, sign * parts.reshape(q.codes.shape), 0.0)
 
