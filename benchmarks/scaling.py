@@ -30,7 +30,7 @@ import numpy as np
 from gspo_jax import costs
 from gspo_jax.config import Config, load_config
 from gspo_jax.generate import programs_for
-from gspo_jax.memory import Sketch, cache, ways
+from gspo_jax.memory import Planned, Sketch, cache, ways
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.remat import activation_bytes, share_of
 from gspo_jax.policy import Problems
@@ -135,12 +135,16 @@ def measure(model: str, devices: int) -> dict[str, Any]:
     c, held, L = whole.config, whole.held, shape.num_layers
     layers = (1, 2, 3) if (model, devices) == ("R1-Distill-1.5B", 8) else (1, 2)
     runs = {n: described(replace(shape, num_layers=n), model, devices) for n in layers}
-    add = {n: dict(account(run, "add")) for n, run in runs.items()}
-    apply = {n: dict(account(run, "apply")) for n, run in runs.items()}
-    decode = {n: dict(account(run, "_decode")) for n, run in runs.items()}
+    planned = {n: programs(run) for n, run in runs.items()}
+    add = {n: account(run, planned[n], "add") for n, run in runs.items()}
+    apply = decode = {n: Counter() for n in runs}
+    if devices == NODE:  # a few scalars, and scales of moments: no more on larger meshes
+        apply = {n: account(run, planned[n], "apply") for n, run in runs.items()}
+    if devices == NODE or shape.experts is not None:
+        decode = {n: account(run, planned[n], "_decode") for n, run in runs.items()}
     if 3 in runs:  # the third point of a straight line
         for found in (add, apply, decode):
-            assert extrapolated(found, 3) == Counter(found[3]), "not linear in layers"
+            assert extrapolated(found, 3) == found[3], "not linear in layers"
     rows = c.rollout.prompts * GROUP // MINIBATCHES // ways(whole)  # of a minibatch, on a device
     microbatches = -(-rows // ROWS[devices])
     passes = extrapolated(add, L)
@@ -223,13 +227,12 @@ def configured(model: str, devices: int) -> Config:
 # ----------------------------------------------------------------------- compiled programs
 
 
-def account(run: Sketch, name: str) -> Iterator[tuple[tuple[str, str, bool, bool], int]]:
+def account(run: Sketch, planned: list[Planned], name: str) -> Counter:
     """Bytes that one device sends in this program, by (kind, direction, across nodes, looped)."""
-    found = [p for p in programs(run) if p.name == name and p.stage != "evaluate"]
+    found = [p for p in planned if p.name == name and p.stage != "evaluate"]
     if name == "_decode":
-        first = programs_for(run.config.rollout.prompts * GROUP, PROMPT, RESPONSE, ways=ways(run))[
-            0
-        ]
+        responses = run.config.rollout.prompts * GROUP
+        first = programs_for(responses, PROMPT, RESPONSE, ways=ways(run))[0]
         found = [p for p in found if p.shape.startswith(f"{first.batch} x {first.slots} ")]
     text = found[0 if name != "apply" else -1].lower().compile().as_text()
     total: Counter = Counter()
@@ -237,14 +240,14 @@ def account(run: Sketch, name: str) -> Iterator[tuple[tuple[str, str, bool, bool
         backward = "transpose" in m.operation or "rematted" in m.operation
         direction = "backward" if backward else "forward"
         total[m.kind, direction, m.across, m.looped] += m.count
-    yield from total.items()
+    return total
 
 
-def extrapolated(found: dict[int, dict], layers: int) -> Counter:
+def extrapolated(found: dict[int, Counter], layers: int) -> Counter:
     """What is the same for any number of layers, and as much as every layer adds."""
     keys = found[1].keys() | found[2].keys()
-    each = {k: found[2].get(k, 0) - found[1].get(k, 0) for k in keys}
-    return Counter({k: found[1].get(k, 0) + (layers - 1) * each[k] for k in keys})
+    total = {k: found[1][k] + (layers - 1) * (found[2][k] - found[1][k]) for k in keys}
+    return Counter({k: n for k, n in total.items() if n})
 
 
 COLLECTIVE = re.compile(
@@ -266,7 +269,10 @@ def collectives(text: str) -> Iterator[Moved]:
             math.prod(int(n) for n in dims.split(",") if n) * WIDTH.get(dtype, 4)
             for dtype, dims in arrays
         )
-        if "promoted" in m["rest"]:  # the CPU sums 16-bit numbers in 32; an accelerator does not
+        # For CPUs 16-bit numbers are widened before they travel: those of the network that
+        # gathers them, and sums that say so. Gradients are summed in 32 bits, as written.
+        exchanged = m["kind"] in ("all-gather", "all-to-all") and "shard_map" in operation
+        if "promoted" in m["rest"] or (exchanged and all(dtype == "f32" for dtype, _ in arrays)):
             out //= 2
         groups = groups_of(m["rest"])
         g = groups.shape[1]

@@ -22,7 +22,7 @@ from gspo_jax.losses import kl as kl_penalty
 from gspo_jax.losses import value as value_loss
 from gspo_jax.models.moe import Routing, balance, router_metrics
 from gspo_jax.models.qwen import Qwen
-from gspo_jax.sharding import by_rows, split_by
+from gspo_jax.sharding import by_rows, regathering, split_by
 
 Metrics = dict[str, Any]
 
@@ -128,7 +128,10 @@ def read_logps(
     def read(states: Array, tokens: Array, head: Array) -> tuple[Array, Array]:
         return token_logps(states, head, tokens, **options)
 
-    return by_rows(read, (states, tokens), (head,), (axes,))
+    def split(states: Array, tokens: Array, head: Array) -> tuple[Array, Array]:
+        return by_rows(read, (states, tokens), (head,), (axes,))
+
+    return regathering(split)(states, tokens, head)
 
 
 def real_tokens(batch: TrainBatch) -> Bool[Array, "B S"]:

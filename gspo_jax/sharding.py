@@ -16,14 +16,16 @@ What is communicated where, `models.linear` and `models.moe` say.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import DTypeLike, PyTree
 
 from gspo_jax.errors import ConfigError
+from gspo_jax.masked import float_dtype
 
 Names = tuple[str, ...]
 Axes = tuple[str | None, ...]
@@ -146,10 +148,10 @@ def by_rows(
 ) -> PyTree:
     """`function(*rows, *weights)`, by each device on rows of its own and its shares of the weights.
 
-    What is split over GATHERED is put together for the call, and again for the backward pass;
-    the gradients are summed over the rows, and scattered. Other mesh axes of a weight are for
-    `function` to sum over. It does so with gradients that count each device's copy of an output
-    as one of several (`check_vma=False`).
+    What is split over GATHERED is put together for the call; the gradients are scattered, and
+    summed over the rows. Other mesh axes of a weight are for `function` to sum over. It does so
+    with gradients that count each device's copy of an output as one of several
+    (`check_vma=False`).
 
     Args:
         rows: their leading axis is the batch, as it is in the result; filled up where the
@@ -161,17 +163,18 @@ def by_rows(
     specs = [partition_spec(a, mesh, w.shape) for a, w in zip(axes, weights, strict=True)]
 
     def local(*given):
-        shares = (gathered(w, spec) for w, spec in zip(given[len(rows) :], specs, strict=True))
-        return function(*given[: len(rows)], *shares)
+        shares = zip(given[len(rows) :], specs, weights, strict=True)
+        whole = (gathered(share, spec, w.dtype) for share, spec, w in shares)
+        return function(*given[: len(rows)], *whole)
 
     count, split = len(rows[0]), partition_spec(("batch",), mesh)
     spread = jax.shard_map(
-        regathering(local),
+        local,
         in_specs=(*(split for _ in rows), *specs),
         out_specs=split,
         check_vma=False,
     )
-    out = spread(*(fill_up(x, mesh) for x in rows), *weights)
+    out = spread(*(fill_up(x, mesh) for x in rows), *map(widened, weights))
     return jax.tree.map(lambda y: y[:count], out)
 
 
@@ -181,16 +184,45 @@ def fill_up(rows: jax.Array, mesh: AbstractMesh) -> jax.Array:
     return jnp.pad(rows, [(0, short), *((0, 0) for _ in rows.shape[1:])]) if short else rows
 
 
-def gathered(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Inside `jax.shard_map`: `x` put together along GATHERED; its gradient is scattered again."""
+def gathered(x: jax.Array, spec: PartitionSpec, dtype: DTypeLike) -> jax.Array:
+    """Inside `jax.shard_map`: `x` in `dtype`, put together along GATHERED.
+
+    Its gradient is scattered again, and summed over devices in float32 at least.
+    """
+    x = x.astype(dtype)
     for i, part in enumerate(spec):
         if part == GATHERED:
-            x = jax.lax.all_gather(x, GATHERED, axis=i, tiled=True)
+            x = _gather(x, i)
     return x
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(x: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.all_gather(x, GATHERED, axis=axis, tiled=True)
+
+
+def _gather_forward(x: jax.Array, axis: int) -> tuple[jax.Array, None]:
+    return jax.lax.all_gather(x, GATHERED, axis=axis, tiled=True), None
+
+
+def _scatter(axis: int, _: None, g: jax.Array) -> tuple[jax.Array]:
+    wide = g.astype(float_dtype(g))
+    total = jax.lax.psum_scatter(wide, GATHERED, scatter_dimension=axis, tiled=True)
+    return (total.astype(g.dtype),)
+
+
+_gather.defvjp(_gather_forward, _scatter)
+
+
+def widened(x: jax.Array) -> jax.Array:
+    """A weight as it enters `jax.shard_map`: so that its gradient is summed in float32 there."""
+    return x.astype(float_dtype(x))
+
+
 def regathering(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, whose backward pass gathers again instead of keeping what was gathered."""
+    """`function`, whose backward pass gathers again what it gathers, and keeps all else."""
+    if current_mesh() is None:
+        return function
 
     def kept(primitive, *_, **__) -> bool:
         return primitive.name != "all_gather"

@@ -22,6 +22,7 @@ from gspo_jax.sharding import (
     fill_up,
     gathered,
     partition_spec,
+    widened,
 )
 
 
@@ -43,16 +44,17 @@ def dense(x: Float[Array, "B S I"], *kernels: nnx.Param) -> list[Float[Array, "B
             x = jax.lax.pcast(x, axis, to="varying")
         # Before they are gathered, so that of their gradients only shares are summed over data.
         shards = (_by_row(w, spec, batch) for w, spec in zip(shards, specs, strict=True))
-        out = [x @ gathered(w, spec) for w, spec in zip(shards, specs, strict=True)]
+        out = [x @ gathered(w, spec, x.dtype) for w, spec in zip(shards, specs, strict=True)]
         return [jax.lax.psum(y, inner) if inner else y for y in out]
 
     batch = partition_spec(("batch",), mesh)[0]
     spread = jax.shard_map(
-        jax.checkpoint(local),  # the backward pass gathers again; the products it does not need
+        local,
         in_specs=(PartitionSpec(batch, inner), *specs),
         out_specs=[PartitionSpec(batch, _stays(spec[1])) for spec in specs],
     )
-    return [y[: B * S].reshape(B, S, -1) for y in spread(fill_up(rows, mesh), *matrices)]
+    found = spread(fill_up(rows, mesh), *map(widened, matrices))
+    return [y[: B * S].reshape(B, S, -1) for y in found]
 
 
 def lookup(table: nnx.Param, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
@@ -60,9 +62,10 @@ def lookup(table: nnx.Param, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
     if (mesh := current_mesh()) is None:
         return table[...][ids]
     spec = partition_spec(table.axes, mesh, table.shape)
-    tokens, slices = spec
+    (tokens, slices), dtype = spec, table.dtype
 
     def local(ids, table):
+        table = _by_row(table, spec, batch[0]).astype(dtype)
         if slices:  # every device has a slice of every row: it serves the ids of all of them
             ids = jax.lax.all_gather(ids, slices, tiled=True)
         if tokens:
@@ -77,7 +80,7 @@ def lookup(table: nnx.Param, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
     batch = partition_spec(("batch",), mesh)
     spread = jax.shard_map(local, in_specs=(batch, spec), out_specs=batch)
     flat = fill_up(ids.reshape(-1), mesh)
-    return spread(flat, table[...])[: ids.size].reshape(*ids.shape, -1)
+    return spread(flat, widened(table[...]))[: ids.size].reshape(*ids.shape, -1)
 
 
 def _by_row(w: Array, spec: PartitionSpec, batch: str | tuple[str, ...] | None) -> Array:

@@ -22,15 +22,16 @@ from typing import Any
 import jax
 
 from gspo_jax.models.config import QwenConfig
+from gspo_jax.sharding import regathering
 
 POLICIES = ("none", "dots", "full")  # largest first
 SHARE = 0.8  # of the free memory: the allocator leaves gaps, and the estimate is one
 
 
 def recomputed(layer: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """`layer` with what its backward pass recomputes."""
+    """`layer` with what its backward pass recomputes; gathered weights are never kept."""
     if remat == "none":
-        return layer
+        return regathering(layer)
     # A product of activations with each other has batch dimensions, one with weights has none.
     dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     return jax.checkpoint(layer, policy=dots if remat == "dots" else None)
