@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 
 from gspo_jax.batch import Completions, TrainBatch
@@ -43,8 +44,20 @@ MOE = DENSE | {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
-CONFIGS = {"dense": DENSE, "moe": MOE}
+# Nothing of these divides: rows, vocabulary, width, MLP; heads and experts do by 2, as they must.
+ODD = DENSE | {
+    "vocab_size": 161,
+    "hidden_size": 54,
+    "intermediate_size": 99,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "model_type": "qwen3",
+}
+ODD_MOE = MOE | ODD | {"model_type": "qwen3_moe", "num_experts": 6, "moe_intermediate_size": 41}
+CONFIGS = {"dense": DENSE, "moe": MOE, "odd": ODD, "odd_moe": ODD_MOE}
 B, S, T = 16, 24, 12
+ODD_B = 13
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
@@ -60,16 +73,17 @@ def network(kind: str) -> tuple[nnx.GraphDef, Any]:
 def batch(kind: str) -> TrainBatch:
     """Rows of random lengths; of a mixture every other row has experts to be replayed."""
     rng = np.random.default_rng(0)
+    rows = ODD_B if "odd" in kind else B
     routing = None
     if kind == "moe":
-        draws = rng.permuted(np.tile(np.arange(8, dtype=np.int16), (B, S, 2, 1)), axis=-1)
+        draws = rng.permuted(np.tile(np.arange(8, dtype=np.int16), (rows, S, 2, 1)), axis=-1)
         routing = draws[..., :2].copy()
         routing[::2] = -1
     return TrainBatch(
-        rng.integers(0, 160, (B, S)).astype("int32"),
-        rng.integers(3, 12, B).astype("int32"),
-        np.arange(T)[None] < rng.integers(1, T, B)[:, None],
-        rng.normal(size=B).astype("float32"),
+        rng.integers(0, 160, (rows, S)).astype("int32"),
+        rng.integers(3, 12, rows).astype("int32"),
+        np.arange(T)[None] < rng.integers(1, T, rows)[:, None],
+        rng.normal(size=rows).astype("float32"),
         routing,
     )
 
@@ -77,10 +91,9 @@ def batch(kind: str) -> TrainBatch:
 def objective(kind: str) -> Objective:
     """GSPO with everything that sums over rows or experts; two microbatches of 8 rows."""
     more = {"routing_replay": "R3", "router_aux_coef": 0.1, "router_z_coef": 0.01}
+    more = more if "moe" in kind else {}
     loss = partial(gspo, clip_low=0.02, clip_high=0.03)
-    return Objective(
-        loss, microbatch=8 * S, longest=S, entropy_coef=0.1, **(more if kind == "moe" else {})
-    )
+    return Objective(loss, microbatch=8 * S, longest=S, entropy_coef=0.1, **more)
 
 
 def placed(kind: str, mesh) -> tuple[TrainState, Programs]:
@@ -119,7 +132,7 @@ def sampled(kind: str, **axes: int) -> Completions:
             max_new_tokens=8,
             eos_ids=(0,),
             key=jax.random.key(3),
-            record_routing=kind == "moe",
+            record_routing="moe" in kind,
         )
 
 
@@ -127,3 +140,24 @@ def apart(got: Any, want: Any) -> float:
     """The largest difference of any leaf, relative to the largest number in that leaf."""
     each = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max() / jnp.abs(b).max()), got, want)
     return max(jax.tree.leaves(each))
+
+
+@cache
+def on_one_device(kind: str) -> tuple[Any, Completions]:
+    """What every mesh is compared with."""
+    return updated(kind, data=1), sampled(kind, data=1)
+
+
+def assert_as_on_one_device(kind: str, axes: dict[str, int]) -> None:
+    """Gradients and metrics within 1e-5 of their size; token ids and experts the same."""
+    gradients, metrics = updated(kind, **axes)
+    (wanted, wanted_metrics), want = on_one_device(kind)
+    assert apart(gradients, wanted) < 1e-5
+    assert metrics.keys() == wanted_metrics.keys()
+    for key, value in wanted_metrics.items():
+        assert metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
+    got = sampled(kind, **axes)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_allclose(got.logp, want.logp, rtol=1e-5, atol=1e-6)
+    if want.routing is not None:
+        np.testing.assert_array_equal(got.routing, want.routing)

@@ -2,18 +2,15 @@
 
 import math
 import re
-from functools import cache
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
-from mesh_cases import B, S, T, apart, batch, network, placed, sampled, updated
+from mesh_cases import B, S, T, assert_as_on_one_device, batch, network, on_one_device, placed
 
 from gspo_jax.objective import Given, Gradients
 from gspo_jax.sharding import make_mesh, shard_batch
-
-one_device = {"update": cache(updated), "sample": cache(sampled)}
 
 # Dense on every axis that it has, alone and mixed; the mixture also over its experts.
 QUICK = [
@@ -44,34 +41,20 @@ def name(case):
     return "-".join([kind, *(f"{axis}{n}" for axis, n in axes.items() if n > 1)])
 
 
-def as_on_one_device(kind, axes):
-    gradients, metrics = updated(kind, **axes)
-    wanted, wanted_metrics = one_device["update"](kind, data=1)
-    assert apart(gradients, wanted) < 1e-5
-    assert metrics.keys() == wanted_metrics.keys()
-    for key, value in wanted_metrics.items():
-        assert metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
-    got, want = sampled(kind, **axes), one_device["sample"](kind, data=1)
-    np.testing.assert_array_equal(got.tokens, want.tokens)
-    np.testing.assert_allclose(got.logp, want.logp, rtol=1e-5, atol=1e-6)
-    if kind == "moe":
-        np.testing.assert_array_equal(got.routing, want.routing)
-
-
 @pytest.mark.parametrize(("kind", "axes"), QUICK, ids=map(name, QUICK))
 def test_a_mixed_mesh_computes_and_samples_what_one_device_does(kind, axes):
-    as_on_one_device(kind, axes)
+    assert_as_on_one_device(kind, axes)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize(("kind", "axes"), ALONE + MIXED, ids=map(name, ALONE + MIXED))
 def test_any_mesh_computes_and_samples_what_one_device_does(kind, axes):
-    as_on_one_device(kind, axes)
+    assert_as_on_one_device(kind, axes)
 
 
 def test_what_is_replayed_is_not_what_the_router_would_choose():
     """Or the comparisons above would prove nothing about replay."""
-    _, metrics = one_device["update"]("moe", data=1)
+    _, metrics = on_one_device("moe")[0]
     assert metrics["router/changed"] > 0.5
 
 
