@@ -142,8 +142,13 @@ def plan(arguments: argparse.Namespace) -> int:
     """Memory and cost of a run, before it is one; exit code 2 if it does not fit."""
     if (config := _resolve(arguments)) is None:
         return 0
-    from gspo_jax.plan import report
+    from gspo_jax.plan import report, sketched
 
+    if arguments.shardings:
+        from gspo_jax.shardings import page
+
+        print(page(sketched(config)[0]))
+        return 0
     limit = None if arguments.memory is None else int(arguments.memory * 1e9)
     # XLA's account of a CPU program says little of another device: it undoes rematerialisation.
     compiled = limit is None and not arguments.no_compile
@@ -294,6 +299,9 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--no-compile", action="store_true", help="estimate; takes seconds")
             sub.add_argument(
                 "--memory", type=float, metavar="GB", help="of another device; estimates"
+            )
+            sub.add_argument(
+                "--shardings", action="store_true", help="where every array of a step lives"
             )
     return parser
 

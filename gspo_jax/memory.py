@@ -3,8 +3,8 @@
 Bytes per device at any time:
 
     always    float32 masters, the optimizer's moments, the reference (with a KL term), the critic
-    rollout   + the sampler's weights (unless it computes in float32 too: then they are the
-              masters) + the cache
+    rollout   + the sampler's weights (unless it computes in float32 too and fsdp splits nothing:
+              then they are the masters) + the cache
     update    + the gradients + what one microbatch needs: activations, its own gradients, logits
 
 The peak is the largest of these over all programs: alive before the call (arguments included)
@@ -30,9 +30,10 @@ from gspo_jax.errors import OutOfMemory
 from gspo_jax.generate import LENGTHS
 from gspo_jax.microbatch import rows_of, widths
 from gspo_jax.models.config import QwenConfig
+from gspo_jax.models.remat import share_of
 from gspo_jax.objective import Objective
 from gspo_jax.policy import Policy, Problems
-from gspo_jax.sharding import batch_ways
+from gspo_jax.sharding import RULES, sharding_for, unsplit, ways_of
 from gspo_jax.update import TrainState
 
 
@@ -106,9 +107,20 @@ def held_by(state: TrainState, *, dtype: str, reference: bool) -> Held:
         moments=per_device(state.opt_state),
         reference=masters if reference else 0,
         critic=per_device(state.critic),
-        weights=0 if dtype == "float32" else masters // 4 * jax.numpy.dtype(dtype).itemsize,
+        weights=_sampler_bytes(state.params, dtype),
         gradients=masters + trained_too,
     )
+
+
+def _sampler_bytes(params: PyTree, dtype: str) -> int:
+    """Of the sampler's weights on one device; 0 where it computes with the masters."""
+    total, itemsize = 0, jax.numpy.dtype(dtype).itemsize
+    for p in jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "axes")):
+        (x,) = jax.tree.leaves(p)
+        mesh = getattr(getattr(x, "sharding", None), "mesh", None)
+        where = mesh and sharding_for(unsplit(p.axes), mesh, x.shape)
+        total += math.prod(where.shard_shape(x.shape) if where else x.shape) * itemsize
+    return 0 if dtype == "float32" and total == per_device(params) else total
 
 
 def compile_one(planned: Planned) -> Compiled:
@@ -177,7 +189,7 @@ def activations(run: Sketch, layers: int | None = None) -> int:
     (queries, keys, values, heads), 4 F (MLP; X of F with experts), and N S twice (scores and
     weights). With it: D, and one layer in whole.
     """
-    c = run.shape
+    c = share_of(run.shape, tensor_ways(run))
     width, rows = max(microbatch_shapes(run, 1 << 30), key=lambda shape: math.prod(shape))
     itemsize = jax.numpy.dtype(run.policy.dtype).itemsize
     mlp = c.intermediate_size if c.experts is None else c.experts.size * c.experts.per_token
@@ -195,7 +207,7 @@ def head(run: Sketch) -> int:
     """Bytes per device of the logits that are alive at a time, and of their gradient."""
     width, rows = microbatch_shapes(run, 1 << 30)[0]
     positions = min(rows // ways(run) * width, 4096)
-    return 3 * positions * run.shape.vocab_size * 4
+    return 3 * positions * -(-run.shape.vocab_size // tensor_ways(run)) * 4
 
 
 def cache(run: Sketch) -> int:
@@ -204,7 +216,8 @@ def cache(run: Sketch) -> int:
     slots = run.problems.longest + r.max_completion_length
     rows = -(-r.prompts * r.group_size // ways(run))
     itemsize = jax.numpy.dtype(run.policy.dtype).itemsize
-    return 2 * c.num_layers * rows * c.num_kv_heads * c.head_dim * slots * itemsize
+    heads = c.num_kv_heads // tensor_ways(run)
+    return 2 * c.num_layers * rows * heads * c.head_dim * slots * itemsize
 
 
 def short_memory(run: Sketch) -> str:
@@ -294,5 +307,9 @@ def size(count: int) -> str:
 
 def ways(run: Sketch) -> int:
     """Devices that rows are split over."""
-    with jax.set_mesh(run.policy.mesh):
-        return batch_ways()
+    return ways_of(RULES["batch"], run.policy.mesh)
+
+
+def tensor_ways(run: Sketch) -> int:
+    """Devices that heads, MLP and vocabulary are split over."""
+    return run.policy.mesh.shape["tensor"]

@@ -125,8 +125,9 @@ class AlgoConfig:
     epochs: int = 1
     """Passes over each rollout."""
     microbatch: int = 0
-    """Responses of full length per forward and backward pass, or so many tokens of shorter ones;
-    0 is 512 tokens on a CPU and 16,384 on an accelerator. Changes memory and speed alone."""
+    """Responses of full length per forward and backward pass, or so many tokens of shorter ones; 0
+    is, for each device, 512 tokens on a CPU or 16,384 on an accelerator. Changes memory and speed
+    alone."""
     kl: KLConfig = field(default_factory=KLConfig)
     """The pull back to the starting model."""
     critic: CriticConfig = field(default_factory=CriticConfig)
@@ -179,9 +180,13 @@ class MeshConfig:
     """How devices share the work."""
 
     data: int = -1
-    """Devices that split the batch and hold all weights; -1 is all that remain."""
+    """Devices that split the batch and hold all weights; one of the four may be -1: the rest."""
     fsdp: int = 1
-    """Devices that split both the batch and the weights."""
+    """Devices that split both the batch and the weights, and gather them layer by layer."""
+    tensor: int = 1
+    """Devices that split heads, MLP and vocabulary; must divide num_key_value_heads."""
+    expert: int = 1
+    """Devices that split the batch and the experts of a mixture; must divide num_experts."""
 
 
 @dataclass(frozen=True, kw_only=True)

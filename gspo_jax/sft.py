@@ -34,7 +34,7 @@ def sft(config: Config) -> Result:
     policy = load_policy(config)
     problems = load_problems(config, policy.tokenizer)
     optimizer, schedule, state = make_state(config, policy, updates=c.run.steps)
-    sizes = text_sizes(config, problems)
+    sizes = text_sizes(config, problems, policy.mesh)
     how = passes(config, policy, sizes)
     objective = Objective(
         loss=LOSSES["reinforce"],

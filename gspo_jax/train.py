@@ -115,7 +115,8 @@ def assemble(config: Config) -> tuple[Loop, TrainState]:
     problems = load_problems(config, policy.tokenizer)
     updates = config.run.steps * config.algo.minibatches * config.algo.epochs
     optimizer, schedule, state = make_state(config, policy, updates)
-    how, shortest = passes(config, policy, text_sizes(config, problems)), problems.shortest
+    how = passes(config, policy, text_sizes(config, problems, policy.mesh))
+    shortest = problems.shortest
     state, critic = add_critic(config, policy, state, updates, how, shortest_prompt=shortest)
     reference = jax.tree.map(jnp.copy, policy.params) if config.algo.kl.coef else None
     shardings = jax.tree.map(lambda x: x.sharding, state)
@@ -260,7 +261,7 @@ def objective(
     config: Config, policy: Policy, problems: Problems, how: Passes, critic: CriticTerm | None
 ) -> Objective:
     """The configured loss with its keywords bound, and how its forward pass is run."""
-    options, sizes = dict(config.algo.loss), text_sizes(config, problems)
+    options, sizes = dict(config.algo.loss), text_sizes(config, problems, policy.mesh)
     return Objective(
         loss=partial(LOSSES[options.pop("name")], **options),
         temperature=config.rollout.temperature,

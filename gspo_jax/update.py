@@ -39,7 +39,7 @@ from gspo_jax.objective import (
     share_of_loss,
 )
 from gspo_jax.optim import LeafByLeaf, Optimizer
-from gspo_jax.sharding import batch_ways
+from gspo_jax.sharding import batch_ways, regathers
 
 SPIKE_WINDOW = 128  # updates that a gradient is compared with
 SPIKE_FEWEST = 32  # without so many, nothing is a spike
@@ -187,7 +187,7 @@ def make_programs(
         static_argnames="width",
         donate_argnums=0,
         out_shardings=kept,
-        compiler_options=compiler_options(objective.remat),
+        compiler_options=compiler_options(objective.remat, regathers(shardings)),
     )
     def add(so_far: Accumulated, trained, batch, given: Given, rows, count, *, width):
         gradient = jax.grad(share_of_loss(graphdef, batch, objective), has_aux=True)

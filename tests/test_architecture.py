@@ -14,8 +14,9 @@ LAYERS = [
     {"distributed", "jsonl"},
     {"models.fields", "models.init", "penalties", "mismatch", "advantages", "logps", "quant"}
     | {"sharding", "chat_template", "tasks.task", "tasks.verify", "integrity"},
-    {"losses", "models.attention", "models.cache", "models.files", "optim", "checkpoint", "metrics"}
-    | {"models.rope", "signatures", "tasks.math", "tasks.sources", "report"},
+    {"losses", "models.attention", "models.linear", "models.cache", "models.files", "optim"}
+    | {"models.rope", "signatures", "tasks.math", "tasks.sources", "report", "checkpoint"}
+    | {"metrics"},
     {"models.config", "tasks.data", "tokenizer", "rewards"},
     {"models.moe", "models.remat", "workers"},
     {"models.qwen", "reward_worker"},
@@ -30,7 +31,7 @@ LAYERS = [
     {"run"},
     {"train"},
     {"sft", "programs", "replay"},
-    {"plan"},
+    {"plan", "shardings"},
     {"story"},
     {"cli"},
 ]
