@@ -201,7 +201,8 @@ def restore(found: Found, meta: dict[str, Any], state: TrainState) -> TrainState
     own, had = state.spikes, (yaml.safe_load(meta["config"])["run"].get("spike_sigmas") or 0) > 0
     like = state._replace(spikes=None)
     if had:
-        there = partial(place, sharding=state.step.sharding)
+        everywhere: Any = state.step.sharding
+        there = partial(place, sharding=everywhere)
         like = state._replace(spikes=own or jax.tree.map(there, empty_window()))
     root, name = found.path.parent, found.path.name
     state, _ = checkpoint.restore(root, name, like, verified=True)

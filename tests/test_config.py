@@ -4,6 +4,7 @@ from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gspo_jax import config as module
 from gspo_jax.checks import ELSEWHERE
@@ -366,3 +367,13 @@ def test_every_setting_says_what_it_means():
     documented = [i for i in declared if source[i + 1].lstrip().startswith('"""')]
     assert len(declared) == len(documented) == len(SETTINGS) + 2  # + algo.kl, algo.critic: groups
     assert len(SETTINGS) <= 80
+
+
+def test_credentials_do_not_reach_saved_text_which_still_loads(monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "0f1e2d3c4b5a6978")
+    told = {"a": "https://me:hunter2@host/x", "b": "hf_" + "x" * 30, "c": "0f1e2d3c4b5a6978"}
+    listed = ", ".join(f"{key}: '{value}'" for key, value in told.items())
+    text = to_yaml(load_config(None, [f"model.template_args={{{listed}}}"]))
+    assert "hunter2" not in text and "hf_x" not in text and "0f1e" not in text
+    arguments = yaml.safe_load(text)["model"]["template_args"]
+    assert arguments == {"a": "https://(removed)@host/x", "b": "(removed)", "c": "(removed)"}

@@ -1,5 +1,6 @@
 """docs/launch: the files are well-formed, their commands are ours, and the Slurm script works."""
 
+import json
 import os
 import re
 import shlex
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 import yaml
 
@@ -33,6 +35,7 @@ def tell(number, frame):
     for task in tasks:
         task.send_signal(number)
 signal.signal(signal.SIGUSR1, tell)
+signal.signal(signal.SIGTERM, tell)
 open(os.environ["STEP"], "w").write(str(os.getpid()))
 codes = [task.wait() for task in tasks]
 sys.exit(max(128 - code if code < 0 else code for code in codes))
@@ -67,7 +70,7 @@ def slurm(tmp_path):
         (tmp_path / name).write_text(body)
         (tmp_path / name).chmod(0o755)
 
-    def start(code, **variables):
+    def start(code, *overrides, **variables):
         env = os.environ | {
             "PATH": f"{tmp_path}:{os.environ['PATH']}",
             "SLURM_JOB_ID": "4711",
@@ -78,8 +81,8 @@ def slurm(tmp_path):
             "STEP": str(tmp_path / "step"),
             "CODE": code,
         }
-        command = ["bash", str(SCRIPT), "run.yaml", "rollout.prompts=8"]
-        return subprocess.Popen(command, env=env | variables)
+        command = ["bash", str(SCRIPT), "run.yaml", *overrides]
+        return subprocess.Popen(command, env=env | variables, cwd=tmp_path)
 
     return start
 
@@ -94,7 +97,7 @@ def requeued(tmp_path):
 
 
 def test_the_slurm_script_starts_one_process_per_node_with_all_of_its_gpus(slurm, tmp_path):
-    assert slurm("0").wait(30) == 0
+    assert slurm("0", "rollout.prompts=8").wait(30) == 0
     command = "train run.yaml rollout.prompts=8 run.dir=/shared/runs run.resume=auto"
     assert said(tmp_path) == [f"{i} 2 localhost 0,1,2,3 {command}" for i in range(2)]
     assert not requeued(tmp_path)
@@ -125,6 +128,46 @@ def test_the_slurm_script_waits_for_a_run_that_saves_and_requeues(
         process.send_signal(signal.SIGTERM)
     assert process.wait(30) == PREEMPTED
     assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
+
+
+@pytest.mark.faults
+def test_a_run_of_two_tasks_is_preempted_requeued_and_finished(slurm, tiny_dir, tmp_path):
+    """The real program: JAX finds the other process by Slurm's variables alone."""
+    program = "import sys\nfrom gspo_jax.cli import main\nsys.exit(main())\n"
+    (tmp_path / "gspo-jax").write_text(f"#!{sys.executable}\n{program}")
+    small = {
+        "model": {"path": str(tiny_dir)},
+        "run": {"save_every": 1, "log_completions": 0, "name": "run"},
+        "rollout": {"prompts": 4, "group_size": 4, "max_completion_length": 8},
+        "eval": {"problems": 2, "samples": 0},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(small))
+    env = {
+        "SLURM_JOB_ID": str(os.getpid()),  # JAX takes its port from it
+        "SLURM_GPUS_ON_NODE": "0",
+        "RUNS": str(tmp_path),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": "",
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+    }
+    path, patience = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 240
+    process = slurm("0", "run.steps=1000", "mesh.data=2", **env)
+    while not path.exists() or path.read_text().count("\n") < 3:  # the start, and two steps
+        assert process.poll() is None and time.monotonic() < patience
+        time.sleep(0.1)
+    os.kill(int((tmp_path / "step").read_text()), signal.SIGTERM)
+    assert process.wait(120) == PREEMPTED
+    assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
+    done = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert done["state"] == "preempted" and done["step"] >= 2
+    steps = done["step"] + 1
+    assert slurm("0", f"run.steps={steps}", "mesh.data=2", **env).wait(240) == 0
+    found = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert found == list(range(steps + 1))
+    assert (tmp_path / "run" / "export" / "model.safetensors").exists()
 
 
 def test_the_slurm_script_is_bash_and_asks_for_the_signal_to_the_tasks():

@@ -126,7 +126,7 @@ def test_replacing_a_file_leaves_no_part_behind_and_nothing_half_written(tmp_pat
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError):
         write_whole(path, "new")
-    assert path.read_text() == "old"
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["status.json"]
     monkeypatch.undo()
     write_whole(path, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["status.json"]
