@@ -39,7 +39,9 @@ from gspo_jax.sharding import make_mesh
 from gspo_jax.tasks import Task
 
 HERE = Path(__file__).parent
-NODE = 8  # devices that NVLink joins
+NODE = 8  # devices that NVLink joins ...
+NVLINK, NETWORK = 450e9, 50e9  # bytes per second that each of them sends there, and elsewhere
+MATMUL = 0.4 * 989e12  # bfloat16 operations per second: a share of what the datasheet says
 PROMPT, RESPONSE, GROUP, MINIBATCHES = 512, 4096, 8, 4
 
 QWEN = {
@@ -85,20 +87,15 @@ MODELS = {
         "mlp_only_layers": [],
     },
 }
-# Weights are gathered, and tokens sent to experts, within a node; nodes share gradients alone. The
-# mixture has 30 billion parameters, which a node holds with little to spare: more nodes share them.
-DENSE = {8: {"data": 1, "fsdp": 8}, 64: {"data": 8, "fsdp": 8}, 512: {"data": 64, "fsdp": 8}}
+# Weights are gathered, and tokens sent to experts, within a node; nodes share gradients alone.
+DENSE = {n: {"data": n // NODE, "fsdp": 8} for n in (8, 64, 512)}
 MESHES = {
     "R1-Distill-1.5B": DENSE,
     "Qwen3-8B": DENSE,
-    "Qwen3-30B-A3B": {
-        8: {"data": 1, "fsdp": 1, "expert": 8},
-        64: {"data": 1, "fsdp": 8, "expert": 8},
-        512: {"data": 8, "fsdp": 8, "expert": 8},
-    },
+    "Qwen3-30B-A3B": {n: {"data": n // NODE, "fsdp": 2, "expert": 4} for n in (8, 64, 512)},
 }
 RESPONSES = {8: 512, 64: 2048, 512: 4096}  # of a step
-ROWS = {8: 2, 64: 2, 512: 2}  # responses of one forward and backward pass, on each device
+ROWS = {8: 4, 64: 4, 512: 2}  # responses of one forward and backward pass, on each device
 
 
 class Moved(NamedTuple):
@@ -116,7 +113,10 @@ def main() -> None:
     options.add_argument("--models", nargs="*", default=list(MODELS))
     options.add_argument("--devices", nargs="*", type=int, default=list(RESPONSES))
     options.add_argument("--out", default=HERE / "results" / "scaling.json")
+    options.add_argument("--again", action="store_true", help="only the tables, from --out")
     given = options.parse_args()
+    if given.again:
+        return print(tables(json.loads(Path(given.out).read_text())["results"]))
     began, results = time.perf_counter(), []
     for model in given.models:
         for devices in given.devices:
@@ -251,7 +251,7 @@ def extrapolated(found: dict[int, Counter], layers: int) -> Counter:
 
 
 COLLECTIVE = re.compile(
-    r" = (?P<out>\(?[^=]*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all"
+    r" = (?P<out>.*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all"
     r"|collective-permute)(?:-start)?\((?P<rest>.*)"
 )
 WIDTH = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "f64": 8, "s64": 8}
@@ -307,7 +307,7 @@ def groups_of(text: str) -> np.ndarray:
 
 
 def tables(results: list[dict[str, Any]]) -> str:
-    """The two tables of docs/scaling.md."""
+    """The tables of docs/scaling.md."""
     kinds = ["masters", "gradients", "moments", "sampler", "cache", "activations", "head"]
     lines = ["| | devices | mesh | " + " | ".join(kinds) + " | update | rollout |"]
     lines += ["|---" * (len(kinds) + 5) + "|"]
@@ -343,6 +343,16 @@ def tables(results: list[dict[str, Any]]) -> str:
             own = [m["bytes"] for m in r["moved"] if m["across_nodes"] == across]
             cells.append(f"{sum(own) / 1e9:,.1f}")
         lines.append(f"| {r['model']} | {r['devices']} | " + " | ".join(cells) + " |")
+    lines += ["", "| | devices | sending in the node, s | across nodes, s | matmuls, s |"]
+    lines += ["|---|---|---|---|---|"]
+    for r in results:
+        sent = [
+            sum(m["bytes"] for m in r["moved"] if m["across_nodes"] == across)
+            for across in (False, True)
+        ]
+        cells = [sent[0] / NVLINK, sent[1] / NETWORK, r["operations_per_device"] / MATMUL]
+        cells = " | ".join(f"{x:,.2f}" for x in cells)
+        lines.append(f"| {r['model']} | {r['devices']} | {cells} |")
     return "\n".join(lines)
 
 
