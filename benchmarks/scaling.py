@@ -294,12 +294,19 @@ def groups_of(text: str) -> np.ndarray:
         shape, sizes, order = ([int(n) for n in (x or "").split(",") if n] for x in iota.groups())
         ids = np.arange(math.prod(sizes)).reshape(sizes)
         return ids.transpose(order or range(ids.ndim)).reshape(shape)
-    mesh = re.search(r"replica_groups=mesh\[(.*?)\](?:,? *device_ids=\((.*?)\))? *\{(.*?)\}", text)
-    assert mesh and not mesh[2], text[:300]
+    mesh = re.search(
+        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))? \{(.*?)\}",
+        text,
+    )
+    assert mesh, text[:300]
     sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-    inner = [list(sizes).index(axis) for axis in re.findall(r"'(\w+)'", mesh[3])]
+    ids = np.arange(math.prod(sizes.values()))
+    if mesh[2]:
+        dims, order = ([int(n) for n in mesh[k].split(",")] for k in (2, 3))
+        ids = ids.reshape(dims).transpose(order)
+    ids = ids.reshape(list(sizes.values()))
+    inner = [list(sizes).index(axis) for axis in re.findall(r"'(\w+)'", mesh[4])]
     outer = [i for i in range(len(sizes)) if i not in inner]
-    ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
     return ids.transpose(outer + inner).reshape(-1, math.prod(ids.shape[i] for i in inner))
 
 

@@ -49,7 +49,7 @@ def to_sample(params: PyTree, dtype: str) -> PyTree:
     if current_mesh() is None:
         return cast(params, dtype)
 
-    def one(p: nnx.Param) -> nnx.Param:
+    def one(p: nnx.Param) -> nnx.Variable:
         axes = unsplit(p.axes)
         return p.replace(constrain(p[...].astype(dtype), *axes), axes=axes)
 

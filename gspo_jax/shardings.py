@@ -31,7 +31,7 @@ class Line(NamedTuple):
     """An array, or several alike."""
 
     name: str
-    count: int
+    times: int
     dtype: str
     shape: tuple[int, ...]
     axes: Axes
@@ -80,7 +80,7 @@ def _parameters(run: Sketch) -> list[str]:
     groups: dict[tuple, list[tuple[Names, Any]]] = {}
     for _, leaf, (names, axes) in leaves_of(params, params):
         groups.setdefault((_without_number(names), leaf.shape, axes), []).append((names, leaf))
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("parameters", "", "shape", "axes", "over", "masters", "gradients", "moments", "sampler")
     ]
     totals = [0, 0, 0, 0]
@@ -143,7 +143,7 @@ def _numbers(members: Sequence[tuple[Names, Any]]) -> str:
 
 
 def _others(run: Sketch) -> list[str]:
-    rows = [("the rest", "", "shape", "axes", "over", "dtype", "bytes")]
+    rows: list[tuple[str, ...]] = [("the rest", "", "shape", "axes", "over", "dtype", "bytes")]
     for title, lines in (
         ("a minibatch", _batch(run)),
         ("a microbatch, per layer", _activations(run)),
@@ -154,7 +154,7 @@ def _others(run: Sketch) -> list[str]:
             where = sharding_for(line.axes, run.policy.mesh, line.shape)
             count = math.prod(where.shard_shape(line.shape)) * jax.numpy.dtype(line.dtype).itemsize
             described = _described(run, line._replace(name=f"  {line.name}"))
-            rows.append((*described, line.dtype, _bytes(line.count * count)))
+            rows.append((*described, line.dtype, _bytes(line.times * count)))
     return _table(rows, left=6)
 
 
@@ -226,7 +226,7 @@ def _described(run: Sketch, line: Line) -> tuple[str, ...]:
             over.append("-" if part is None else part if isinstance(part, str) else "+".join(part))
     return (
         line.name,
-        f"x {line.count}" if line.count > 1 else "",
+        f"x {line.times}" if line.times > 1 else "",
         f"[{', '.join(map(str, line.shape))}]",
         " ".join(axis or "-" for axis in line.axes),
         " ".join(over),

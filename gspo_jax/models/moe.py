@@ -243,7 +243,7 @@ def own_mixture(
 
     def add(i, y):
         x, weight, token = _portion(h, gates, source[i])
-        out = _weighted(x, weight, gate, up, down, expert[i])
+        out = _weighted(expert[i], x, weight, gate, up, down)
         return y.at[token].add(out, mode="drop")
 
     y = jnp.zeros(h.shape, float_dtype(h))
@@ -262,7 +262,7 @@ def _own_backward(count, kept, dy):
     def add(i, so_far):
         dh, dgates, dkernels = so_far
         x, weight, token = _portion(h, gates, source[i])
-        pull = jax.vjp(lambda *given: _weighted(*given, expert[i]), x, weight, *kernels)[1]
+        pull = jax.vjp(lambda *given: _weighted(expert[i], *given), x, weight, *kernels)[1]
         dx, dweight, *more = pull(
             jnp.take(dy, token, axis=0, mode="fill", fill_value=0).astype(wide)
         )
@@ -310,7 +310,7 @@ def _portion(
     return x, jnp.take(gates.reshape(-1), source, mode="fill", fill_value=0), token
 
 
-def _weighted(x, weight, gate, up, down, expert) -> Float[Array, "c r D"]:
+def _weighted(expert, x, weight, gate, up, down) -> Float[Array, "c r D"]:
     inner = jax.nn.silu(tile_matmul(x, gate, expert)) * tile_matmul(x, up, expert)
     out = tile_matmul(inner, down, expert).astype(float_dtype(x))
     return out * weight[..., None].astype(out.dtype)
