@@ -4,13 +4,17 @@ EXTRAS ?= cpu
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test parity gpu-check lint clean
+.PHONY: demo test faults parity gpu-check lint clean
 
 demo: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/gspo-jax demo
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 -m "not parity and not gpu and not faults"
+
+# The long half of tests/faults: kills, bit flips and bombs by the dozen; at most 25 minutes.
+faults: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2 -m faults
 
 # What can only be checked beside torch: transformers' own logits and greedy tokens.
 parity: $(VENV)/installed-parity

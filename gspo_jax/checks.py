@@ -9,6 +9,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from gspo_jax.advantages import ADVANTAGES
 from gspo_jax.errors import ConfigError
 from gspo_jax.losses import LOSSES, check_options, loss_options
@@ -43,10 +45,10 @@ AT_LEAST = {
     "algo.router_z_coef": 0,
     "algo.critic.learning_rate": 0,
     "algo.critic.coef": 0,
+    "task.reward_memory": 0,
     "optim.learning_rate": 0,
     "optim.warmup": 0,
     "optim.weight_decay": 0,
-    "mesh.fsdp": 1,
     "eval.problems": 1,
     "eval.samples": 0,
     "eval.temperature": 0,
@@ -57,8 +59,11 @@ AT_LEAST = {
     "run.steps": 1,
     "run.save_every": 0,
     "run.keep": 1,
+    "run.keep_every": 0,
     "run.log_completions": 0,
     "run.skip_budget": 0,
+    "run.spike_sigmas": 0,
+    "run.save_by": 0,
 }
 
 ONE_PER_RESPONSE = ("gspo", "luspo", "gmpo")  # of the losses; the others take one per token too
@@ -112,6 +117,8 @@ def check_task(task: TaskConfig, evaluation: EvalConfig) -> None:
     for spec in task.rewards:
         if not all(spec.rpartition(":")[::2]):
             raise ConfigError(f"task.rewards: {spec!r} is not module:function or file.py:function.")
+    if task.reward_timeout <= 0:
+        raise ConfigError(f"task.reward_timeout={task.reward_timeout:g}: must be above 0 seconds.")
     functions = max(len(task.rewards), 1)
     if task.reward_weights and len(task.reward_weights) != functions:
         raise ConfigError(
@@ -209,6 +216,34 @@ def check_experts(algo: AlgoConfig, shape: QwenConfig) -> None:
             )
 
 
+def check_mesh(mesh: Mesh, shape: QwenConfig) -> None:
+    """What is split over devices must divide; told once the model is known, before compiling.
+
+    Heads and experts alone: rows are filled up, and other axes that do not divide stay whole.
+    """
+    tensor, expert = mesh.shape["tensor"], mesh.shape["expert"]
+    for heads in ("num_heads", "num_kv_heads"):
+        if (count := getattr(shape, heads)) % tensor:
+            hf = {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}[heads]
+            raise ConfigError(
+                f"mesh.tensor={tensor}: the model has {hf}={count}, which do not split into "
+                f"{tensor} equal parts; {math.gcd(shape.num_heads, shape.num_kv_heads)} and its "
+                "divisors would."
+            )
+    if expert == 1:
+        return
+    if shape.experts is None:
+        raise ConfigError(
+            f"mesh.expert={expert}: the model is {shape.family}, which has no experts; use "
+            "mesh.fsdp, or mesh.tensor."
+        )
+    if shape.experts.count % expert:
+        raise ConfigError(
+            f"mesh.expert={expert}: the model has num_experts={shape.experts.count}, which do not "
+            f"split into {expert} equal parts; change mesh.expert to a divisor."
+        )
+
+
 def check_rest(optim: OptimConfig, mesh: MeshConfig, run: RunConfig) -> None:
     """The optimizer's ranges, the mesh, and where the run is kept."""
     for name in ("b1", "b2"):
@@ -217,8 +252,11 @@ def check_rest(optim: OptimConfig, mesh: MeshConfig, run: RunConfig) -> None:
     for name in ("eps", "max_grad_norm"):
         if not getattr(optim, name) > 0:
             raise ConfigError(f"optim.{name}={getattr(optim, name):g}: must be above 0.")
-    if mesh.data != -1 and mesh.data < 1:
-        raise ConfigError(f"mesh.data={mesh.data}: at least 1, or -1 for all that remain.")
+    for axis, size in vars(mesh).items():
+        if size != -1 and size < 1:
+            raise ConfigError(f"mesh.{axis}={size}: at least 1, or -1 for all that remain.")
+    if len(rest := [f"mesh.{axis}" for axis, size in vars(mesh).items() if size == -1]) > 1:
+        raise ConfigError(f"{' and '.join(rest)} are both -1; give all of them but one a number.")
     if run.name in (".", "..") or Path(run.name).name != run.name:
         raise ConfigError(f"run.name={run.name}: a folder's name; run.dir says where it lies.")
     if not run.dir:

@@ -1,4 +1,4 @@
-"""gspo-jax demo | train | sft | eval | plan | export | report
+"""gspo-jax demo | train | sft | eval | plan | export | replay | report
 
 Settings are `section.key=value`, over a YAML file if one is named. Exit codes: 0 finished,
 1 unexpected, 2 usage or configuration, 3 data or model directory, 4 numerical failure, 5 out of
@@ -8,6 +8,7 @@ stderr. Whatever needs JAX is imported by the command that needs it.
 
 import argparse
 import errno
+import logging
 import os
 import re
 import sys
@@ -16,19 +17,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gspo_jax.errors import INTERRUPTED, UNEXPECTED, ConfigError, DataError, StorageError
+from gspo_jax.errors import (
+    INTERRUPTED,
+    UNEXPECTED,
+    ConfigError,
+    DataError,
+    OutOfMemory,
+    StorageError,
+)
 
 if TYPE_CHECKING:
     from gspo_jax.config import Config
     from gspo_jax.run import Result
 
-OUT_OF_MEMORY = 5
 IS_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is returned, the error printed."""
     arguments = _parse(argv)
+    if not arguments.debug:  # XLA's own account of an error: hundreds of lines where memory ends
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        _hush()
     try:
         return arguments.command(arguments)
     except KeyboardInterrupt:
@@ -62,8 +72,9 @@ def explain(error: Exception) -> tuple[int, str]:
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
         return StorageError.exit_code, f"no space left ({text[:200]}); set run.dir to another disk."
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        # `train` says more; this is loading, or another command.
         wanted = re.search(r"allocat\w* ([\d.]+ ?\w+)", text)
-        return OUT_OF_MEMORY, (
+        return OutOfMemory.exit_code, (
             f"out of memory{f' (allocating {wanted[1]})' if wanted else ''}; lower "
             "algo.microbatch (responses at a time in the update) or "
             "rollout.max_completion_length (the cache and activations of each)."
@@ -131,8 +142,13 @@ def plan(arguments: argparse.Namespace) -> int:
     """Memory and cost of a run, before it is one; exit code 2 if it does not fit."""
     if (config := _resolve(arguments)) is None:
         return 0
-    from gspo_jax.plan import report
+    from gspo_jax.plan import report, sketched
 
+    if arguments.shardings:
+        from gspo_jax.shardings import page
+
+        print(page(sketched(config)[0]))
+        return 0
     limit = None if arguments.memory is None else int(arguments.memory * 1e9)
     # XLA's account of a CPU program says little of another device: it undoes rematerialisation.
     compiled = limit is None and not arguments.no_compile
@@ -147,6 +163,16 @@ def export(arguments: argparse.Namespace) -> int:
     run = Path(arguments.run)
     print(export(run, Path(arguments.out) if arguments.out else run / "export"))
     return 0
+
+
+def replay(arguments: argparse.Namespace) -> int:
+    """A recorded step computed again; exit code 4 if anything differs."""
+    from gspo_jax import story
+    from gspo_jax.replay import replay
+
+    done = replay(Path(arguments.run), arguments.step)
+    story.show(story.replayed(done))
+    return done.exit_code
 
 
 def report(arguments: argparse.Namespace) -> int:
@@ -223,6 +249,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         return arguments
     given = [*arguments.settings, *rest]
     arguments.overrides = [text for text in given if IS_OVERRIDE.match(text)]
+    if getattr(arguments, "resume", None):
+        arguments.overrides.append(f"run.resume={arguments.resume}")
     files = [text for text in given if not IS_OVERRIDE.match(text)]
     files += [arguments.config] if arguments.config else []
     if len(files) > 1:
@@ -246,6 +274,7 @@ def _parser() -> argparse.ArgumentParser:
         "eval": (evaluate, "held-out accuracy of a model directory"),
         "plan": (plan, "memory per device and cost of a step, without weights"),
         "export": (export, "a run's newest checkpoint as a Hugging Face directory"),
+        "replay": (replay, "compute one recorded step of a run again, and compare"),
         "report": (report, "draw a run's metrics into its plots/"),
     }
     for name, (command, text) in described.items():
@@ -255,16 +284,24 @@ def _parser() -> argparse.ArgumentParser:
         if name == "export":
             sub.add_argument("run", metavar="RUN", help="a run directory, like runs/demo-seed0")
             sub.add_argument("out", metavar="OUT", nargs="?", help="default: RUN/export")
+        elif name == "replay":
+            sub.add_argument("run", metavar="RUN", help="a run directory, like runs/demo-seed0")
+            sub.add_argument("--step", type=int, required=True, metavar="K", help="1 or more")
         elif name == "report":
             sub.add_argument("runs", metavar="RUN", nargs="+", help="run directories")
         else:
             _add_settings(sub, name)
         if name in ("demo", "train", "sft"):
             _add_processes(sub)
+        if name in ("train", "sft"):
+            sub.add_argument("--resume", metavar="PATH", help="a checkpoint; run.resume=PATH")
         if name == "plan":
             sub.add_argument("--no-compile", action="store_true", help="estimate; takes seconds")
             sub.add_argument(
                 "--memory", type=float, metavar="GB", help="of another device; estimates"
+            )
+            sub.add_argument(
+                "--shardings", action="store_true", help="where every array of a step lives"
             )
     return parser
 
@@ -291,5 +328,25 @@ def _add_processes(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--process", type=int, metavar="I", help="the number of this one, from 0")
 
 
+def _hush() -> None:
+    """Of a write that fails Orbax tells a hundred times, from threads; we tell once."""
+    import absl.logging  # makes its logger, which therefore must not exist before
+
+    absl.logging.get_absl_logger().addFilter(_is_not_of_orbax)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _show_unraisable
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
+
+
+def _show_unraisable(told: Any) -> None:
+    if str(told.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(told)
+
+
 def _say_error(text: str) -> None:
-    print(f"gspo-jax: {text}", file=sys.stderr)
+    from gspo_jax.console import inert, redact
+
+    print(f"gspo-jax: {inert(redact(text))}", file=sys.stderr)

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from gspo_jax import checks
+from gspo_jax.console import redact
 from gspo_jax.errors import ConfigError
 from gspo_jax.settings import (
     AlgoConfig,
@@ -302,7 +303,7 @@ def to_yaml(config: Config) -> str:
     """All settings, in order, such that loading them gives an equal config.
 
     Values that were written as ${...} appear as they were written: what the environment holds
-    does not reach a saved file.
+    does not reach a saved file. Nor does what looks like a credential, or a password in a URL.
     """
     tree = _sections(config)
     current = dict(_leaves(tree))
@@ -313,7 +314,7 @@ def to_yaml(config: Config) -> str:
             for key in path:
                 place = place[int(key) if isinstance(place, list) else key]
             place[int(last) if isinstance(place, list) else last] = text
-    return OmegaConf.to_yaml(OmegaConf.create(tree))
+    return redact(OmegaConf.to_yaml(OmegaConf.create(tree)))
 
 
 def diff(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
@@ -321,6 +322,21 @@ def diff(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     left, right = dict(_leaves(_sections(a))), dict(_leaves(_sections(b)))
     names = [*left, *(name for name in right if name not in left)]
     return {n: (left.get(n), right.get(n)) for n in names if left.get(n) != right.get(n)}
+
+
+def changes(saved: str, config: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted name -> (then, now) of what differs from a YAML text that `to_yaml` once gave.
+
+    Values are compared as they were written. A setting that did not exist then is no change while
+    it has its default.
+    """
+    texts = (saved, to_yaml(config), to_yaml(Config()))
+    then, now, default = (
+        dict(_leaves(OmegaConf.to_container(OmegaConf.create(text), resolve=False)))
+        for text in texts
+    )
+    names = [*then, *(name for name in now if name not in then and default.get(name) != now[name])]
+    return {n: (then.get(n), now.get(n)) for n in names if then.get(n) != now.get(n)}
 
 
 def _sections(config: Config) -> dict[str, dict[str, Any]]:

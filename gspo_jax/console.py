@@ -1,9 +1,10 @@
 """What a run shows while it goes: a live bar on a terminal, plain lines anywhere else.
 
 Colour follows the terminal and NO_COLOR. Text that a model wrote is shown inert: never read as
-markup, without control characters, on one line.
+markup, without control characters, on one line. Credentials are not shown at all.
 """
 
+import os
 import re
 import statistics
 import time
@@ -22,6 +23,9 @@ from rich.text import Text
 PLAIN_LINES = 20  # of a whole run, where there is no terminal
 PLAIN_SECONDS = 30.0  # but at least one in this time
 SHOWN_SAMPLES = 4
+SECRET_NAME = re.compile(r"TOKEN(?!IZER)|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+SECRET_TEXT = re.compile(r"\bhf_\w{16,}|\bsk-[\w-]{16,}|(?<=://)[^/\s@]+:[^/\s@]+(?=@)")
+REMOVED = "(removed)"  # stands for a credential; plain text in YAML as in JSON
 ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)?")
 
 
@@ -63,7 +67,7 @@ class Display:
 
     def say(self, text: str, style: str = "") -> None:
         """One line that stays."""
-        self.console.print(Text(text, style=style), soft_wrap=True)
+        self.console.print(Text(inert(redact(text)), style=style), soft_wrap=True)
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Take in the metrics of a step (times in seconds, `step_time` without compilation)."""
@@ -120,8 +124,9 @@ class Display:
     def _tail(self) -> list[str]:
         out = []
         if self._times:
-            # The median: one suspended laptop or one checkpoint must not move the estimate.
-            out.append(f"eta {clock(statistics.median(self._times) * (self.of - self._step))}")
+            # The median: one suspended laptop or one checkpoint must not move the estimate; of
+            # two steps the shorter.
+            out.append(f"eta {clock(statistics.median_low(self._times) * (self.of - self._step))}")
         if rate := self._metrics.get("tokens_per_second"):
             out.append(f"{rate:,.0f} tok/s")
         return out
@@ -164,6 +169,8 @@ def advice(metrics: Mapping[str, Any]) -> dict[str, str]:
         )
     if (metrics.get("skipped_updates") or 0) > 0:
         out["skipped"] = "an update was skipped because its gradient was not finite."
+    if (metrics.get("skipped_spikes") or 0) > 0:
+        out["spikes"] = "an update was skipped because of its long gradient (run.spike_sigmas)."
     return out
 
 
@@ -172,10 +179,24 @@ def one_line(text: Any, width: int) -> str:
     if isinstance(text, list):  # a chat: its last message
         text = text[-1].get("content", "") if text and isinstance(text[-1], dict) else str(text)
     # Cut first: a completion of a megabyte is not worth looking through.
-    text = ESCAPES.sub("", str(text)[: 8 * width]).replace("\n", "⏎").replace("\t", " ")
-    # Cc, Cf, Cs, Co, Cn: controls, direction overrides and what else has no shape of its own.
-    text = "".join(c for c in text if unicodedata.category(c)[0] != "C")
+    text = inert(str(text)[: 8 * width])
     return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
+
+
+def inert(text: str) -> str:
+    """`text` on one line, without what a terminal would obey instead of showing it."""
+    text = ESCAPES.sub("", text).replace("\n", "⏎").replace("\t", " ")
+    # Cc, Cf, Cs, Co, Cn: controls, direction overrides and what else has no shape of its own.
+    return "".join(c for c in text if unicodedata.category(c)[0] != "C")
+
+
+def redact(text: str) -> str:
+    """`text` without what looks like a credential, or is one in this process's environment."""
+    for name, value in os.environ.items():
+        # The path of a key file is no secret.
+        if SECRET_NAME.search(name) and len(value) >= 8 and not os.path.exists(value):
+            text = text.replace(value, REMOVED)
+    return SECRET_TEXT.sub(REMOVED, text)
 
 
 def clock(seconds: float) -> str:

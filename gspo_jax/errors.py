@@ -25,6 +25,12 @@ class NumericalError(ArithmeticError):
     exit_code = 4
 
 
+class OutOfMemory(MemoryError):
+    """A device, or the machine, has less memory than the run needs."""
+
+    exit_code = 5
+
+
 class StorageError(OSError):
     """A run directory or a checkpoint cannot be read, written or locked."""
 

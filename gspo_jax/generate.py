@@ -27,9 +27,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from gspo_jax.batch import Completions
 from gspo_jax.distributed import host
-from gspo_jax.models.cache import Cache, LayerCache, fit
+from gspo_jax.models.cache import AXES, Cache, LayerCache, fit
 from gspo_jax.models.qwen import Qwen, head_logits
 from gspo_jax.sharding import batch_ways, constrain
+from gspo_jax.stopping import raise_if_asked
 
 PureModel = tuple[nnx.GraphDef, nnx.State]
 
@@ -172,7 +173,7 @@ def generate(
     """
     graphdef, params = nnx.split(model) if isinstance(model, Qwen) else model
     sampling = Sampling(float(temperature), float(top_p), int(top_k))
-    tokens, mask = _pad_left(prompts)
+    tokens, mask = _pad_left(prompts, batch_ways())
     B, S = len(prompts) * group_size, tokens.shape[1]
     sizes = schedule(B, S, max_new_tokens, ways=batch_ways(), chunk=chunk)
 
@@ -192,7 +193,8 @@ def generate(
     found, drawn_experts = _completions(record, B, max_new_tokens, eos)
     if experts is None or drawn_experts is None:
         return found
-    routing = _routing(host(experts), mask, drawn_experts, found.mask)
+    P = len(prompts)
+    routing = _routing(host(experts)[:P], mask[:P], drawn_experts, found.mask)
     return found._replace(routing=routing)
 
 
@@ -201,6 +203,7 @@ def _decode_all(decode, sizes: Schedule, cache, rows, first, prompt_slots, ended
     number = np.arange(len(ended))
     record = [(number, first)]
     for n, slots in enumerate(sizes.slots):
+        raise_if_asked()  # to stop: nothing has changed yet
         alive = ~ended[number]
         batch = sizes.batch(n, len(number), int(alive.sum()))
         if batch < len(number):  # the living first; who has ended fills up what is left
@@ -228,13 +231,14 @@ def _prefill(
     tokens, mask = constrain(tokens, "batch", None), constrain(mask, "batch", None)
     hidden, cache, experts = model.prefill(tokens, mask)
     logits = head_logits(hidden[:, -1], model.unembed())
+    logits = constrain(logits, "batch", "vocab")
     return logits, cache, experts if record_routing else None
 
 
 @partial(jax.jit, static_argnames="sampling")
 def _begin(logits, experts, prompt_of, start, keys, sampling) -> tuple[Rows, Drawn]:
     """Each row's first token, drawn from its prompt's logits."""
-    logits = constrain(logits[prompt_of], "batch", None)
+    logits = constrain(logits[prompt_of], "batch", "vocab")
     token, logp = sample(logits, _fold(keys, jnp.int32(0)), sampling)
     experts = None if experts is None else experts[prompt_of, -1][None]
     return _split(Rows(token, start, keys)), _everywhere(Drawn(token[None], logp[None], experts))
@@ -282,7 +286,7 @@ def _refit(cache: Cache, rows: Int[np.ndarray, " C"] | None, slots: int) -> Cach
 
 @partial(jax.jit, static_argnums=2)
 def _fit(x, rows, slots) -> Float[Array, "C K W H"]:
-    return constrain(fit(x, rows, slots), "batch", None, None, None)
+    return constrain(fit(x, rows, slots), *AXES)
 
 
 @jax.jit
@@ -372,8 +376,12 @@ def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as [P, S] ids and mask, their last tokens in the last column."""
+def _pad_left(prompts: Sequence[Sequence[int]], ways: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as [P, S] ids and mask, their last tokens in the last column.
+
+    The last is repeated until `ways` divides P.
+    """
+    prompts = [*prompts, *[prompts[-1]] * (-len(prompts) % ways)]
     S = bucket(max(len(p) for p in prompts))
     tokens, mask = np.zeros((len(prompts), S), np.int32), np.zeros((len(prompts), S), bool)
     for row, prompt in enumerate(prompts):

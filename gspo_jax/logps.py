@@ -31,6 +31,7 @@ def token_logps(
     *,
     temperature: float = 1.0,
     chunk: int = 4096,
+    axis: str | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """log π(tokens) and the entropy of π at each position, for π = softmax(hidden @ head / temp).
 
@@ -44,6 +45,8 @@ def token_logps(
         tokens: the token whose log-probability is wanted at each position.
         temperature: the sampling temperature; must equal the one used in the rollout.
         chunk: positions (of all B * T) at a time.
+        axis: inside `jax.shard_map`, the mesh axis over which V is split: `head` is this
+            device's share of it. Needs `check_vma=False`.
 
     Returns:
         Natural-log probabilities and entropies in nats: float32, or float64 if given float64.
@@ -54,20 +57,28 @@ def token_logps(
     short = -(B * T) % chunk
     rows = jnp.pad(rows, ((0, short), (0, 0))).reshape(-1, chunk, D)
     ids = jnp.pad(ids, (0, short)).reshape(-1, chunk)
-    found: Any = _logps(rows, head, ids, temperature)
+    found: Any = _logps(rows, head, ids, temperature, axis)
     logp, entropy = (x.reshape(-1)[: B * T].reshape(B, T) for x in found)
     return logp, entropy
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _logps(
-    rows: Float[Array, "n C D"], head: Float[Array, "D V"], ids: Int[Array, "n C"], temp: float
+    rows: Float[Array, "n C D"],
+    head: Float[Array, "D V"],
+    ids: Int[Array, "n C"],
+    temp: float,
+    axis: str | None,
 ) -> tuple[Float[Array, "n C"], Float[Array, "n C"]]:
-    return _kept(rows, head, ids, temp)[:2]
+    return _kept(rows, head, ids, temp, axis)[:2]
 
 
 def _kept(
-    rows: Float[Array, "n C D"], head: Float[Array, "D V"], ids: Int[Array, "n C"], temp: float
+    rows: Float[Array, "n C D"],
+    head: Float[Array, "D V"],
+    ids: Int[Array, "n C"],
+    temp: float,
+    axis: str | None,
 ) -> tuple[Float[Array, "n C"], Float[Array, "n C"], Float[Array, "n C"]]:
     """Log-probability, entropy and logsumexp of every row."""
 
@@ -75,13 +86,14 @@ def _kept(
         hidden, tokens = x
         z = _logits(hidden, head, temp)
         # Relative to the largest logit, so that nothing cancels where all of them are large.
-        top = jnp.max(z, axis=-1)
+        top = _all(jax.lax.pmax, jnp.max(z, axis=-1), axis)
         z = z - top[:, None]
         exp_z = jnp.exp(z)
-        total = jnp.sum(exp_z, axis=-1)
+        total = _all(jax.lax.psum, jnp.sum(exp_z, axis=-1), axis)
         log_total = jnp.log(total)
-        picked = jnp.take_along_axis(z, tokens[:, None], axis=-1)[:, 0]
-        entropy = log_total - jnp.sum(exp_z * z, axis=-1) / total
+        picked = _picked(z, tokens, axis)
+        mean = _all(jax.lax.psum, jnp.sum(exp_z * z, axis=-1), axis) / total
+        entropy = log_total - mean
         return picked - log_total, entropy, top + log_total
 
     if len(rows) == 1:  # a loop of one is not free
@@ -90,15 +102,18 @@ def _kept(
     return jax.lax.map(one, (rows, ids))
 
 
-def _forward(rows: Any, head: Any, ids: Any, temp: float):
+def _forward(rows: Any, head: Any, ids: Any, temp: float, axis: str | None):
     rows, head, ids = rows.value, head.value, ids.value
-    logp, entropy, lse = _kept(rows, head, ids, temp)
+    logp, entropy, lse = _kept(rows, head, ids, temp, axis)
     return (logp, entropy), (rows, head, ids, lse, entropy)
 
 
-def _backward(temp: float, kept: tuple[Array, ...], gradients: tuple[Any, Any]):
+def _backward(temp: float, axis: str | None, kept: tuple[Array, ...], gradients: tuple[Any, Any]):
     rows, head, ids, lse, entropy = kept
-    g, h = (None if isinstance(x, SymbolicZero) else x for x in gradients)
+    # Of an output that all devices of `axis` have, each is given its share of the gradient; of
+    # `rows` each gives back what comes through its own part of the vocabulary.
+    g, h = (None if isinstance(x, SymbolicZero) else _all(jax.lax.psum, x, axis) for x in gradients)
+    ids = ids - _first(head, axis)
     wide = float_dtype(rows)
 
     def one(so_far: Array | None, x: tuple[Any, ...]) -> tuple[Array, Array]:
@@ -122,6 +137,28 @@ def _backward(temp: float, kept: tuple[Array, ...], gradients: tuple[Any, Any]):
 
 
 _logps.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _all(combine: Any, x: Array, axis: str | None) -> Array:
+    """`combine` over the devices that split the vocabulary, if any do."""
+    return x if axis is None else combine(x, axis)
+
+
+def _first(head: Float[Array, "D V"], axis: str | None) -> Int[Array, ""] | int:
+    """The first token of this device's part of the vocabulary."""
+    return 0 if axis is None else jax.lax.axis_index(axis) * head.shape[1]
+
+
+def _picked(
+    z: Float[Array, "C V"], tokens: Int[Array, " C"], axis: str | None
+) -> Float[Array, " C"]:
+    """z at each row's token, wherever it lies."""
+    if axis is None:
+        return jnp.take_along_axis(z, tokens[:, None], axis=-1)[:, 0]
+    tokens = tokens - jax.lax.axis_index(axis) * z.shape[1]
+    here = (tokens >= 0) & (tokens < z.shape[1])
+    found = jnp.take_along_axis(z, jnp.where(here, tokens, 0)[:, None], axis=-1)[:, 0]
+    return jax.lax.psum(jnp.where(here, found, 0), axis)
 
 
 def _logits(

@@ -3,8 +3,8 @@
 Bytes per device at any time:
 
     always    float32 masters, the optimizer's moments, the reference (with a KL term), the critic
-    rollout   + the sampler's weights (unless it computes in float32 too: then they are the
-              masters) + the cache
+    rollout   + the sampler's weights (unless it computes in float32 too and fsdp splits nothing:
+              then they are the masters) + the cache
     update    + the gradients + what one microbatch needs: activations, its own gradients, logits
 
 The peak is the largest of these over all programs: alive before the call (arguments included)
@@ -14,19 +14,26 @@ shapes, the others from the compiled program's own account.
 
 import math
 import os
+import re
+import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import PyTree
 
 from gspo_jax.config import Config
+from gspo_jax.errors import OutOfMemory
+from gspo_jax.generate import LENGTHS
 from gspo_jax.microbatch import rows_of, widths
 from gspo_jax.models.config import QwenConfig
+from gspo_jax.models.remat import share_of
 from gspo_jax.objective import Objective
 from gspo_jax.policy import Policy, Problems
-from gspo_jax.sharding import batch_ways
+from gspo_jax.sharding import RULES, sharding_for, unsplit, ways_of
 from gspo_jax.update import TrainState
 
 
@@ -100,9 +107,20 @@ def held_by(state: TrainState, *, dtype: str, reference: bool) -> Held:
         moments=per_device(state.opt_state),
         reference=masters if reference else 0,
         critic=per_device(state.critic),
-        weights=0 if dtype == "float32" else masters // 4 * jax.numpy.dtype(dtype).itemsize,
+        weights=_sampler_bytes(state.params, dtype),
         gradients=masters + trained_too,
     )
+
+
+def _sampler_bytes(params: PyTree, dtype: str) -> int:
+    """Of the sampler's weights on one device; 0 where it computes with the masters."""
+    total, itemsize = 0, jax.numpy.dtype(dtype).itemsize
+    for p in jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "axes")):
+        (x,) = jax.tree.leaves(p)
+        mesh = getattr(getattr(x, "sharding", None), "mesh", None)
+        where = mesh and sharding_for(unsplit(p.axes), mesh, x.shape)
+        total += math.prod(where.shard_shape(x.shape) if where else x.shape) * itemsize
+    return 0 if dtype == "float32" and total == per_device(params) else total
 
 
 def compile_one(planned: Planned) -> Compiled:
@@ -142,13 +160,21 @@ def per_device(tree: PyTree) -> int:
 
 
 def capacity() -> int:
-    """Bytes that one device can give: the accelerator's limit, or a share of the machine's RAM."""
+    """Bytes that one device can give: the accelerator's limit, or a share of the machine's RAM.
+
+    Of that only what this process may have, where its container or `ulimit -v` says so.
+    """
     device = jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit:
         return int(limit)
-    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return ram // jax.local_device_count()
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    limits += [space] if space != resource.RLIM_INFINITY else []
+    container = Path("/sys/fs/cgroup/memory.max")
+    text = container.read_text().strip() if container.is_file() else ""
+    limits += [int(text)] if text.isdigit() else []
+    return min(limits) // jax.local_device_count()
 
 
 def microbatch_shapes(run: Sketch, rows: int) -> list[tuple[int, int]]:
@@ -163,7 +189,7 @@ def activations(run: Sketch, layers: int | None = None) -> int:
     (queries, keys, values, heads), 4 F (MLP; X of F with experts), and N S twice (scores and
     weights). With it: D, and one layer in whole.
     """
-    c = run.shape
+    c = share_of(run.shape, tensor_ways(run))
     width, rows = max(microbatch_shapes(run, 1 << 30), key=lambda shape: math.prod(shape))
     itemsize = jax.numpy.dtype(run.policy.dtype).itemsize
     mlp = c.intermediate_size if c.experts is None else c.experts.size * c.experts.per_token
@@ -181,7 +207,7 @@ def head(run: Sketch) -> int:
     """Bytes per device of the logits that are alive at a time, and of their gradient."""
     width, rows = microbatch_shapes(run, 1 << 30)[0]
     positions = min(rows // ways(run) * width, 4096)
-    return 3 * positions * run.shape.vocab_size * 4
+    return 3 * positions * -(-run.shape.vocab_size // tensor_ways(run)) * 4
 
 
 def cache(run: Sketch) -> int:
@@ -190,17 +216,88 @@ def cache(run: Sketch) -> int:
     slots = run.problems.longest + r.max_completion_length
     rows = -(-r.prompts * r.group_size // ways(run))
     itemsize = jax.numpy.dtype(run.policy.dtype).itemsize
-    return 2 * c.num_layers * rows * c.num_kv_heads * c.head_dim * slots * itemsize
+    heads = c.num_kv_heads // tensor_ways(run)
+    return 2 * c.num_layers * rows * heads * c.head_dim * slots * itemsize
 
 
 def short_memory(run: Sketch) -> str:
     """What is kept, in one line, from shapes alone."""
+    return f"{_kinds(run)} per device, estimated (gspo-jax plan compiles)"
+
+
+def stages(run: Sketch, *, least: bool = False) -> dict[str, int]:
+    """Bytes per device at the peak of each stage, by formulas.
+
+    With `least`, what no length of the responses and no kernel can lower: the cache in its first
+    portion, and activations, of one layer, only where XLA's own attention is sure.
+    """
+    h, cpu = run.held, run.policy.mesh.devices.flat[0].platform == "cpu"
+    kept = activations(run, layers=1 if least else None) if cpu or not least else 0
+    update = h.always + 2 * h.gradients + 2 * h.weights + kept + head(run)
+    portion = cache(run) // LENGTHS if least else cache(run)
+    return {"update": update, "rollout": h.always + h.weights + portion}
+
+
+def refuse_hopeless(run: Sketch) -> None:
+    """Stop before compiling what cannot fit by far; killed by the kernel, nobody would know why.
+
+    Raises:
+        OutOfMemory: even the least estimate is twice what a device has.
+    """
+    stage, need = max(stages(run, least=True).items(), key=lambda x: x[1])
+    if need > 2 * capacity():
+        raise OutOfMemory(f"it would run out of memory: {_advice(run, stage, need)}")
+
+
+@contextmanager
+def explained(run: Sketch) -> Iterator[None]:
+    """Turn an allocation that failed, while compiling or running, into one line of advice.
+
+    Raises:
+        OutOfMemory: what the run needs by estimate, what the device has, what to lower.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # XLA's is a RuntimeError
+        text = str(error)
+        ours = isinstance(error, OutOfMemory) or "No space left" in text
+        if ours or not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text):
+            raise
+        stage, need = max(stages(run).items(), key=lambda x: x[1])
+        raise OutOfMemory(f"out of memory{wanted(text)}: {_advice(run, stage, need)}") from error
+
+
+def wanted(text: str) -> str:
+    """What the allocator said that it was asked for, in parentheses after a space, if it did."""
+    found = re.search(r"allocat\w* ([\d.]+ ?\w+)", text)
+    return f" (allocating {found[1]})" if found else ""
+
+
+def _advice(run: Sketch, stage: str, need: int) -> str:
+    c, limit = run.config, capacity()
+    rows = microbatch_shapes(run, 1 << 30)[0][1]
+    length = f"rollout.max_completion_length={c.rollout.max_completion_length}"
+    if run.held.always + run.held.gradients > limit:  # whatever the batch is
+        knobs = ["optim.state=8bit"] if c.optim.state == "float32" else []
+        knobs += ["algo.kl.coef=0"] if run.held.reference else []
+        knobs += [f"mesh.fsdp={2 * c.mesh.fsdp}", "a smaller model.path"]
+        change = f"Set {knobs[0]} or {knobs[1]}"
+    elif stage == "rollout":
+        change = f"Lower rollout.prompts={c.rollout.prompts} or {length}"
+    else:
+        change = f"Lower algo.microbatch={c.algo.microbatch or rows} or {length}"
+    return (
+        f"the {stage} needs about {size(need)} per device by estimate ({_kinds(run)}), which has "
+        f"{size(limit)}. {change}; gspo-jax plan says what fits."
+    )
+
+
+def _kinds(run: Sketch) -> str:
     h = run.held
     extra = {"sampler": h.weights, "reference": h.reference, "critic": h.critic}
     parts = {"masters": h.masters, "moments": h.moments, "gradients": h.gradients, **extra}
     parts |= {"cache": cache(run), "activations": activations(run), "logits": head(run)}
-    text = ", ".join(f"{name} {size(n)}" for name, n in parts.items() if n)
-    return f"{text} per device, estimated (gspo-jax plan compiles)"
+    return ", ".join(f"{name} {size(n)}" for name, n in parts.items() if n)
 
 
 def size(count: int) -> str:
@@ -210,5 +307,9 @@ def size(count: int) -> str:
 
 def ways(run: Sketch) -> int:
     """Devices that rows are split over."""
-    with jax.set_mesh(run.policy.mesh):
-        return batch_ways()
+    return ways_of(RULES["batch"], run.policy.mesh)
+
+
+def tensor_ways(run: Sketch) -> int:
+    """Devices that heads, MLP and vocabulary are split over."""
+    return run.policy.mesh.shape["tensor"]

@@ -1,6 +1,6 @@
 """The run directory's writer: one JSON object per step, samples, status, environment, lock.
 
-    config.yaml  env.json  status.json  metrics.jsonl  samples.jsonl  lock
+    config.yaml  env.json  status.json  metrics.jsonl  samples.jsonl  warnings.log  lock
 
 Nothing here can fail a run that trains well: a full disk costs lines, a dead tracker a warning.
 Only a directory that cannot be used at all, or that another run uses, is refused at the start.
@@ -9,34 +9,35 @@ Only a directory that cannot be used at all, or that another run uses, is refuse
 import errno
 import fcntl
 import json
+import logging
 import math
 import os
 import platform
-import re
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO
+from threading import Thread
+from typing import Any, BinaryIO, TextIO
 
 import yaml
 from rich.console import Console
 
-from gspo_jax.console import Display
+from gspo_jax import jsonl
+from gspo_jax.console import Display, redact
 from gspo_jax.errors import StorageError
 
 PACKAGES = ("gspo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+UPLOAD_SECONDS = 120.0  # that the end of a run waits for a tracker
 VARIABLES = (  # that change what a run computes; no others are recorded
     "CUDA_VISIBLE_DEVICES",
     "JAX_PLATFORMS",
     "XLA_FLAGS",
     "XLA_PYTHON_CLIENT_MEM_FRACTION",
 )
-SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-SECRET_TEXT = re.compile(r"\bhf_\w{16,}|\bsk-[\w-]{16,}|(?<=://)[^/\s@]+:[^/\s@]+(?=@)")
 
 
 class RunLog:
@@ -48,7 +49,7 @@ class RunLog:
     Args:
         directory: the run directory; made if it is not there.
         of: steps of the whole run.
-        config: the configuration as YAML text, saved as it is.
+        config: the configuration as YAML text, saved as it is but for credentials.
         report_to: trackers besides the files: ["wandb"] or nothing.
         devices: descriptions of the devices, for env.json.
         console: where to show progress; standard output by default.
@@ -69,12 +70,13 @@ class RunLog:
     ):
         self.directory, self.of = Path(directory), of
         self.display = Display(console or Console(), of)
-        self._config, self._devices = config, list(devices)
+        self._config, self._devices = redact(config), list(devices)
         self._step, self._written, self._state = 0, -1, "running"
-        self._files: dict[str, TextIO] = {}
+        self._files: dict[str, BinaryIO] = {}
         self._warned: set[str] = set()
         self._lock = lock(self.directory)
         self._tracker = _Wandb(self._warn) if "wandb" in report_to else None
+        self._heard = _Heard(self)
 
     def start(self, step: int | None = None) -> None:
         """Open the files for a new run, or for one that resumes after `step`.
@@ -104,7 +106,10 @@ class RunLog:
         record = plain({"step": step, **metrics})
         again = step == self._written
         if again:
-            self._reopen("metrics.jsonl", step - 1)
+            try:
+                self._reopen("metrics.jsonl", step - 1)
+            except OSError as error:  # both lines stay; readers take the later one
+                self._warn(f"metrics.jsonl has step {step} twice ({error.strerror}).")
         self._step = self._written = step
         self._append("metrics.jsonl", record)
         if self._tracker:
@@ -146,18 +151,17 @@ class RunLog:
 
     def close(self) -> None:
         """Give the terminal, the files and the lock back."""
+        logging.getLogger("gspo_jax").removeHandler(self._heard)
         self.display.end()
         for file in self._files.values():
-            try:
-                file.close()
-            except OSError as error:
-                self._warn(f"{file.name} is not complete ({error.strerror}).")
+            file.close()
         self._files = {}
         if self._tracker:
             self._tracker.finish()
         unlock(self._lock)
 
     def __enter__(self) -> "RunLog":
+        logging.getLogger("gspo_jax").addHandler(self._heard)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
@@ -166,14 +170,18 @@ class RunLog:
         self.close()
 
     def _reopen(self, name: str, step: int | None) -> None:
+        keep_until(self.directory / name, step)
+        file = (self.directory / name).open("ab", buffering=0)
         if name in self._files:
             self._files[name].close()
-        keep_until(self.directory / name, step)
-        self._files[name] = (self.directory / name).open("a", buffering=1, encoding="utf-8")
+        self._files[name] = file
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         try:
-            self._files[name].write(json.dumps(record, allow_nan=False) + "\n")
+            if not _is_open_at(self.directory / name, self._files[name]):
+                self._files[name].close()  # rotated or deleted by somebody else
+                self._files[name] = (self.directory / name).open("ab", buffering=0)
+            jsonl.append(self._files[name], record)
         except OSError as error:
             self._warn(f"{name} is missing lines ({error.strerror}); the run goes on.")
 
@@ -181,6 +189,23 @@ class RunLog:
         if text not in self._warned:
             self._warned.add(text)
             self.display.say(f"warning: {text}", style="yellow")
+
+
+class _Heard(logging.Handler):
+    """What modules log, as the first traceback of a reward function: shown, and kept in a file."""
+
+    def __init__(self, log: RunLog):
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = redact(record.getMessage().rstrip())
+        self._log.say(f"warning: {text}", style="yellow")
+        try:
+            with (self._log.directory / "warnings.log").open("a", encoding="utf-8") as file:
+                file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")
+        except OSError:
+            return  # it was shown
 
 
 class _Wandb:
@@ -212,8 +237,13 @@ class _Wandb:
             self._try(self._run.log, flat, step=step)
 
     def finish(self) -> None:
+        """Wait for the upload, but not for a network that is gone."""
         if self._run is not None:
-            self._try(self._run.finish)
+            upload = Thread(target=self._try, args=(self._run.finish,), daemon=True)
+            upload.start()
+            upload.join(UPLOAD_SECONDS)
+            if upload.is_alive():
+                self._warn("wandb is still uploading and left to itself; `wandb sync` sends it.")
 
     def _try(self, action, *args, **kwargs) -> None:
         try:
@@ -236,6 +266,7 @@ def lock(directory: Path) -> TextIO:
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / "lock").open("a+", encoding="utf-8")
     except OSError as error:
+        _check_parents(directory)  # knows more than "File exists"
         raise _unwritable(directory, error) from None
     _claim(directory, file, fcntl.LOCK_EX)
     file.truncate(0)
@@ -246,15 +277,33 @@ def lock(directory: Path) -> TextIO:
 
 def check_place(directory: Path) -> None:
     """Raise the StorageError that `lock` would, but make and change nothing."""
-    held = directory / "lock"
-    if held.is_file():
-        with held.open(encoding="utf-8") as file:
-            _claim(directory, file, fcntl.LOCK_SH)
-    there = next(path for path in [directory, *directory.absolute().parents] if path.exists())
-    if not there.is_dir():
-        raise _unwritable(directory, NotADirectoryError(errno.ENOTDIR, f"{there} is a file"))
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise _unwritable(directory, PermissionError(errno.EACCES, f"no permission in {there}"))
+    _check_parents(directory)
+    try:
+        held = directory / "lock"
+        if held.is_file():
+            with held.open(encoding="utf-8") as file:
+                _claim(directory, file, fcntl.LOCK_SH)
+    except StorageError:
+        raise
+    except OSError as error:
+        raise _unwritable(directory, error) from None
+
+
+def _check_parents(directory: Path) -> None:
+    """Raise StorageError unless what is there of the path is a directory that can be written."""
+    places = [directory, *directory.absolute().parents]
+    there = next(path for path in places if os.path.lexists(path))
+    try:
+        if not os.path.isdir(there):
+            os.stat(there)  # a stale mount and a link that leads nowhere have their own errors
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"no permission in {there}")
+    except FileNotFoundError:
+        gone = OSError(errno.ENOENT, f"{there} is a link to nothing")
+        raise _unwritable(directory, gone) from None
+    except OSError as error:
+        raise _unwritable(directory, error) from None
 
 
 def _claim(directory: Path, file: TextIO, kind: int) -> None:
@@ -292,24 +341,34 @@ def keep_until(path: Path, step: int | None) -> None:
     if step is None:
         os.replace(path, path.with_name(f"{path.name}.old"))
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_whole(path, "".join(kept))
+    with path.open("rb") as file:
+        kept = (record for record in jsonl.records(file) if record["step"] <= step)
+        _write_parts(path, (json.dumps(record) + "\n" for record in kept))
+
+
+def _is_open_at(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def write_whole(path: Path, text: str) -> None:
     """Replace a file at once: readers, and a crash, see the old one or the new one."""
+    _write_parts(path, [text])
+
+
+def _write_parts(path: Path, parts: Iterable[str]) -> None:
     part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def plain(value: Any) -> Any:
@@ -339,14 +398,6 @@ def environment(devices: Sequence[str] = ()) -> dict[str, Any]:
         "devices": list(devices),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
-
-
-def redact(text: str) -> str:
-    """`text` without what looks like a credential, or is one in this process's environment."""
-    for name, value in os.environ.items():
-        if SECRET_NAME.search(name) and len(value) >= 8:
-            text = text.replace(value, "***")
-    return SECRET_TEXT.sub("***", text)
 
 
 def _version(package: str) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from gspo_jax.config import Config
+from gspo_jax.console import REMOVED, redact
 from gspo_jax.errors import DataError
 from gspo_jax.losses import LOSSES
 from gspo_jax.models import files
@@ -74,7 +75,8 @@ def model_card(
     """
     source = source or {}
     loss = config.algo.loss["name"]
-    base, name = _base(config.model.path, source)
+    path = config.written.get("model.path", (config.model.path,))[0]
+    base, name = _base(path, source)
     base = None if config.model.init == "random" else base
     licence = {key: source[key] for key in LICENSE_KEYS if key in source}
     tags = ["gspo_jax", "sft"] if supervised else ["gspo_jax", loss, "reinforcement-learning"]
@@ -99,7 +101,12 @@ def model_card(
         ),
         "" if supervised or not loss.startswith("gspo") else CITATION,
     ]
-    return "\n".join(section for section in sections if section)
+    text = redact("\n".join(section for section in sections if section))
+    for written, value in config.written.values():
+        # What stands in the environment may be meant for nobody else.
+        if isinstance(value, str) and len(value) >= 8:
+            text = text.replace(value, written if "`" not in written else REMOVED)
+    return text
 
 
 def stated(directory: Path) -> dict[str, str]:

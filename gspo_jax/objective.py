@@ -21,7 +21,9 @@ from gspo_jax.losses import entropy_bonus
 from gspo_jax.losses import kl as kl_penalty
 from gspo_jax.losses import value as value_loss
 from gspo_jax.models.moe import Routing, balance, router_metrics
+from gspo_jax.models.qwen import Qwen
 from gspo_jax.optim import Optimizer
+from gspo_jax.sharding import by_rows, regathering, split_by
 
 Metrics = dict[str, Any]
 
@@ -113,8 +115,24 @@ def forward(
     T = batch.mask.shape[1]
     count = response_tokens(batch, objective.shortest_prompt)
     states, tokens = before_response(hidden, batch, count)
-    logp, entropy = token_logps(states, model.unembed(), tokens, temperature=objective.temperature)
+    logp, entropy = read_logps(model, states, tokens, objective.temperature)
     return states, Forward(pad_to(logp, T), pad_to(entropy, T), routing=routing)
+
+
+def read_logps(
+    model: Qwen, states: Float[Array, "B T D"], tokens: Int[Array, "B T"], temperature: float
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """`token_logps` under the model's head; each device has its rows and its share of V."""
+    head, axes = model.unembed(), model.unembed_axes()
+    options = {"temperature": temperature, "axis": split_by(axes[1], head.shape[1])}
+
+    def read(states: Array, tokens: Array, head: Array) -> tuple[Array, Array]:
+        return token_logps(states, head, tokens, **options)
+
+    def split(states: Array, tokens: Array, head: Array) -> tuple[Array, Array]:
+        return by_rows(read, (states, tokens), (head,), (axes,))
+
+    return regathering(split)(states, tokens, head)
 
 
 def real_tokens(batch: TrainBatch) -> Bool[Array, "B S"]:

@@ -34,9 +34,8 @@ from gspo_jax.memory import (
 from gspo_jax.metrics import check_place
 from gspo_jax.models.files import find_tensors
 from gspo_jax.models.hf import lent_files, read_config
-from gspo_jax.policy import Problems, load_problems
+from gspo_jax.policy import Problems, load_problems, open_mesh
 from gspo_jax.programs import programs, sketch
-from gspo_jax.sharding import make_mesh
 from gspo_jax.tasks import Task
 from gspo_jax.tokenizer import load_tokenizer
 
@@ -51,6 +50,8 @@ def plan(config: Config) -> str:
     directory = model_dir(config)
     shape = read_config(directory)
     check_experts(config.algo, shape)
+    simulate_devices(config)
+    mesh = open_mesh(config, shape)
     size = "random weights"
     if config.model.init == "pretrained":
         count = sum(math.prod(tensor.shape) for tensor in find_tensors(directory).values())
@@ -68,8 +69,9 @@ def plan(config: Config) -> str:
         "eval": _eval(config),
         "writes": _place(run_dir(config)),
     }
-    simulate_devices(config)
-    run = sketch(config, shape, problems, make_mesh(config.mesh.data, config.mesh.fsdp))
+    if problems.task.warnings:
+        lines["warning"] = " ".join(problems.task.warnings)
+    run = sketch(config, shape, problems, mesh)
     lines["memory"] = short_memory(run)
     return "\n".join(f"{name:8} {text}" for name, text in lines.items())
 
@@ -88,12 +90,7 @@ def report(config: Config, *, compiled: bool = True, limit: int | None = None) -
         ConfigError: it does not fit; the message says what to change.
         DataError: the model's config.json is not what it should be.
     """
-    simulate_devices(config)
-    directory = model_dir(config)
-    shape = read_config(directory)
-    check_experts(config.algo, shape)
-    problems, note = _problems(config, directory)
-    run = sketch(config, shape, problems, make_mesh(config.mesh.data, config.mesh.fsdp))
+    run, note = sketched(config)
     planned = programs(run)
     found = [compile_one(p) if compiled else estimate(run, p) for p in largest(planned)]
     limit = capacity() if limit is None else limit
@@ -102,6 +99,21 @@ def report(config: Config, *, compiled: bool = True, limit: int | None = None) -
         lines.append(_compiling(planned, found))
     refuse(run, found, limit)
     return "\n".join(f"{name:11} {text}" for name, text in lines)
+
+
+def sketched(config: Config) -> tuple[Sketch, str]:
+    """The run in shapes, on simulated devices where need be, and what had to be assumed.
+
+    Raises:
+        ConfigError, DataError: as `report`.
+    """
+    simulate_devices(config)
+    directory = model_dir(config)
+    shape = read_config(directory)
+    check_experts(config.algo, shape)
+    mesh = open_mesh(config, shape)
+    problems, note = _problems(config, directory)
+    return sketch(config, shape, problems, mesh), note
 
 
 def refuse(run: Sketch, found: Sequence[Compiled], limit: int) -> None:
@@ -135,7 +147,7 @@ def advice(run: Sketch, worst: Compiled) -> str:
     settings += ["optim.state=8bit"] if c.optim.state == "float32" else []
     settings += ["algo.kl.coef=0"] if held.reference else []
     settings += ["algo.critic.kind=shared"] if c.algo.critic.kind == "separate" else []
-    settings += [f"mesh.fsdp={2 * max(c.mesh.fsdp, 1)}"]
+    settings += [f"mesh.fsdp={2 * run.policy.mesh.shape['fsdp']}"]
     length = f"rollout.max_completion_length={c.rollout.max_completion_length // 2}"
     return "set " + " or ".join([*settings, length])
 
@@ -156,14 +168,14 @@ def estimate(run: Sketch, p: Planned) -> Compiled:
         temporary = h.gradients * (5 if run.config.optim.state == "8bit" else 2)
     elif p.name == "start":
         output = h.gradients
-    elif p.name == "cast":
+    elif p.name == "to_sample":
         output = h.weights
     return Compiled(p, output, aliased, temporary, 0.0)
 
 
 def simulate_devices(config: Config) -> None:
     """On a CPU: as many devices as the mesh wants, where JAX has not yet counted them."""
-    wanted = config.mesh.fsdp * max(config.mesh.data, 1)
+    wanted = math.prod(size for size in vars(config.mesh).values() if size > 1)
     if wanted > 1:
         try:
             jax.config.update("jax_num_cpu_devices", wanted)
@@ -192,9 +204,10 @@ def _sizes(run: Sketch, note: str) -> list[tuple[str, str]]:
     mesh = run.policy.mesh
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(run.policy.params))
     kind = mesh.devices.flat[0].device_kind
+    axes = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1 or axis == "data")
     return [
         ("model", f"{run.shape.family}, {count / 1e6:,.2f} M parameters, {run.policy.dtype}"),
-        ("devices", f"{mesh.size} x {kind}: data {mesh.shape['data']}, fsdp {mesh.shape['fsdp']}"),
+        ("devices", f"{mesh.size} x {kind}: {axes}"),
         ("prompts", f"{run.problems.shortest} to {run.problems.longest} tokens{note}"),
     ]
 

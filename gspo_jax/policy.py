@@ -1,5 +1,6 @@
 """What every command starts from: devices, network, tokenizer, problems and their scorer."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from jaxtyping import PyTree
 
 from gspo_jax import rewards
 from gspo_jax.batch import Problem
-from gspo_jax.checks import check_experts
+from gspo_jax.checks import check_experts, check_mesh
 from gspo_jax.config import Config, model_dir
 from gspo_jax.distributed import agreed, place
 from gspo_jax.errors import DataError
@@ -23,15 +24,40 @@ from gspo_jax.models.attention import Choice, choose
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.hf import lent_files, load_model, read_config
 from gspo_jax.models.qwen import Qwen
-from gspo_jax.models.remat import POLICIES, activation_bytes, choose_remat
+from gspo_jax.models.remat import POLICIES, activation_bytes, choose_remat, share_of
 from gspo_jax.objective import cast
 from gspo_jax.rollout import Scorer, encode_prompts
-from gspo_jax.sharding import make_mesh, sharding_for
+from gspo_jax.sharding import (
+    RULES,
+    constrain,
+    current_mesh,
+    make_mesh,
+    sharding_for,
+    unsplit,
+    ways_of,
+)
 from gspo_jax.tasks import Task, load_task
 from gspo_jax.tasks.task import curriculum_stages, staged_order
 from gspo_jax.tokenizer import Tokenizer, load_tokenizer
+from gspo_jax.workers import load_remote
 
-compiled_cast = jax.jit(cast, static_argnums=1)
+
+def to_sample(params: PyTree, dtype: str) -> PyTree:
+    """The sampler's weights: cast, and whole along what training gathers layer by layer.
+
+    Every step of decoding reads all of them, and would have to gather them all.
+    """
+    if current_mesh() is None:
+        return cast(params, dtype)
+
+    def one(p: nnx.Param) -> nnx.Variable:
+        axes = unsplit(p.axes)
+        return p.replace(constrain(p[...].astype(dtype), *axes), axes=axes)
+
+    return jax.tree.map(one, params, is_leaf=lambda x: isinstance(x, nnx.Param))
+
+
+compiled_to_sample = jax.jit(to_sample, static_argnums=1)
 
 
 class Policy(NamedTuple):
@@ -51,8 +77,8 @@ class Policy(NamedTuple):
     directory: Path
 
     def sampler(self, params: PyTree) -> PureModel:
-        """The pure model for sampling: `params` cast once to the computing dtype."""
-        return self.graphdef, compiled_cast(params, self.dtype)
+        """The pure model for sampling, from `params` once for a whole rollout; see `to_sample`."""
+        return self.graphdef, compiled_to_sample(params, self.dtype)
 
 
 class Problems(NamedTuple):
@@ -80,9 +106,9 @@ class Problems(NamedTuple):
 
 def load_policy(config: Config) -> Policy:
     """Read (or draw at random) the network that `config.model` names."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     directory = model_dir(config)
     check_experts(config.algo, read_config(directory))
+    mesh = open_mesh(config, read_config(directory))
     tokenizer = load_tokenizer(directory, template_args=config.model.template_args)
     lent_files(directory)  # an export that cannot be written should fail now, not at the end
     if config.model.init == "random":
@@ -90,6 +116,17 @@ def load_policy(config: Config) -> Policy:
     else:
         model = load_model(directory, mesh=mesh)
     return Policy(*nnx.split(model), tokenizer, mesh, resolve_dtype(config), directory)
+
+
+def open_mesh(config: Config, shape: QwenConfig) -> Mesh:
+    """The devices of `config.mesh`, which this model can be split over.
+
+    Raises:
+        ConfigError: there are not enough devices, or heads or experts do not divide.
+    """
+    mesh = make_mesh(**vars(config.mesh))
+    check_mesh(mesh, shape)
+    return mesh
 
 
 def resolve_dtype(config: Config) -> str:
@@ -127,7 +164,9 @@ def load_problems(config: Config, tokenizer: Tokenizer, *, train: bool = True) -
     """
     c = config.task
     task = load_task(c.name, seed=c.seed, fields=c.fields, **{"path": c.path, **c.options})
-    functions = rewards.load_rewards(c.rewards) if c.rewards else {task.name: task.reward}
+    functions: dict = {task.name: task.reward}  # ours: pure and bounded, called where it is
+    if c.rewards:
+        functions = load_remote(c.rewards, seconds=c.reward_timeout, memory=c.reward_memory)
     weights = list(c.reward_weights) or [1.0] * len(functions)
     indices, lengths, too_long = {}, {}, 0
     for split, size in task.size.items():
@@ -157,6 +196,7 @@ def load_problems(config: Config, tokenizer: Tokenizer, *, train: bool = True) -
     # A rehearsal: a reward function that cannot work should say so now, not after compiling.
     first = task.problem(first_split, indices[first_split][0])
     scorer([first], [first.answer or "", ""], [[], []])
+    scorer = partial(scorer, strict=c.reward_errors == "stop", told=set())
     shortest, longest = min(lengths[first_split]), max(lengths[first_split])
     stages = _stages(task, indices["train"], c.curriculum)
     return Problems(task, indices, too_long, scorer, shortest, longest, stages)
@@ -179,11 +219,12 @@ class TextSizes(NamedTuple):
     shortest_prompt: int
 
 
-def text_sizes(config: Config, problems: Problems) -> TextSizes:
+def text_sizes(config: Config, problems: Problems, mesh: Mesh) -> TextSizes:
     """The longest text that the task and the length limit allow, and how many run together."""
     longest = -(-(problems.longest + config.rollout.max_completion_length) // 8) * 8
     tokens = config.algo.microbatch * longest
-    tokens = tokens or MICROBATCH_TOKENS["cpu" if _on_cpu() else "accelerator"]
+    per_device = MICROBATCH_TOKENS["cpu" if _on_cpu() else "accelerator"]
+    tokens = tokens or per_device * ways_of(RULES["batch"], mesh)
     return TextSizes(tokens, longest, problems.shortest)
 
 
@@ -226,15 +267,19 @@ def remat(config: Config, policy: Policy, sizes: TextSizes, attention: str) -> s
         return "none"
     itemsize = jnp.dtype(policy.dtype).itemsize
     held = stats["bytes_in_use"]
-    weights = sum(x.nbytes for x in jax.tree.leaves(policy.params)) // policy.mesh.shape["fsdp"]
+    tensor = policy.mesh.shape["tensor"]
+    shards = [(x, x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(policy.params)]
+    weights = sum(math.prod(shape) * x.dtype.itemsize for x, shape in shards)
     coming = weights // 4 * (8 + itemsize)  # two gradients, and the weights to compute with
     if config.algo.critic.kind == "separate":
         coming += held + coming
     if config.algo.kl.coef:
         coming += weights  # of the reference
     shape = read_config(policy.directory)
-    tokens = max(-(-sizes.microbatch // policy.mesh.size), sizes.longest)
-    coming += 2 * 4 * min(tokens, 4096) * shape.vocab_size  # logits and their gradient
+    rows = policy.mesh.size // tensor  # devices that split them
+    tokens = max(-(-sizes.microbatch // rows), sizes.longest)
+    coming += 2 * 4 * min(tokens, 4096) * shape.vocab_size // tensor  # logits and their gradient
+    shape = share_of(shape, tensor)
     need = {
         name: activation_bytes(
             shape,

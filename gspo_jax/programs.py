@@ -10,6 +10,7 @@ rows end.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ from gspo_jax.config import Config
 from gspo_jax.critic import make_critic, make_look, make_term
 from gspo_jax.generate import LAST_SHRINK, Sampling, bucket, schedule
 from gspo_jax.memory import Planned, Sketch, held_by, microbatch_shapes, per_device, ways
+from gspo_jax.models.cache import AXES
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.qwen import Qwen
-from gspo_jax.objective import CriticTerm, Given, Gradients, Targets, cast
-from gspo_jax.policy import Passes, Policy, Problems, compiled_cast, resolve_dtype
-from gspo_jax.run import optimizer_at
+from gspo_jax.objective import CriticTerm, Given, Gradients, Targets
+from gspo_jax.policy import Passes, Policy, Problems, compiled_to_sample, resolve_dtype, to_sample
 from gspo_jax.sharding import sharding_for, state_shardings
+from gspo_jax.state import optimizer_at
 from gspo_jax.tokenizer import Tokenizer
 from gspo_jax.train import objective
 from gspo_jax.update import CriticState, init_state, make_programs
@@ -53,7 +55,8 @@ def sketch(
     policy = Policy(graphdef, params, tokenizer, mesh, dtype, directory)  # pyright: ignore
     updates = config.run.steps * config.algo.minibatches * config.algo.epochs
     optimizer, _ = optimizer_at(config, config.optim.learning_rate, updates)
-    state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+    spikes = config.run.spike_sigmas > 0
+    state = jax.eval_shape(lambda p: init_state(p, optimizer, spikes=spikes), params)
     state = _placed(state, state_shardings(state, params, mesh))
     # What "auto" would choose is known on the device alone: here it recomputes nothing.
     kept = config.model.remat if config.model.remat != "auto" else "none"
@@ -90,7 +93,9 @@ def prompt_slots(run: Sketch) -> list[int]:
 def _rollout(run: Sketch, lengths: list[int]) -> Iterator[Planned]:
     c, r = run.config, run.config.rollout
     if run.held.weights:
-        yield _plan(run, "rollout", compiled_cast, (run.policy.params, run.policy.dtype), (), "")
+        yield _plan(
+            run, "rollout", compiled_to_sample, (run.policy.params, run.policy.dtype), (), ""
+        )
     sampling = Sampling(float(r.temperature), float(r.top_p), int(r.top_k))
     record = c.algo.routing_replay == "R3" and _routed(run)
     for slots in lengths:
@@ -115,9 +120,11 @@ def _sample(
     """The programs of one call of `generate`, in its order."""
     graphdef, weights = run.policy.graphdef, _cast(run.policy)
     base = run.held.always + run.held.weights
-    sizes = schedule(prompts * group, S, run.config.rollout.max_completion_length, ways=ways(run))
+    wanted = prompts * group
+    sizes = schedule(wanted, S, run.config.rollout.max_completion_length, ways=ways(run))
+    prompts += -prompts % ways(run)  # filled up
     tokens, mask = _host((prompts, S), "int32"), _host((prompts, S), "bool")
-    logits = _batched(run, (prompts, run.shape.vocab_size), "float32")
+    logits = _batched(run, (prompts, run.shape.vocab_size), "float32", "vocab")
     experts = _batched(run, (prompts, S, *_expert_ids(run)), "int16") if record else None
     B = sizes.batches[0]
     greedy = ", greedy" if sampling.temperature == 0 else ""
@@ -159,7 +166,7 @@ def _sample(
                 yield _plan(run, stage, generate._pick, arguments, (), f"{b} to {to}", alive)
     scalar = _host((), "int32")
     listed = generate.programs_for(
-        prompts * group, S, run.config.rollout.max_completion_length, ways=ways(run)
+        wanted, S, run.config.rollout.max_completion_length, ways=ways(run)
     )
     for program in listed:
         one = _cached(run, program.batch, program.slots, run.policy.dtype)
@@ -178,7 +185,10 @@ def _update(run: Sketch) -> Iterator[Planned]:
     """As `train` calls them: scores of other networks, of π_old, then the gradient and its use."""
     c, a = run.config, run.config.algo
     shardings = jax.tree.map(lambda x: x.sharding, run.state)
-    made = make_programs(run.policy.graphdef, run.optimizer, run.goal, shardings)
+    sigmas = run.config.run.spike_sigmas
+    made = make_programs(
+        run.policy.graphdef, run.optimizer, run.goal, shardings, spike_sigmas=sigmas
+    )
     everything = c.rollout.prompts * c.rollout.group_size
     part = everything // a.minibatches
     routed = _routed(run)
@@ -306,16 +316,18 @@ def _like(tree: PyTree, other: PyTree) -> PyTree:
 
 def _cast(policy: Policy) -> PyTree:
     """The sampler's weights."""
-    return _like(jax.eval_shape(lambda p: cast(p, policy.dtype), policy.params), policy.params)
+    with jax.set_mesh(policy.mesh):
+        shapes = jax.eval_shape(partial(to_sample, dtype=policy.dtype), policy.params)
+    return _placed(shapes, state_shardings(shapes, shapes, policy.mesh))
 
 
 def _host(shape: tuple[int, ...], dtype) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _batched(run: Sketch, shape: tuple[int, ...], dtype) -> Any:
-    """An array whose leading axis is the batch."""
-    axes = ("batch",) + (None,) * (len(shape) - 1)
+def _batched(run: Sketch, shape: tuple[int, ...], dtype, *axes: str | None) -> Any:
+    """An array whose leading axis is the batch, and the next ones perhaps `axes`."""
+    axes = ("batch", *axes, *(None,) * (len(shape) - 1 - len(axes)))
     where = sharding_for(axes, run.policy.mesh, shape)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
@@ -323,7 +335,7 @@ def _batched(run: Sketch, shape: tuple[int, ...], dtype) -> Any:
 def _cached(run: Sketch, rows: int, slots: int, dtype: str) -> Any:
     """Keys or values of one layer."""
     c = run.shape
-    return _batched(run, (rows, c.num_kv_heads, slots, c.head_dim), dtype)
+    return _batched(run, (rows, c.num_kv_heads, slots, c.head_dim), dtype, *AXES[1:])
 
 
 def _layers(run: Sketch) -> int:

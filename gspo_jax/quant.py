@@ -24,6 +24,10 @@ from jaxtyping import Array, Float, Int
 
 UNSIGNED_OCTAVES, SIGNED_OCTAVES = 24.0, 16.0
 
+# Elements that are looked at together, at most. Where devices split the last axis, it need be a
+# multiple of this on each of them, not of whole blocks: of those only the maxima of parts travel.
+PART = 32
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=["signed"])
 @dataclass(frozen=True)
@@ -69,10 +73,11 @@ def quantise(
         raise ValueError(f"{x.shape[-1]=} does not split into {block=}; take block_size(n).")
     wide = x.astype(jnp.float32)
     magnitude = jnp.abs(wide)
-    blocks = magnitude.reshape(*x.shape[:-1], -1, block)
-    scale = jnp.max(blocks, axis=-1)
+    parts = magnitude.reshape(*x.shape[:-1], -1, block_size(block, PART))
+    count = block // parts.shape[-1]
+    scale = jnp.max(jnp.max(parts, axis=-1).reshape(*x.shape[:-1], -1, count), axis=-1)
     # Empty blocks divide by 1; a magnitude of 0 is set apart before the logarithm.
-    ratio = (blocks / jnp.where(scale > 0, scale, 1.0)[..., None]).reshape(x.shape)
+    ratio = (parts / _each(jnp.where(scale > 0, scale, 1.0), count)).reshape(x.shape)
     log2 = jnp.log2(jnp.where(magnitude > 0, ratio, 1.0))
     top, octaves = (127.0, SIGNED_OCTAVES) if signed else (255.0, UNSIGNED_OCTAVES)
     step = octaves / (top - 1)
@@ -93,8 +98,16 @@ def dequantise(q: Quantised) -> Float[Array, "*shape"]:
         sign = jnp.where(code > 128, -1.0, 1.0)
         code = jnp.where(code > 128, code - 128, code)
     ratio = jnp.exp2((code - top) * (octaves / (top - 1)))
-    blocks = ratio.reshape(*q.scale.shape, -1) * q.scale[..., None]
-    return jnp.where(code > 0, sign * blocks.reshape(q.codes.shape), 0.0)
+    block = code.shape[-1] // q.scale.shape[-1]
+    parts = ratio.reshape(*code.shape[:-1], -1, block_size(block, PART))
+    parts = parts * _each(q.scale, block // parts.shape[-1])
+    return jnp.where(code > 0, sign * parts.reshape(q.codes.shape), 0.0)
+
+
+def _each(scale: Float[Array, "*rows blocks"], count: int) -> Float[Array, "*rows parts 1"]:
+    """The scale of each part: every block has `count` of them."""
+    parts = jnp.broadcast_to(scale[..., None], (*scale.shape, count))
+    return parts.reshape(*scale.shape[:-1], -1, 1)
 
 
 def _by_chance(log2, step: float, uniform) -> Float[Array, "*shape"]:

@@ -4,9 +4,9 @@ Six panels against the number of optimizer updates: reward with held-out accurac
 importance ratio, entropy, response length, gradient norm.
 """
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,18 @@ import numpy as np
 matplotlib.use("Agg")  # a file, whatever the machine's display
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from gspo_jax.errors import DataError
+from gspo_jax import jsonl
+from gspo_jax.errors import DataError, StorageError
 
 Rows = list[dict[str, Any]]
 Numbers = list[int | float]
 
+MOST_ROWS = 20_000  # held in memory
 MOST_POINTS = 2000  # of a curve; longer runs are thinned, a picture has no more columns
+LARGEST = 1e100  # of a number that is drawn; beyond, axes overflow
 SAMPLED = re.compile(r"eval/avg@(\d+)")
 BLUE, ORANGE, GREEN, RED, GREY = "#2f6db3", "#d9772b", "#3a8f4f", "#c0392b", "#6b7280"
 STYLE: dict[Any, Any] = {
@@ -49,40 +53,58 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def read_metrics(run: Path) -> Rows:
-    """The steps of a run directory (or of a metrics.jsonl), in order.
+def read_metrics(run: Path, *, most: int = MOST_ROWS) -> Rows:
+    """The steps of a run directory (or of a metrics.jsonl), in order; the latest line of each.
 
     A line that was torn by a crash, or is still being written, is left out.
+
+    Args:
+        most: rows to hold, and as many more with evaluations: of a longer run every 2nd, 4th, ...
+            step, but always the first and the last.
 
     Raises:
         DataError: there is no metrics.jsonl, or nothing in it.
     """
     path = run if run.suffix == ".jsonl" else run / "metrics.jsonl"
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            rows = list(_parsed(file))
+        with path.open("rb") as file:
+            rows = _thinned(jsonl.records(file), most)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; give a run directory, like runs/x.") from None
     if not rows:
         raise DataError(f"{path}: holds no step yet.")
-    latest = {row["step"]: row for row in rows}  # a step that was written twice counts once
-    return [latest[step] for step in sorted(latest)]
+    return [rows[step] for step in sorted(rows)]
 
 
-def dynamics(run: Path) -> Path:
+def dynamics(run: Path, say: Callable[[str], None] | None = None) -> Path:
     """Draw a run directory's metrics into its plots/dynamics.png, and say where that is.
+
+    Args:
+        say: told why it cannot be drawn, which then is no error: so a run ends well without.
 
     Raises:
         DataError: the run has no metrics to draw.
+        StorageError: the picture cannot be written.
     """
     run = Path(run)
     home = run.parent if run.suffix == ".jsonl" else run
-    return draw(read_metrics(run), home / "plots" / "dynamics.png", title=home.resolve().name)
+    path = home / "plots" / "dynamics.png"
+    try:
+        draw(read_metrics(run, most=2 * MOST_POINTS), path, title=home.resolve().name)
+    except (DataError, StorageError) as error:
+        if say is None:
+            raise
+        say(f"warning: {error}")
+    return path
 
 
 def draw(rows: Rows, path: Path, *, title: str = "") -> Path:
-    """Draw the six panels into `path` (its ending says the format), replacing it at once."""
-    rows = [{**row, "updates": row.get("updates") or row["step"]} for row in rows]
+    """Draw the six panels into `path` (its ending says the format), replacing it at once.
+
+    Raises:
+        StorageError: the disk is full, or the directory not writable.
+    """
+    rows = [{**row, "updates": _updates(row)} for row in rows]
     thin = rows[:: -(-len(rows) // MOST_POINTS)]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 3, figsize=(13, 6.6), dpi=120)
@@ -96,14 +118,23 @@ def draw(rows: Rows, path: Path, *, title: str = "") -> Path:
             for axis in axes.flat:
                 _finish(axis, rows[-1]["updates"])
             if title:
-                figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f".part.{path.name}")
-            figure.savefig(part)
-            part.replace(path)
+                head = figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+                head.set_parse_math(False)  # a name with dollar signs is no formula
+            _replace(path, figure)
         finally:
             plt.close(figure)
     return path
+
+
+def _replace(path: Path, figure: Figure) -> None:
+    part = path.with_name(f".part.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(part)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise StorageError(f"{path}: cannot be written ({error.strerror}).") from error
 
 
 # ----------------------------------------------------------------------------------- panels
@@ -199,14 +230,43 @@ def _finish(axis: Axes, updates: int) -> None:
 # ----------------------------------------------------------------------------------- numbers
 
 
-def _parsed(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
+@dataclass
+class _Sieve:
+    """At most `most` rows by step: those of every `stride`-th step, which doubles when needed."""
+
+    most: int
+    stride: int = 1
+    rows: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, row: dict[str, Any]) -> None:
+        if row["step"] % self.stride == 0:
+            self.rows[row["step"]] = row
+        while len(self.rows) > self.most:
+            self.stride *= 2
+            self.rows = {s: row for s, row in self.rows.items() if s % self.stride == 0}
+
+
+def _thinned(rows: Iterable[dict[str, Any]], most: int) -> dict[int, dict[str, Any]]:
+    """Rows by step, thinned in one pass; the first and the last step stay."""
+    every, evaluated = _Sieve(most), _Sieve(most)
+    first: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
+    for row in rows:
+        if not 0 <= row["step"] < 2**53:  # no step, but a flipped bit
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            yield row
+        every.add(row)
+        if any(name.startswith("eval/") for name in row):
+            evaluated.add(row)
+        first = row if first is None or row["step"] <= first["step"] else first
+        last = row if last is None or row["step"] >= last["step"] else last
+    ends = {row["step"]: row for row in (first, last) if row is not None}
+    return evaluated.rows | every.rows | ends
+
+
+def _updates(row: Mapping[str, Any]) -> int | float:
+    """Where a row stands on the axis: the updates so far; its step where they are not recorded."""
+    updates = row.get("updates")
+    return updates if updates and _is_number(updates) else row["step"]
 
 
 def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[Numbers, Numbers]:
@@ -216,7 +276,8 @@ def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[Numbers, Numb
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    # False for NaN as well.
+    return type(value) in (int, float) and -LARGEST < value < LARGEST
 
 
 def _smooth(y: Numbers) -> Numbers:

@@ -1,6 +1,8 @@
 """Prompts -> groups of completions -> texts -> scores, and from there to training rows."""
 
+import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -250,3 +252,33 @@ def text_lengths(rollout: Rollout) -> tuple[Int[np.ndarray, " B"], Int[np.ndarra
 def token_count(rollout: Rollout) -> int:
     """Prompt tokens, once per response, and response tokens."""
     return int(sum(lengths.sum() for lengths in text_lengths(rollout)))
+
+
+def sample_rows(rollout: Rollout, adv: np.ndarray, prompts: int = 4) -> list[dict[str, Any]]:
+    """The best and the worst response to each of the first few prompts, for people to read."""
+    rows, group = [], len(rollout.texts) // len(rollout.problems)
+    if adv.ndim == 2:  # one per token, 0 outside the mask: their mean
+        adv = adv.sum(1) / np.maximum(rollout.completions.mask.sum(1), 1)
+    for p, problem in enumerate(rollout.problems[:prompts]):
+        rewards = np.nan_to_num(rollout.reward[p * group : (p + 1) * group], nan=-np.inf)
+        for b in sorted({int(rewards.argmax()), int(rewards.argmin())}):
+            row = p * group + b
+            rows.append(
+                {
+                    "prompt": problem.prompt,
+                    "completion": rollout.texts[row],
+                    "answer": problem.answer,
+                    "reward": rollout.reward[row],
+                    "advantage": adv[row],
+                }
+            )
+    return rows
+
+
+def digest(completions: Completions) -> str:
+    """SHA-256 of which tokens were sampled, in hexadecimal; what lies after them does not count."""
+    mask = completions.mask
+    found = hashlib.sha256(str(mask.shape).encode())
+    found.update(np.ascontiguousarray(mask).tobytes())
+    found.update(np.where(mask, completions.tokens, 0).astype("<i4").tobytes())
+    return found.hexdigest()

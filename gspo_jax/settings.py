@@ -50,6 +50,13 @@ class TaskConfig:
     """Reward functions, "module:function" or "file.py:function"; empty is the task's own."""
     reward_weights: list[float] = field(default_factory=list)
     """One weight per reward function; empty is 1 each."""
+    reward_timeout: float = 60.0
+    """Seconds that one call of a reward function may take, which runs in a process of its own."""
+    reward_memory: float = 0.0
+    """GB of address space that this process may have; 0 is no limit."""
+    reward_errors: Literal["zero", "stop"] = "zero"
+    """What a function that raises, hangs or crashes does to the responses that it was scoring:
+    they get 0 from it and are counted; or to the run: it stops."""
     seed: int = 0
     """Chooses the problems of a task that makes them up; run.seed orders them."""
 
@@ -120,8 +127,9 @@ class AlgoConfig:
     epochs: int = 1
     """Passes over each rollout."""
     microbatch: int = 0
-    """Responses of full length per forward and backward pass, or so many tokens of shorter ones;
-    0 is 512 tokens on a CPU and 16,384 on an accelerator. Changes memory and speed alone."""
+    """Responses of full length per forward and backward pass, or so many tokens of shorter ones; 0
+    is, for each device, 512 tokens on a CPU or 16,384 on an accelerator. Changes memory and speed
+    alone."""
     kl: KLConfig = field(default_factory=KLConfig)
     """The pull back to the starting model."""
     critic: CriticConfig = field(default_factory=CriticConfig)
@@ -174,9 +182,13 @@ class MeshConfig:
     """How devices share the work."""
 
     data: int = -1
-    """Devices that split the batch and hold all weights; -1 is all that remain."""
+    """Devices that split the batch and hold all weights; one of the four may be -1: the rest."""
     fsdp: int = 1
-    """Devices that split both the batch and the weights."""
+    """Devices that split both the batch and the weights, and gather them layer by layer."""
+    tensor: int = 1
+    """Devices that split heads, MLP and vocabulary; must divide num_key_value_heads."""
+    expert: int = 1
+    """Devices that split the batch and the experts of a mixture; must divide num_experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,9 +232,13 @@ class RunConfig:
     save_every: int = 0
     """Steps between checkpoints; 0 is at the end alone."""
     keep: int = 2
-    """Checkpoints kept, the newest."""
+    """Checkpoints kept, the newest; the best by evaluation is kept beside them."""
+    keep_every: int = 0
+    """Steps between checkpoints that are saved and kept for good; 0 is none."""
     resume: str = "auto"
     """"auto" continues the run if it has a checkpoint, "never" starts anew, or a checkpoint."""
+    allow_data_change: bool = False
+    """Continue a run although its data or the choice of its data is no longer the same."""
     report_to: list[str] = field(default_factory=list)
     """["wandb"] sends the metrics there too."""
     profile_steps: list[int] = field(default_factory=list)
@@ -230,4 +246,10 @@ class RunConfig:
     log_completions: int = 20
     """Steps between tables of sample responses; 0 is never."""
     skip_budget: int = 10
-    """Updates with non-finite gradients that are skipped before the run stops."""
+    """Updates with non-finite gradients, in all, that are skipped before the run stops."""
+    spike_sigmas: float = 0.0
+    """Skip an update whose gradient is longer than the mean of the last 128 by this many standard
+    deviations; 0 is off."""
+    save_by: float = 0.0
+    """Minutes since the process began, in which the run is to have saved and stopped (exit code
+    75); it takes no step that would end later. 0 is no limit."""

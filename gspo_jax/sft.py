@@ -16,8 +16,9 @@ from gspo_jax.losses import LOSSES
 from gspo_jax.objective import Objective
 from gspo_jax.policy import load_policy, load_problems, passes, text_sizes
 from gspo_jax.rollout import encode_prompts
-from gspo_jax.run import Result, make_state, open_run
+from gspo_jax.run import Result, open_run
 from gspo_jax.sharding import shard_batch
+from gspo_jax.state import make_state
 from gspo_jax.tokenizer import Tokenizer
 from gspo_jax.update import make_programs
 
@@ -32,7 +33,7 @@ def sft(config: Config) -> Result:
     policy = load_policy(config)
     problems = load_problems(config, policy.tokenizer)
     optimizer, schedule, state = make_state(config, policy, updates=c.run.steps)
-    sizes = text_sizes(config, problems)
+    sizes = text_sizes(config, problems, policy.mesh)
     how = passes(config, policy, sizes)
     objective = Objective(
         loss=LOSSES["reinforce"],
@@ -47,10 +48,13 @@ def sft(config: Config) -> Result:
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
     place = partial(shard_batch, mesh=policy.mesh)
-    programs = make_programs(policy.graphdef, optimizer, objective, shardings, place=place)
+    sigmas = c.run.spike_sigmas
+    programs = make_programs(
+        policy.graphdef, optimizer, objective, shardings, place=place, spike_sigmas=sigmas
+    )
     total = c.run.steps * c.sft.batch_size
 
-    with open_run(config, policy, problems) as run:
+    with open_run(config, policy, problems, kind="sft") as run:
         state = run.start(state)
         for step in run.steps(state):
             first = (step - 1) * c.sft.batch_size

@@ -6,61 +6,99 @@ function here is the identity.
 
     mesh axis   what it splits
     data        rows of the batch; parameters are copied
-    fsdp        rows of the batch, and parameters, gradients and moments along "embed"
+    fsdp        rows of the batch; parameters, gradients and moments along "embed", put together
+                for the time of their use
+    expert      rows of the batch; experts, to which their tokens travel
+    tensor      heads, MLP and vocabulary: of parameters, activations, cache and logits
+
+What is communicated where, `models.linear` and `models.moe` say.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import DTypeLike, PyTree
 
 from gspo_jax.distributed import place
 from gspo_jax.errors import ConfigError
+from gspo_jax.masked import float_dtype
+
+Names = tuple[str, ...]
+Axes = tuple[str | None, ...]
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "embed": "fsdp",
-    "vocab": None,
-    "heads": None,
-    "kv_heads": None,
-    "mlp": None,
-    "experts": None,
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "experts": "expert",
     "norm": None,
 }
+GATHERED = "fsdp"  # of the mesh axes that split parameters: the one that is undone to use them
+MESH_AXES = ("data", "fsdp", "expert", "tensor")  # neighbouring devices talk most: tensor last
 
 
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-    """A mesh of `data` x `fsdp` devices; -1 stands for all devices that the other axis leaves.
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, expert: int = 1) -> Mesh:
+    """A mesh of `data` x `fsdp` x `expert` x `tensor` devices.
+
+    One of them may be -1: all devices that the others leave.
 
     Raises:
         ConfigError: the axes do not multiply to a number of devices that exists.
     """
+    sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
     count = jax.device_count()
-    if data == -1:
-        data = max(count // fsdp, 1)
-    elif fsdp == -1:
-        fsdp = max(count // data, 1)
-    if data * fsdp > count or data < 1 or fsdp < 1:
+    given = math.prod(n for n in sizes.values() if n != -1)
+    for axis, size in sizes.items():
+        if size == -1:
+            sizes[axis] = max(count // max(given, 1), 1)
+            break
+    needed = math.prod(sizes.values())
+    if needed > count or min(sizes.values()) < 1:
+        shown = {axis: n for axis, n in sizes.items() if n != 1 or axis == "data"}
+        text = " x ".join(f"mesh.{axis}={n}" for axis, n in shown.items())
         raise ConfigError(
-            f"mesh.data={data} x mesh.fsdp={fsdp} needs {data * fsdp} devices and {count} exist; "
-            "set one of them to -1 to use what is left."
+            f"{text} needs {needed} devices and {count} exist; set one of them to -1 to use what "
+            "is left."
         )
-    devices = jax.devices()[: data * fsdp]
-    return jax.make_mesh(
-        (data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices
-    )
+    shape = tuple(sizes[axis] for axis in MESH_AXES)
+    types = (AxisType.Auto,) * len(shape)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=jax.devices()[:needed])
+
+
+def current_mesh() -> AbstractMesh | None:
+    """The mesh of `jax.set_mesh`, where it has several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def partition_spec(
     axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh, shape: tuple[int, ...] | None = None
 ) -> PartitionSpec:
-    """Logical axis names -> mesh axes. An axis of `shape` that does not divide stays whole."""
-    parts = [RULES[axis] if axis is not None else None for axis in axes]
+    """Logical axis names -> mesh axes of several devices.
+
+    An axis of `shape` that they do not divide stays whole.
+    """
+    parts = [_several(RULES[axis], mesh) if axis is not None else None for axis in axes]
     if shape is not None:
         parts = [p if _divides(n, p, mesh) else None for n, p in zip(shape, parts, strict=True)]
     return PartitionSpec(*parts)
+
+
+def _several(
+    part: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh
+) -> str | tuple[str, ...] | None:
+    """Those of the mesh axes along which there are several devices."""
+    axes = (part,) if isinstance(part, str) else part or ()
+    several = tuple(axis for axis in axes if mesh.shape[axis] > 1)
+    return several if len(several) > 1 else several[0] if several else None
 
 
 def sharding_for(
@@ -72,8 +110,7 @@ def sharding_for(
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Inside a jitted function: keep `x` sharded by its logical axes on the current mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if (mesh := current_mesh()) is None:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, mesh, x.shape))
 
@@ -81,7 +118,123 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def batch_ways() -> int:
     """Devices of the current mesh that a batch is split over: what its rows must divide into."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"] or ())
+    return 1 if mesh.empty else ways_of(RULES["batch"], mesh)
+
+
+def ways_of(part: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int:
+    """Parts into which these mesh axes split."""
+    axes = (part,) if isinstance(part, str) else part or ()
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def split_by(axis: str | None, size: int) -> str | None:
+    """The mesh axis that splits a weight's logical axis of this size while it is used, if any."""
+    part = RULES[axis] if axis else None
+    if (mesh := current_mesh()) is None or part is None or part == GATHERED:
+        return None
+    assert isinstance(part, str)
+    return part if mesh.shape[part] > 1 and _divides(size, part, mesh) else None
+
+
+def unsplit(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    """The logical axes without those that are put together for use: of a sampler's weights."""
+    return tuple(None if axis and RULES[axis] == GATHERED else axis for axis in axes)
+
+
+def by_rows(
+    function: Callable[..., PyTree],
+    rows: Sequence[jax.Array],
+    weights: Sequence[jax.Array],
+    axes: Sequence[tuple[str | None, ...]],
+) -> PyTree:
+    """`function(*rows, *weights)`, by each device on rows of its own and its shares of the weights.
+
+    What is split over GATHERED is put together for the call; the gradients are scattered, and
+    summed over the rows. Other mesh axes of a weight are for `function` to sum over. It does so
+    with gradients that count each device's copy of an output as one of several
+    (`check_vma=False`).
+
+    Args:
+        rows: their leading axis is the batch, as it is in the result; filled up where the
+            devices do not divide it.
+        axes: the logical axes of each weight.
+    """
+    if (mesh := current_mesh()) is None:
+        return function(*rows, *weights)
+    specs = [partition_spec(a, mesh, w.shape) for a, w in zip(axes, weights, strict=True)]
+
+    def local(*given):
+        shares = zip(given[len(rows) :], specs, weights, strict=True)
+        whole = (gathered(share, spec, w.dtype) for share, spec, w in shares)
+        return function(*given[: len(rows)], *whole)
+
+    count, split = len(rows[0]), partition_spec(("batch",), mesh)
+    spread = jax.shard_map(
+        local,
+        in_specs=(*(split for _ in rows), *specs),
+        out_specs=split,
+        check_vma=False,
+    )
+    out = spread(*(fill_up(x, mesh) for x in rows), *map(widened, weights))
+    return jax.tree.map(lambda y: y[:count], out)
+
+
+def fill_up(rows: jax.Array, mesh: AbstractMesh) -> jax.Array:
+    """Rows of zeros added, until the devices that split the batch divide them."""
+    short = -len(rows) % ways_of(RULES["batch"], mesh)
+    return jnp.pad(rows, [(0, short), *((0, 0) for _ in rows.shape[1:])]) if short else rows
+
+
+def gathered(x: jax.Array, spec: PartitionSpec, dtype: DTypeLike) -> jax.Array:
+    """Inside `jax.shard_map`: `x` in `dtype`, put together along GATHERED.
+
+    Its gradient is scattered again, and summed over devices in float32 at least.
+    """
+    x = x.astype(dtype)
+    for i, part in enumerate(spec):
+        if part == GATHERED:
+            x = _gather(x, i)
+    return x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(x: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.all_gather(x, GATHERED, axis=axis, tiled=True)
+
+
+def _gather_forward(x: jax.Array, axis: int) -> tuple[jax.Array, None]:
+    return jax.lax.all_gather(x, GATHERED, axis=axis, tiled=True), None
+
+
+def _scatter(axis: int, _: None, g: jax.Array) -> tuple[jax.Array]:
+    wide = g.astype(float_dtype(g))
+    total = jax.lax.psum_scatter(wide, GATHERED, scatter_dimension=axis, tiled=True)
+    return (total.astype(g.dtype),)
+
+
+_gather.defvjp(_gather_forward, _scatter)
+
+
+def widened(x: jax.Array) -> jax.Array:
+    """A weight as it enters `jax.shard_map`: so that its gradient is summed in float32 there."""
+    return x.astype(float_dtype(x))
+
+
+def regathering(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, whose backward pass gathers again what it gathers, and keeps all else."""
+    if current_mesh() is None:
+        return function
+
+    def kept(primitive, *_, **__) -> bool:
+        return primitive.name != "all_gather"
+
+    return jax.checkpoint(function, policy=kept)
+
+
+def regathers(shardings: PyTree) -> bool:
+    """Whether the parameters of a state with these shardings are gathered for use."""
+    meshes = (getattr(s, "mesh", None) for s in jax.tree.leaves(shardings))
+    return any(mesh is not None and mesh.shape.get(GATHERED, 1) > 1 for mesh in meshes)
 
 
 def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
@@ -101,24 +254,33 @@ def state_shardings(tree: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
     divides (8-bit codes have the parameter's shape, their scales a shorter last axis); any other
     leaf is copied to every device. `tree` may hold shapes instead of arrays.
     """
-    axes_of = {_names(path): variable for path, variable in _logical_axes(params).items()}
+    found = {path: axes for path, _, axes in leaves_of(tree, params)}
 
     def place(path, leaf):
+        return sharding_for(found[path][1], mesh, leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def leaves_of(tree: PyTree, params: PyTree) -> list[tuple[Any, Any, tuple[Names, Axes]]]:
+    """Of each leaf its path, itself, the parameter that it belongs to, and its logical axes.
+
+    A leaf that belongs to none has the name () and no axes that are split.
+    """
+    known = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: hasattr(x, "axes"))
+    axes_of: dict[Names, Axes] = {_names(path): leaf.axes for path, leaf in known}
+
+    def owner(path, leaf) -> tuple[Names, Axes]:
         names = _names(path)
         for start in range(len(names)):
             for end in range(len(names), start, -1):
                 axes = axes_of.get(names[start:end])
                 if axes is not None and len(axes) == len(leaf.shape):
-                    return sharding_for(axes, mesh, leaf.shape)
-        return NamedSharding(mesh, PartitionSpec())
+                    return names[start:end], axes
+        return (), (None,) * len(leaf.shape)
 
-    return jax.tree_util.tree_map_with_path(place, tree)
-
-
-def _logical_axes(params: PyTree) -> dict[tuple, tuple[str | None, ...]]:
-    """Path of each parameter -> its logical axes, as the model declared them."""
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: hasattr(x, "axes"))
-    return {path: leaf.axes for path, leaf in leaves}
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(path, leaf, owner(path, leaf)) for path, leaf in leaves]
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
@@ -128,9 +290,4 @@ def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
 
 
 def _divides(size: int, part: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> bool:
-    if part is None:
-        return True
-    ways = 1
-    for axis in (part,) if isinstance(part, str) else part:
-        ways *= mesh.shape[axis]
-    return size % ways == 0
+    return size % ways_of(part, mesh) == 0

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gspo_jax.config import Config
+from gspo_jax.replay import Replayed
 from gspo_jax.run import Result
 
 ROWS = {  # metric -> what people call it
@@ -103,6 +104,21 @@ def comparison(columns: Mapping[str, Mapping[str, float]]) -> Table:
             by = values[1] - values[0]
             cells.append(f"{100 * by:+.1f} points" if is_share else f"{by:+.1f}")
         table.add_row(label, *cells)
+    return table
+
+
+def replayed(done: Replayed) -> Table | str:
+    """What a replay found: one line where all is equal, else a row per metric that is not."""
+    count = f"step {done.step}: {len(done.same)} metrics equal"
+    if not done.differs:
+        return f"{count} to the last bit, the digest of the sampled tokens among them."
+    title = f"{count}, {len(done.differs)} not"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column("metric")
+    table.add_column("recorded", justify="right")
+    table.add_column("computed", justify="right")
+    for name, values in done.differs.items():
+        table.add_row(Text(name), *(Text(str(value)) for value in values))
     return table
 
 

@@ -7,8 +7,9 @@ functions of (run.seed, step), so a resumed run continues exactly.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,25 +23,40 @@ from gspo_jax.config import Config
 from gspo_jax.critic import estimate, make_values
 from gspo_jax.distributed import host
 from gspo_jax.losses import LOSSES, RATIO, token_kl
-from gspo_jax.memory import Sketch, held_by, short_memory
+from gspo_jax.memory import Sketch, explained, held_by, refuse_hopeless, short_memory
 from gspo_jax.models.hf import read_config
 from gspo_jax.objective import CriticTerm, Metrics, Objective, Targets
+from gspo_jax.optim import Optimizer
 from gspo_jax.policy import Passes, Policy, Problems, load_policy, load_problems, passes, text_sizes
+from gspo_jax.resume import Begun
 from gspo_jax.rollout import (
+    digest,
     encode_prompts,
     fill_with_spread,
     groups_with_spread,
     rollout_metrics,
     sample_completions,
+    sample_rows,
     score_completions,
     text_lengths,
     to_train_batch,
-    token_count,
 )
-from gspo_jax.run import Result, Run, add_critic, make_state, open_run
+from gspo_jax.run import Result, Run, open_run
 from gspo_jax.settings import GAE
 from gspo_jax.sharding import shard_batch
-from gspo_jax.update import Programs, TrainState, make_programs, summarise, update_on_rollout
+from gspo_jax.state import add_critic, make_state
+from gspo_jax.stopping import Abandoned
+from gspo_jax.update import (
+    Pending,
+    Programs,
+    TrainState,
+    continue_updates,
+    make_programs,
+    old_logps,
+    summarise,
+)
+
+Phase = Callable[[str], AbstractContextManager[None]]
 
 
 def train(config: Config) -> Result:
@@ -48,71 +64,136 @@ def train(config: Config) -> Result:
 
     Raises:
         ConfigError, DataError, StorageError: found before the first step.
+        OutOfMemory: a device has less memory than is needed.
         NumericalError: more than `run.skip_budget` updates were not finite.
     """
-    c, roll = config, config.rollout
-    policy = load_policy(config)
-    problems = load_problems(config, policy.tokenizer)
-    updates = c.run.steps * c.algo.minibatches * c.algo.epochs
-    optimizer, schedule, state = make_state(config, policy, updates)
-    how, shortest = passes(config, policy, text_sizes(config, problems)), problems.shortest
-    state, critic = add_critic(config, policy, state, updates, how, shortest_prompt=shortest)
-    reference = jax.tree.map(jnp.copy, policy.params) if c.algo.kl.coef else None
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    goal = objective(config, policy, problems, how, critic)
-    place = partial(shard_batch, mesh=policy.mesh)
-    programs = make_programs(policy.graphdef, optimizer, goal, shardings, place=place)
-    advantage = make_advantage(config, policy, goal, programs, reference)
-
-    with open_run(config, policy, problems) as run, jax.set_mesh(policy.mesh):
-        held = held_by(state, dtype=policy.dtype, reference=reference is not None)
-        shape = read_config(policy.directory)
-        sketch = Sketch(config, shape, policy, problems, state, goal, optimizer, held)
+    loop, state = assemble(config)
+    policy, problems = loop.policy, loop.problems
+    held = held_by(state, dtype=policy.dtype, reference=loop.reference is not None)
+    shape = read_config(policy.directory)
+    sketch = Sketch(config, shape, policy, problems, state, loop.goal, loop.optimizer, held)
+    refuse_hopeless(sketch)
+    with open_run(config, policy, problems) as run, jax.set_mesh(policy.mesh), explained(sketch):
         run.log.say(f"Memory: {short_memory(sketch)}.")
         meter = speedometer(config, policy, run)
         state = run.start(state)
         for step in run.steps(state):
-            draw = partial(sample, run, state, step)  # 1 prompt, 2 rollout, 3 reward
-            rollout, everything = fill_with_spread(draw, roll.prompts, 1 + roll.resample)
-            with run.phase("advantage"):
-                judged = advantage(state, rollout)  # 4 advantage
-            batch, rate = judged.batch, float(schedule(int(state.updates)))
-            state, stats, old_logp = update_on_rollout(  # 5 update
-                programs,
-                state,
-                batch,
-                minibatches=c.algo.minibatches,
-                epochs=c.algo.epochs,
-                ref_logp=judged.ref_logp,
-                targets=judged.targets,
-                phase=run.phase,
-            )
-            stats = judged.metrics | summarise(stats) | mismatch(old_logp, rollout.completions)
-            stats |= trl_names(stats, c.algo.loss["name"])
-            metrics = rollout_metrics(everything) | stats | {"learning_rate": rate}
-            metrics["groups_without_spread"] = roll.prompts - len(groups_with_spread(rollout))
-            metrics |= meter(*text_lengths(everything), run.seconds)
-            tokens = token_count(everything)
-            run.record(state, metrics, tokens=tokens, rollout=rollout, adv=batch.adv)  # 6 metrics
+            resumed = run.begun is not None
+            try:
+                begun = run.begun or begin(loop, state, step, run.phase)  # 1 prompt ... 4 advantage
+            except Abandoned:  # asked to stop, and nothing has changed: no need to finish it
+                break
+            state, begun = update(loop, state, begun, run.phase, run.stopping)  # 5 update
+            if int(state.step) < step:  # stopped between two updates; `finish` saves them
+                run.begun = begun
+                continue
+            run.begun, metrics = None, step_metrics(config, begun)
+            metrics |= {} if resumed else meter(*begun.lengths, run.seconds)
+            run.record(state, metrics, tokens=begun.tokens, samples=begun.samples)  # 6 metrics
             run.save(state)  # 7 checkpoint
         return run.finish(state)
 
 
-def sample(run: Run, state: TrainState, step: int, number: int) -> Rollout:
+class Loop(NamedTuple):
+    """What the steps of a run are made with."""
+
+    config: Config
+    policy: Policy
+    problems: Problems
+    optimizer: Optimizer
+    schedule: Callable[[int], Any]
+    goal: Objective
+    programs: Programs
+    reference: PyTree | None
+    advantage: "Callable[[TrainState, Rollout], Judged]"
+
+
+def assemble(config: Config) -> tuple[Loop, TrainState]:
+    """The programs of a run, and the state before its first step."""
+    policy = load_policy(config)
+    problems = load_problems(config, policy.tokenizer)
+    updates = config.run.steps * config.algo.minibatches * config.algo.epochs
+    optimizer, schedule, state = make_state(config, policy, updates)
+    how = passes(config, policy, text_sizes(config, problems, policy.mesh))
+    shortest = problems.shortest
+    state, critic = add_critic(config, policy, state, updates, how, shortest_prompt=shortest)
+    reference = jax.tree.map(jnp.copy, policy.params) if config.algo.kl.coef else None
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    goal = objective(config, policy, problems, how, critic)
+    place = partial(shard_batch, mesh=policy.mesh)
+    sigmas = config.run.spike_sigmas
+    programs = make_programs(
+        policy.graphdef, optimizer, goal, shardings, place=place, spike_sigmas=sigmas
+    )
+    advantage = make_advantage(config, policy, goal, programs, reference)
+    made = Loop(config, policy, problems, optimizer, schedule, goal, programs, reference, advantage)
+    return made, state
+
+
+def begin(loop: Loop, state: TrainState, step: int, phase: Phase = nullcontext) -> Begun:
+    """A step up to its updates; `phase` is entered for each stage of it."""
+    roll, every = loop.config.rollout, loop.config.run.log_completions
+    draw = partial(sample, loop, state, step, phase)  # 1 prompt, 2 rollout, 3 reward
+    rollout, everything = fill_with_spread(draw, roll.prompts, 1 + roll.resample)
+    with phase("advantage"):
+        judged = loop.advantage(state, rollout)  # 4 advantage
+    metrics = rollout_metrics(everything) | judged.metrics
+    metrics["completions/digest"] = digest(everything.completions)
+    metrics["learning_rate"] = float(loop.schedule(int(state.updates)))
+    metrics["groups_without_spread"] = roll.prompts - len(groups_with_spread(rollout))
+    shown = every and (step == 1 or step % every == 0)
+    return Begun(
+        Pending(judged.batch, judged.ref_logp, judged.targets),
+        rollout.completions._replace(routing=None),
+        metrics,
+        sample_rows(rollout, judged.batch.adv) if shown else [],
+        text_lengths(everything),
+    )
+
+
+def update(
+    loop: Loop,
+    state: TrainState,
+    begun: Begun,
+    phase: Phase = nullcontext,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[TrainState, Begun]:
+    """The updates of a step, or those of them that come before a stop; `state` is donated."""
+    algo = loop.config.algo
+    state, pending = continue_updates(
+        loop.programs,
+        state,
+        begun.pending,
+        minibatches=algo.minibatches,
+        epochs=algo.epochs,
+        phase=phase,
+        stop=stop,
+    )
+    return state, begun._replace(pending=pending)
+
+
+def step_metrics(config: Config, begun: Begun) -> Metrics:
+    """What the rollout of a step and all its updates have to say."""
+    stats = summarise(list(begun.pending.stats))
+    stats |= mismatch(old_logps(begun.pending), begun.completions)
+    return begun.metrics | stats | trl_names(stats, config.algo.loss["name"])
+
+
+def sample(loop: Loop, state: TrainState, step: int, phase: Phase, number: int) -> Rollout:
     """Round `number` of a step: its own prompts, their responses, and their scores.
 
     Each step has a stretch of the order of problems to itself, long enough for all its rounds.
     """
-    c, roll = run.config, run.config.rollout
-    with run.phase("generate"):
+    c, roll = loop.config, loop.config.rollout
+    with phase("generate"):
         first = ((step - 1) * (1 + roll.resample) + number) * roll.prompts
         total = c.run.steps * (1 + roll.resample) * roll.prompts
-        chosen = run.problems.visit(first, roll.prompts, total=total, seed=c.run.seed)
-        asked = run.problems.get("train", chosen)  # 1 prompt
-        prompts = encode_prompts(run.policy.tokenizer, asked)
+        chosen = loop.problems.visit(first, roll.prompts, total=total, seed=c.run.seed)
+        asked = loop.problems.get("train", chosen)  # 1 prompt
+        prompts = encode_prompts(loop.policy.tokenizer, asked)
         completions, texts = sample_completions(  # 2 rollout
-            run.policy.sampler(state.params),
-            run.policy.tokenizer,
+            loop.policy.sampler(state.params),
+            loop.policy.tokenizer,
             prompts,
             key=jax.random.fold_in(jax.random.key(c.run.seed), step),
             group_size=roll.group_size,
@@ -123,9 +204,9 @@ def sample(run: Run, state: TrainState, step: int, number: int) -> Rollout:
             first_prompt=number * roll.prompts,
             record_routing=c.algo.routing_replay == "R3",
         )
-    with run.phase("reward"):
+    with phase("reward"):
         return score_completions(  # 3 reward
-            run.problems.scorer,
+            partial(loop.problems.scorer, step=step),
             asked,
             prompts,
             completions,
@@ -171,6 +252,7 @@ def mismatch(old_logp: Float[np.ndarray, "B T"], completions: Completions) -> di
     """
     difference = np.abs(old_logp - completions.logp)[completions.mask]
     name = "sampling/sampling_logp_difference"
+    difference = difference if difference.size else np.zeros(1)
     return {f"{name}/mean": float(difference.mean()), f"{name}/max": float(difference.max())}
 
 
@@ -178,7 +260,7 @@ def objective(
     config: Config, policy: Policy, problems: Problems, how: Passes, critic: CriticTerm | None
 ) -> Objective:
     """The configured loss with its keywords bound, and how its forward pass is run."""
-    options, sizes = dict(config.algo.loss), text_sizes(config, problems)
+    options, sizes = dict(config.algo.loss), text_sizes(config, problems, policy.mesh)
     return Objective(
         loss=partial(LOSSES[options.pop("name")], **options),
         temperature=config.rollout.temperature,

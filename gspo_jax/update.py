@@ -2,7 +2,7 @@
 
     score     log π_old of the minibatches that will be visited after the policy has moved
     add       the microbatches' shares of the gradient, into donated accumulators
-    apply     clip, Adam, skip if not finite; the metrics
+    apply     clip, Adam, unless the gradient is not finite, a spike or zero; the metrics
 
 The first minibatch needs no scoring: there π_θ = π_old, so its old log-probabilities are its own
 (stop_gradient), its ratio is exactly 1 and nothing can be clipped. The other minibatches' come
@@ -39,7 +39,11 @@ from gspo_jax.objective import (
     share_of_loss,
 )
 from gspo_jax.optim import LeafByLeaf, Optimizer
-from gspo_jax.sharding import batch_ways
+from gspo_jax.sharding import batch_ways, regathers
+
+SPIKE_WINDOW = 128  # updates that a gradient is compared with
+SPIKE_FEWEST = 32  # without so many, nothing is a spike
+SPIKE_PATIENCE = 8  # so many in a row are a new level; the window begins anew
 
 
 class CriticState(NamedTuple):
@@ -47,6 +51,14 @@ class CriticState(NamedTuple):
 
     params: PyTree
     opt_state: PyTree
+
+
+class Spikes(NamedTuple):
+    """What says whether a gradient is unusually long; kept with the state, so resuming is exact."""
+
+    norms: Float[Array, " window"]  # of the last updates; NaN for those still to come
+    in_a_row: Int[Array, ""]
+    skipped: Int[Array, ""]
 
 
 class TrainState(NamedTuple):
@@ -58,13 +70,31 @@ class TrainState(NamedTuple):
     updates: Int[Array, ""]  # optimizer updates done
     skipped: Int[Array, ""]  # updates skipped because a number was not finite
     critic: CriticState | None = None  # has no leaves where there is none
+    spikes: Spikes | None = None  # likewise
 
 
 class Scored(NamedTuple):
     """What a policy says of a batch: log-probabilities, and the experts that it chose."""
 
-    logp: Float[Array, "B T"]
-    experts: Int[Array, "B S M X"] | None = None
+    logp: Float[Any, "B T"]
+    experts: Int[Any, "B S M X"] | None = None
+
+
+class Pending(NamedTuple):
+    """A rollout and how far its updates have come.
+
+    Attributes:
+        batch, ref_logp, targets: as of `update_on_rollout`.
+        old: what the policy at the start says of each minibatch, None for the first until its
+            update is done; empty before any was asked for.
+        stats: the metrics of each update that is done.
+    """
+
+    batch: TrainBatch
+    ref_logp: Float[Any, "B T"] | None = None
+    targets: Targets | None = None
+    old: tuple[Scored | None, ...] = ()
+    stats: tuple[Metrics, ...] = ()
 
 
 class Accumulated(NamedTuple):
@@ -98,9 +128,17 @@ class Programs(NamedTuple):
     apply: Any
 
 
-def init_state(params: PyTree, optimizer: Optimizer) -> TrainState:
-    """The state before the first step."""
-    return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.int32(0), jnp.int32(0))
+def init_state(params: PyTree, optimizer: Optimizer, *, spikes: bool = False) -> TrainState:
+    """The state before the first step; with `spikes`, what is needed to skip those."""
+    counts = [jnp.int32(0) for _ in range(3)]  # buffers of their own: all are donated
+    window = empty_window() if spikes else None
+    return TrainState(params, optimizer.init(params), *counts, spikes=window)
+
+
+def empty_window() -> Spikes:
+    """Before the first update."""
+    norms = jnp.full(SPIKE_WINDOW, jnp.nan, jnp.float32)
+    return Spikes(norms, jnp.int32(0), jnp.int32(0))
 
 
 def make_programs(
@@ -110,6 +148,7 @@ def make_programs(
     shardings: TrainState | None = None,
     *,
     place: Callable[[PyTree], PyTree] = lambda x: jax.tree.map(jnp.asarray, x),
+    spike_sigmas: float = 0.0,
 ) -> Programs:
     """Bind the network, the optimizer and the objective into `score` and `update`.
 
@@ -119,6 +158,7 @@ def make_programs(
     Args:
         shardings: of the state, so that every new one lives where the old one did.
         place: puts a batch on the devices.
+        spike_sigmas: where the state has `spikes`, what counts as one.
     """
     # `None` leaves the placement of what is found to the compiler.
     kept: Any = None
@@ -147,7 +187,7 @@ def make_programs(
         static_argnames="width",
         donate_argnums=0,
         out_shardings=kept,
-        compiler_options=compiler_options(objective.remat),
+        compiler_options=compiler_options(objective.remat, regathers(shardings)),
     )
     def add(so_far: Accumulated, trained, batch, given: Given, rows, count, *, width):
         gradient = jax.grad(share_of_loss(graphdef, batch, objective), has_aux=True)
@@ -162,7 +202,12 @@ def make_programs(
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None, None))
     def apply(state: TrainState, total: Accumulated, batch: TrainBatch, given: Given):
         metrics, finite = measure(total.grads, total.found, batch, given, objective)
-        state = apply_if_finite(state, total.grads, optimizer, objective, finite)
+        norm, spike = metrics["grad_norm"], jnp.bool_(False)
+        if state.spikes is not None:
+            spike = finite & is_spike(state.spikes, norm, spike_sigmas)
+            taken = finite & ~spike & (norm > 0)
+            state = state._replace(spikes=remember(state.spikes, norm, state.updates, spike, taken))
+        state = apply_guarded(state, total.grads, optimizer, objective, norm, finite, spike)
         return state, metrics, _scored(total.found)
 
     def score(params: PyTree, batch: TrainBatch) -> Scored:
@@ -201,33 +246,81 @@ def microbatches(batch: TrainBatch, objective: Objective) -> list[Microbatches]:
     return split(length, longest, tokens=objective.microbatch, ways=batch_ways())
 
 
-def apply_if_finite(
+def apply_guarded(
     state: TrainState,
     grads: Gradients,
     optimizer: Optimizer,
     objective: Objective,
+    norm: Float[Array, ""],
     finite: Bool[Array, ""],
+    spike: Bool[Array, ""],
 ) -> TrainState:
-    """One optimizer update, or the very same parameters and moments with one more skip counted."""
+    """One optimizer update, or the very same parameters and moments.
 
-    def step(optimizer, grads, params, opt_state):
+    What is not finite, or a spike, moves nothing. A policy gradient that is exactly zero (every
+    advantage is, and no other term has a gradient) does not move the policy: Adam's momentum and
+    the weight decay would, though nothing was learned. It counts neither as update nor as skipped.
+    """
+
+    def step(optimizer, grads, params, opt_state, good):
         def apply(params, opt_state):
             steps, opt_state = optimizer.update(grads, opt_state, params)
             return optax.apply_updates(params, steps), opt_state
 
         with jax.numpy_dtype_promotion("standard"):  # optax relies on implicit promotion
             if isinstance(optimizer, LeafByLeaf):
-                return optimizer.step(grads, opt_state, params, finite)
-            return jax.lax.cond(finite, apply, lambda *same: same, params, opt_state)
+                return optimizer.step(grads, opt_state, params, good)
+            return jax.lax.cond(good, apply, lambda *same: same, params, opt_state)
 
-    params, opt_state = step(optimizer, grads.policy, state.params, state.opt_state)
+    good = finite & ~spike
+    moved = good & (norm > 0)
+    params, opt_state = step(optimizer, grads.policy, state.params, state.opt_state, moved)
     critic = state.critic
     if critic is not None and objective.critic is not None:
-        critic = CriticState(*step(objective.critic.optimizer, grads.critic, *critic))
-    done = finite.astype(jnp.int32)
-    return TrainState(
-        params, opt_state, state.step, state.updates + done, state.skipped + 1 - done, critic
+        critic = CriticState(*step(objective.critic.optimizer, grads.critic, *critic, good))
+    return state._replace(
+        params=params,
+        opt_state=opt_state,
+        updates=state.updates + moved.astype(jnp.int32),
+        skipped=state.skipped + (~finite).astype(jnp.int32),
+        critic=critic,
     )
+
+
+def is_spike(
+    spikes: Spikes, norm: Float[Array, ""], sigmas: float | Float[Array, ""]
+) -> Bool[Array, ""]:
+    """norm > mean + sigmas std of the last norms, but for the next of SPIKE_PATIENCE in a row."""
+    known = ~jnp.isnan(spikes.norms)
+    mean, std = jnp.mean(spikes.norms, where=known), jnp.std(spikes.norms, where=known)
+    enough = jnp.sum(known, dtype=jnp.int32) >= SPIKE_FEWEST
+    return enough & (norm > mean + sigmas * std) & (spikes.in_a_row < SPIKE_PATIENCE)
+
+
+def remember(
+    spikes: Spikes,
+    norm: Float[Array, ""],
+    updates: Int[Array, ""],
+    spike: Bool[Array, ""],
+    taken: Bool[Array, ""],
+) -> Spikes:
+    """The window after update number `updates`, whose gradient was a spike, or taken, or neither.
+
+    One that is taken after SPIKE_PATIENCE spikes in a row is the first of a new window.
+    """
+    anew = taken & (spikes.in_a_row >= SPIKE_PATIENCE)
+    earlier = jnp.where(anew, jnp.nan, spikes.norms)
+    place = updates % SPIKE_WINDOW
+    norms = earlier.at[place].set(jnp.where(taken, norm, earlier[place]))
+    one = spike.astype(jnp.int32)
+    in_a_row = jnp.where(taken, 0, spikes.in_a_row + one)
+    return Spikes(norms, in_a_row, spikes.skipped + one)
+
+
+@jax.jit
+def all_finite(params: PyTree) -> Bool[Array, ""]:
+    """Whether every number in a tree is finite."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]).all()
 
 
 def update_on_rollout(
@@ -252,29 +345,65 @@ def update_on_rollout(
         targets: values and returns on the host, where the objective has a critic.
         phase: entered for "old_logp", "update" (the gradient) and "optimizer", to time them.
     """
-    parts = _blocks(batch, minibatches)
-    refs = [None] * minibatches if ref_logp is None else _blocks(ref_logp, minibatches)
-    goals = [None] * minibatches if targets is None else _blocks(targets, minibatches)
-    # The first update is on-policy by construction, and tells its own π_old; the others' is needed
-    # before the policy moves.
-    old: list[Scored | None] = [None]
-    with phase("old_logp"):
-        old += [programs.score(state.params, part) for part in parts[1:]]
-        jax.block_until_ready(old)
-    metrics = []
-    for i, part in enumerate(parts * epochs):
+    pending = Pending(batch, ref_logp, targets)
+    state, done = continue_updates(
+        programs, state, pending, minibatches=minibatches, epochs=epochs, phase=phase
+    )
+    return state, list(done.stats), old_logps(done)
+
+
+def continue_updates(
+    programs: Programs,
+    state: TrainState,
+    pending: Pending,
+    *,
+    minibatches: int,
+    epochs: int = 1,
+    phase: Callable[[str], AbstractContextManager[None]] = nullcontext,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[TrainState, Pending]:
+    """The updates of a rollout that are left, or some of them: `stop` is asked before each.
+
+    Continuing later, from what is returned, gives bit for bit what would have come without a stop.
+    `state.step` counts the rollout once all its updates are done.
+
+    Args:
+        programs, minibatches, epochs, phase: as of `update_on_rollout`; `state` is donated.
+    """
+    parts, total = _blocks(pending.batch, minibatches), minibatches * epochs
+    refs, goals = (
+        [None] * minibatches if tree is None else _blocks(tree, minibatches)
+        for tree in (pending.ref_logp, pending.targets)
+    )
+    if stop():
+        return state, pending
+    old, stats = list(pending.old), list(pending.stats)
+    if not old:
+        # The first update is on-policy by construction, and tells its own π_old; the others' is
+        # needed before the policy moves.
+        with phase("old_logp"):
+            old = [None, *(programs.score(state.params, part) for part in parts[1:])]
+            jax.block_until_ready(old)
+    for i in range(len(stats), total):
+        if stop():
+            break
         i %= minibatches
-        known = old[i]
+        known, part = old[i], parts[i]
         if known is not None and part.routing is None:
             part = part._replace(routing=known.experts)
         known_logp = None if known is None else known.logp
-        state, stats, scored = programs.update(
+        state, metrics, scored = programs.update(
             state, part, known_logp, refs[i], goals[i], phase=phase
         )
-        metrics.append(stats)
+        stats.append(metrics)
         old[i] = scored if known is None else known
-    logp = [host(scored.logp) for scored in old if scored is not None]
-    return state._replace(step=state.step + 1), metrics, np.concatenate(logp)
+    state = state._replace(step=state.step + int(len(stats) == total))
+    return state, pending._replace(old=tuple(old), stats=tuple(stats))
+
+
+def old_logps(done: Pending) -> Float[np.ndarray, "B T"]:
+    """log π_old of all rows of a rollout, once every minibatch has had its update."""
+    return np.concatenate([host(x.logp) for x in done.old if x is not None])
 
 
 def _zeros_of(graphdef, trained: Gradients, batch: TrainBatch, objective: Objective) -> Forward:

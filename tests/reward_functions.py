@@ -2,23 +2,12 @@
 
 import os
 import signal
+import time
 
 
 def short_words(completions, **_):
     """Share of characters that are low ASCII: a random byte model can learn it."""
     return [sum(c < "P" for c in text) / max(len(text), 1) for text in completions]
-
-
-def terminate_in_third_step(completions, **_):
-    """Ask this very process to stop, in the middle of the third step's scoring."""
-    terminate_in_third_step.calls += 1
-    if terminate_in_third_step.calls == 4:  # one rehearsal came before
-        os.kill(os.getpid(), terminate_in_third_step.signal)
-    return short_words(completions)
-
-
-terminate_in_third_step.calls = 0
-terminate_in_third_step.signal = signal.SIGTERM
 
 
 def raises(completions, **_):
@@ -32,3 +21,60 @@ def one_too_few(completions, **_):
 def many_nines(completions, **_):
     """Digits added up, scaled: differs wherever two completions do."""
     return [sum(int(c) for c in text if c.isdigit()) / 99 for text in completions]
+
+
+def equal_from_the_third_step(completions, trainer_state, **_):
+    """Spread at first, then none."""
+    step = trainer_state.global_step
+    return [1.0] * len(completions) if step and step >= 3 else short_words(completions)
+
+
+def hangs_at_second_call(completions, **_):
+    """Of a process: the rehearsal and every step after a hang are first calls."""
+    hangs_at_second_call.calls += 1
+    if hangs_at_second_call.calls == 2:
+        time.sleep(1e6)
+    return short_words(completions)
+
+
+hangs_at_second_call.calls = 0
+
+
+def fails_where_asked(completion, level):
+    """One response at a time, with what a column asks for."""
+    if level == "raise":
+        raise ZeroDivisionError("as asked")
+    if level == "sleep":
+        time.sleep(1e6)
+    if level == "spin":  # in C, holding the interpreter's lock
+        sum(range(10**15))
+    if level == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if level == "exit":
+        os._exit(3)
+    if level == "memory":
+        return float(len(bytearray(10**12)))
+    return float(len(completion))
+
+
+def returns_the_column(completions, level, **_):
+    return level[0]
+
+
+def divides_by_zero(completions, trainer_state, **_):
+    """From the second step on."""
+    step = trainer_state.global_step or 1
+    return [1 / (2 - step)] * len(completions) if step == 2 else short_words(completions)
+
+
+def slow(completions, **_):
+    time.sleep(0.4)
+    return short_words(completions)
+
+
+def tells_its_process(completion, where):
+    """Writes its pid where the column says, then takes a while."""
+    with open(where, "a") as file:
+        file.write(f"{os.getpid()}\n")
+    time.sleep(0.2)
+    return float(len(completion))

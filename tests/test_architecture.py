@@ -10,17 +10,18 @@ import gspo_jax
 PACKAGE = Path(gspo_jax.__file__).parent
 
 LAYERS = [
-    {"errors", "batch", "masked", "console", "sandbox", "tasks.units", "tasks.zebra_words"}
-    | {"tasks.zebra_solve"},
-    {"distributed", "tasks.verify"},
+    {"errors", "batch", "masked", "console", "sandbox", "stopping", "tasks.units"}
+    | {"tasks.zebra_words", "tasks.zebra_solve"},
+    {"distributed", "jsonl", "tasks.verify"},
     {"models.fields", "models.init", "penalties", "mismatch", "advantages", "logps", "quant"}
-    | {"sharding", "chat_template", "tasks.task", "tasks.zebra_score"},
-    {"losses", "models.attention", "models.cache", "models.files", "optim", "checkpoint", "metrics"}
-    | {"models.rope", "rewards", "tasks.draw", "tasks.mixture", "tasks.sources", "report"},
+    | {"sharding", "chat_template", "tasks.task", "tasks.zebra_score", "integrity"},
+    {"losses", "models.attention", "models.linear", "models.cache", "models.files", "optim"}
+    | {"models.rope", "signatures", "tasks.draw", "tasks.mixture", "tasks.sources", "report"}
+    | {"checkpoint", "metrics"},
     {"models.config", "tasks.data", "tasks.math", "tasks.zebra", "tasks.reasoning", "tokenizer"}
-    | {"tasks.countdown", "tasks.knights"},
-    {"models.moe", "models.remat"},
-    {"models.qwen"},
+    | {"tasks.countdown", "tasks.knights", "rewards"},
+    {"models.moe", "models.remat", "workers"},
+    {"models.qwen", "reward_worker"},
     {"models.hf"},
     {"tasks.published"},
     {"models", "tasks", "generate"},
@@ -29,17 +30,17 @@ LAYERS = [
     {"checks", "critic"},
     {"config"},
     {"policy", "model_card"},
-    {"evaluate", "memory", "costs"},
+    {"evaluate", "memory", "costs", "resume", "export", "state"},
     {"run"},
     {"train"},
-    {"sft", "programs"},
-    {"plan"},
+    {"sft", "programs", "replay"},
+    {"plan", "shardings"},
     {"story"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PURE = {"losses", "penalties", "mismatch", "advantages", "logps", "quant", "masked"}
-FILES_ONLY = {"report", "metrics", "console", "errors", "cli"}
+FILES_ONLY = {"report", "metrics", "console", "jsonl", "errors", "cli", "integrity"}
 
 
 def module_name(path: Path) -> str:

@@ -1,9 +1,7 @@
 """Whole runs on a tiny model: they learn, resume bit for bit, and stop when asked."""
 
-import importlib
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,6 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from gspo_jax import checkpoint
 from gspo_jax.cli import main
 from gspo_jax.config import load_config
 from gspo_jax.errors import ConfigError
@@ -201,33 +198,6 @@ def test_a_mixture_of_experts_trains_with_replay_resumes_and_comes_out(config, e
 def test_replay_without_experts_is_refused(config):
     with pytest.raises(ConfigError, match="routing_replay=R2: the model is qwen2, which has no"):
         train(config("none", "algo.routing_replay=R2"))
-
-
-@pytest.mark.parametrize(
-    ("number", "state", "code"),
-    [(signal.SIGTERM, "preempted", 75), (signal.SIGINT, "interrupted", 130)],
-)
-def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(
-    config, monkeypatch, number, state, code
-):
-    """Sent while the third step is scored; the rerun ends where an undisturbed run does."""
-    undisturbed = train(config("undisturbed")).run_dir
-    module = importlib.import_module("reward_functions")
-    function = module.terminate_in_third_step
-    monkeypatch.setattr(function, "calls", 0)
-    monkeypatch.setattr(function, "signal", number)
-    spec = "task.rewards=[reward_functions:terminate_in_third_step]"
-    result = train(config("disturbed", spec))
-    assert (result.state, result.exit_code, result.steps) == (state, code, 3)
-    status = json.loads((result.run_dir / "status.json").read_text())
-    assert (status["state"], status["step"]) == (state, 3)
-    assert checkpoint.steps(result.run_dir / "checkpoints") == [3]
-    result = train(config("disturbed", spec))
-    assert result.state == "finished"
-    wanted, got = stored(undisturbed, 4), stored(result.run_dir, 4)
-    for name in wanted:
-        np.testing.assert_array_equal(wanted[name], got[name], err_msg=name)
-    assert [row["step"] for row in metrics(result.run_dir)] == [1, 2, 3, 4]
 
 
 def test_padding_with_the_end_of_sequence_changes_nothing(config, tiny_dir, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from gspo_jax import generate as generate_module
+from gspo_jax import stopping
 from gspo_jax.batch import Completions, TrainBatch
 from gspo_jax.generate import Program as P
 from gspo_jax.generate import (
@@ -24,6 +25,7 @@ from gspo_jax.losses import LOSSES
 from gspo_jax.models.cache import fit
 from gspo_jax.objective import Objective, forward_logps
 from gspo_jax.sharding import make_mesh
+from gspo_jax.stopping import Abandoned, Stop
 
 PROMPTS = [[5, 9, 11], [7], [3, 4, 5, 6, 7, 8, 9]]
 NO_EOS = [999]  # an id beyond the vocabulary: rows run to the limit
@@ -227,6 +229,22 @@ def test_decoding_stops_one_chunk_after_the_last_row_has(tiny, decoded):
     eos = free.tokens[:, 2].tolist()  # all rows end at token 2 or before: in the first chunk
     got, count = chunks(eos)
     assert count == 2 and got.mask.sum(1).max() <= 3 and not got.truncated.any()
+
+
+def test_a_wish_to_stop_is_heard_between_two_chunks(tiny, decoded, monkeypatch):
+    stop = Stop()
+    monkeypatch.setattr(stopping, "_listening", [stop])
+    counted = generate_module._decode
+
+    def asked_for_in_the_second(*arguments, **options):
+        if len(decoded) == 1:
+            stop.ask("preempted")
+        return counted(*arguments, **options)
+
+    monkeypatch.setattr(generate_module, "_decode", asked_for_in_the_second)
+    with pytest.raises(Abandoned):
+        generate(tiny, PROMPTS, max_new_tokens=40, eos_ids=NO_EOS, key=KEY, chunk=4)
+    assert len(decoded) == 2
 
 
 def test_each_prompt_is_run_once_for_its_whole_group(tiny, monkeypatch):

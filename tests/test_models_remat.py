@@ -18,6 +18,7 @@ from gspo_jax.models import Qwen, QwenConfig
 from gspo_jax.models.remat import POLICIES, activation_bytes, choose_remat, compiler_options
 from gspo_jax.objective import Objective
 from gspo_jax.policy import TextSizes
+from gspo_jax.sharding import MESH_AXES
 
 DENSE = QwenConfig(
     family="qwen2",
@@ -124,7 +125,7 @@ def test_the_least_is_recomputed_that_fits_into_four_fifths():
 
 def policy_on(device, monkeypatch):
     monkeypatch.setattr(policy_module, "read_config", lambda _: DENSE)
-    mesh = SimpleNamespace(devices=np.array([device]), size=1, shape={"fsdp": 1})
+    mesh = SimpleNamespace(devices=np.array([device]), size=1, shape=dict.fromkeys(MESH_AXES, 1))
     weights = {"w": jnp.ones((10, 25))}  # 1000 bytes
     return policy_module.Policy(None, weights, None, mesh, "float32", Path())
 

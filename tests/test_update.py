@@ -16,10 +16,13 @@ from gspo_jax.losses import LOSSES
 from gspo_jax.objective import Gradients, Objective
 from gspo_jax.optim import make_optimizer
 from gspo_jax.update import (
+    Pending,
     Programs,
+    continue_updates,
     init_state,
     make_programs,
     microbatches,
+    old_logps,
     summarise,
     update_on_rollout,
 )
@@ -266,3 +269,28 @@ def test_a_text_that_is_cut_gives_the_same_gradient_as_one_that_is_not(tiny_view
         np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(a).max()) + 1e-9)
     mask = short.mask
     np.testing.assert_allclose(split.found.logp[mask], whole.found.logp[mask], atol=1e-5)
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 5])  # times that `stop` says no
+def test_updates_stopped_and_continued_are_those_that_nobody_stopped(tiny_view, after):
+    """Two epochs of two updates, continued on the host's copies, as a checkpoint holds them."""
+    graphdef, optimizer, state = fresh(tiny_view)
+    programs = make_programs(graphdef, optimizer, Objective(GSPO))
+    wanted, stats, old = update_on_rollout(programs, state, make_batch(), minibatches=2, epochs=2)
+    answers = iter([False] * after + [True])
+    state, part = continue_updates(
+        programs,
+        fresh(tiny_view)[2],
+        Pending(make_batch()),
+        minibatches=2,
+        epochs=2,
+        stop=lambda: next(answers, True),
+    )
+    # Asked once before anything, then before each update.
+    assert len(part.stats) == max(after - 1, 0) and int(state.step) == (after == 5)
+    state, part = jax.tree.map(np.asarray, (state, part))
+    if after < 5:
+        state, part = continue_updates(programs, on_device(state), part, minibatches=2, epochs=2)
+    assert leaves_equal(state, wanted)
+    assert jax.device_get(list(part.stats)) == jax.device_get(stats)
+    np.testing.assert_array_equal(old_logps(part), old)

@@ -12,6 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gspo_jax.sharding import constrain
+
+AXES = ("batch", "kv_heads", None, None)
+
 
 class LayerCache(NamedTuple):
     """Keys (after rotation) and values of one layer; S slots, most of them not yet written."""
@@ -32,8 +36,8 @@ def write(
     """The cache with T new positions from `slot` on; in place where the caller donates it."""
     start = (0, 0, slot, 0)
     return LayerCache(
-        jax.lax.dynamic_update_slice(cache.k, k, start),
-        jax.lax.dynamic_update_slice(cache.v, v, start),
+        constrain(jax.lax.dynamic_update_slice(cache.k, k, start), *AXES),
+        constrain(jax.lax.dynamic_update_slice(cache.v, v, start), *AXES),
     )
 
 

@@ -9,6 +9,11 @@ No token is dropped and no expert runs on tokens that are not its own: the N·X 
 sorted by expert into tiles of a few rows, each tile belongs to one expert, and one batched matmul
 multiplies every tile by its expert's matrix.
 
+Experts may be split over devices (the mesh axis `expert`). Then every device sends its tokens to
+those it shares the experts with, computes what falls to its own experts, and gets back the sum
+over all of them: no weights travel. It cannot know beforehand how much will fall to it, so it
+loops over as many tiles as there turn out to be.
+
 Routing replay: after a policy update the router may choose other experts for the same text, and
 then π_θ / π_old compares two different networks. Given the ids that π_old chose, every π_θ of the
 update runs on those; "R2" replays the ids of the training program, "R3" those of the sampler
@@ -16,9 +21,10 @@ update runs on those; "R2" replays the ids of the training program, "R3" those o
 from Ma et al., 2025, https://arxiv.org/abs/2510.11370).
 
 Axes: N tokens (B · S), M layers with experts, E experts, X experts per token, F expert width,
-t tiles of r rows.
+t tiles of r rows, c tiles at a time.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -29,6 +35,8 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from gspo_jax.masked import float_dtype
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.init import kernel
+from gspo_jax.models.linear import dense
+from gspo_jax.sharding import by_rows, split_by
 
 
 class Routing(NamedTuple):
@@ -73,16 +81,16 @@ class Experts(nnx.Module):
         B, S, D = h.shape
         X = self.config.per_token
         rows = h.reshape(B * S, D)
-        logits = (rows @ self.router[...]).astype(float_dtype(h))
+        logits = dense(h, self.router)[0].reshape(B * S, -1).astype(float_dtype(h))
         p = jax.nn.softmax(logits, axis=-1)
-        own = jax.lax.top_k(jax.lax.stop_gradient(p), X)[1]
+        # Left to the compiler, every device would sort the rows of all of them.
+        own = by_rows(lambda p: jax.lax.top_k(p, X)[1], [jax.lax.stop_gradient(p)], [], [])
         ids = own if replay is None else replay.reshape(own.shape).astype(own.dtype)
         ids = jnp.where(ids < 0, own, ids)
         gates = jnp.take_along_axis(p, ids, axis=-1)
         if self.config.normalise:
             gates = gates / jnp.sum(gates, axis=-1, keepdims=True)
-        weights = (self.gate[...], self.up[...], self.down[...])
-        y = mixture(rows, ids, gates.astype(h.dtype), *weights)
+        y = spread_mixture(rows, ids, gates.astype(h.dtype), self.gate, self.up, self.down)
         where = jnp.ones((B, S), bool) if counted is None else counted
         z = jnp.sum(jax.nn.logsumexp(logits, axis=-1).reshape(B, S) ** 2, axis=1, where=where)
         total = jnp.sum(p.reshape(B, S, -1), axis=1, where=where[..., None])
@@ -155,6 +163,34 @@ def router_metrics(
     }
 
 
+def spread_mixture(
+    h: Float[Array, "N D"],
+    ids: Int[Array, "N X"],
+    gates: Float[Array, "N X"],
+    gate: nnx.Param,
+    up: nnx.Param,
+    down: nnx.Param,
+) -> Float[Array, "N D"]:
+    """`mixture`, with tokens and experts as the current mesh splits them."""
+    E, _, F = gate.shape
+    owners, inner = split_by(gate.axes[0], E), split_by(gate.axes[2], F)
+
+    def local(h, ids, gates, *kernels):
+        if owners is None:
+            y = mixture(h, ids, gates, *kernels)
+        else:
+            h, ids, gates = (
+                jax.lax.all_gather(x, owners, tiled=True) for x in (h, ids.astype(jnp.int32), gates)
+            )
+            own = ids - jax.lax.axis_index(owners) * kernels[0].shape[0]
+            y = own_mixture(E, h, own, gates, *kernels)
+            y = jax.lax.psum_scatter(y, owners, tiled=True)
+        return y if inner is None else jax.lax.psum(y, inner)
+
+    weights = (gate, up, down)
+    return by_rows(local, (h, ids, gates), [w[...] for w in weights], [w.axes for w in weights])
+
+
 def mixture(
     h: Float[Array, "N D"],
     ids: Int[Array, "N X"],
@@ -188,30 +224,131 @@ def dense_mixture(
     return jnp.einsum("enf,efd,ne->nd", inner, down, weight)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def own_mixture(
+    count: int,
+    h: Float[Array, "N D"],
+    ids: Int[Array, "N X"],
+    gates: Float[Array, "N X"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+) -> Float[Array, "N D"]:
+    """The part of `mixture` over `count` experts that falls to E of them; other ids are no one's.
+
+    A loop over the tiles in use, whose number is only known when it runs; the backward pass is a
+    second loop, which computes each tile again: nothing but the arguments is kept.
+    """
+    source, expert, used = _portions(ids, gate.shape[0], count)
+
+    def add(i, y):
+        x, weight, token = _portion(h, gates, source[i])
+        out = _weighted(expert[i], x, weight, gate, up, down)
+        return y.at[token].add(out, mode="drop")
+
+    y = jnp.zeros(h.shape, float_dtype(h))
+    return jax.lax.fori_loop(0, used, add, y).astype(h.dtype)
+
+
+def _own_forward(count, h, ids, gates, gate, up, down):
+    return own_mixture(count, h, ids, gates, gate, up, down), (h, ids, gates, gate, up, down)
+
+
+def _own_backward(count, kept, dy):
+    h, ids, gates, *kernels = kept
+    source, expert, used = _portions(ids, kernels[0].shape[0], count)
+    wide = float_dtype(h)
+
+    def add(i, so_far):
+        dh, dgates, dkernels = so_far
+        x, weight, token = _portion(h, gates, source[i])
+        pull = jax.vjp(lambda *given: _weighted(expert[i], *given), x, weight, *kernels)[1]
+        dx, dweight, *more = pull(
+            jnp.take(dy, token, axis=0, mode="fill", fill_value=0).astype(wide)
+        )
+        dh = dh.at[token].add(dx.astype(wide), mode="drop")
+        dgates = dgates.at[source[i]].add(dweight.astype(wide), mode="drop")
+        return dh, dgates, [a + b.astype(wide) for a, b in zip(dkernels, more, strict=True)]
+
+    zeros = (
+        jnp.zeros(h.shape, wide),
+        jnp.zeros(gates.size, wide),
+        [jnp.zeros(w.shape, wide) for w in kernels],
+    )
+    dh, dgates, dkernels = jax.lax.fori_loop(0, used, add, zeros)
+    dkernels = [d.astype(w.dtype) for d, w in zip(dkernels, kernels, strict=True)]
+    return dh.astype(h.dtype), None, dgates.reshape(gates.shape).astype(gates.dtype), *dkernels
+
+
+own_mixture.defvjp(_own_forward, _own_backward)
+
+
+def _portions(
+    ids: Int[Array, "N X"], own: int, count: int
+) -> tuple[Int[Array, "n c r"], Int[Array, "n c"], Int[Array, ""]]:
+    """`tiles` of the `own` experts, a few at a time, and how many portions are in use.
+
+    A portion is a quarter of what falls to a device where all load is equal.
+    """
+    ids = jnp.where((ids >= 0) & (ids < own), ids, own)
+    source, _, expert = tiles(ids, own, count - own)
+    amount, rows = source.shape
+    portion = max(amount * own // (4 * count), 1)
+    short = -amount % portion
+    source = jnp.pad(source, ((0, short), (0, 0)), constant_values=ids.size)
+    expert = jnp.pad(expert, (0, short))
+    used = jnp.sum(jnp.any(source < ids.size, axis=1), dtype=jnp.int32)  # they come first
+    return source.reshape(-1, portion, rows), expert.reshape(-1, portion), -(-used // portion)
+
+
+def _portion(
+    h: Float[Array, "N D"], gates: Float[Array, "N X"], source: Int[Array, "c r"]
+) -> tuple[Float[Array, "c r D"], Float[Array, "c r"], Int[Array, "c r"]]:
+    """The states and the weights of these assignments, and their tokens; zeros for none."""
+    token = source // gates.shape[1]
+    x = jnp.take(h, token, axis=0, mode="fill", fill_value=0)
+    return x, jnp.take(gates.reshape(-1), source, mode="fill", fill_value=0), token
+
+
+def _weighted(expert, x, weight, gate, up, down) -> Float[Array, "c r D"]:
+    inner = jax.nn.silu(tile_matmul(x, gate, expert)) * tile_matmul(x, up, expert)
+    out = tile_matmul(inner, down, expert).astype(float_dtype(x))
+    return out * weight[..., None].astype(out.dtype)
+
+
 def tiles(
-    ids: Int[Array, "N X"], count: int
+    ids: Int[Array, "N X"], count: int, others: int = 0
 ) -> tuple[Int[Array, "t r"], Int[Array, " NX"], Int[Array, " t"]]:
     """Assignments sorted by expert, each expert's share filled up to whole tiles.
 
     Σ_e ceil(c_e / r) tiles are needed for loads c_e that sum to A = N X: at most
     (A + E (r - 1)) / r, and never more than A.
 
+    Args:
+        count: experts 0 to count - 1 have tiles; ids from there on have none.
+        others: how many experts those ids stand for.
+
     Returns:
         source: the assignment (token · X + choice) of each tile row; on padding out of range.
-        slot: the flat tile row of each assignment.
+        slot: the flat tile row of each assignment; out of range where it has none.
         expert: the expert of each tile; of unused tiles, any.
     """
     flat = ids.reshape(-1)
     A = flat.shape[0]
-    rows = tile_rows(A, count)
+    rows = tile_rows(A, count + others)
     amount = min(A, (A + count * (rows - 1)) // rows)
     load = jnp.bincount(flat, length=count)
     end = jnp.cumsum(-(-load // rows))  # of each expert's tiles
     first = end - -(-load // rows)
     order = jnp.argsort(flat, stable=True)
-    rank = jnp.arange(A, dtype=jnp.int32) - (jnp.cumsum(load) - load)[flat[order]]
-    slot = jnp.zeros(A, jnp.int32).at[order].set(first[flat[order]] * rows + rank)
-    source = jnp.full(amount * rows, A, jnp.int32).at[slot].set(jnp.arange(A, dtype=jnp.int32))
+    sort = flat[order]
+    rank = jnp.arange(A, dtype=jnp.int32) - (jnp.cumsum(load) - load)[sort]
+    place = first[sort] * rows + rank
+    if others:
+        place = jnp.where(sort < count, place, amount * rows)
+    slot = jnp.zeros(A, jnp.int32).at[order].set(place)
+    source = jnp.full(amount * rows, A, jnp.int32)
+    source = source.at[slot].set(jnp.arange(A, dtype=jnp.int32), mode="drop")
     expert = jnp.searchsorted(end, jnp.arange(amount, dtype=end.dtype), side="right")
     return source.reshape(amount, rows), slot, jnp.minimum(expert, count - 1)
 

@@ -7,8 +7,8 @@
 Qwen2 adds biases to q, k, v; Qwen3 normalises each head of q and k instead; Qwen3-MoE has a
 mixture of experts (`moe`) where the others have the gated MLP. The network computes in the dtype
 of its parameters (cast them to choose), with norms, rotations and softmax in float32. Layers are
-unrolled: decoding copies nothing and XLA's CPU programs run faster. Projections work on
-[B * S, D]: the weight gradients of 3-D operands are slow on CPUs.
+unrolled: decoding copies nothing and XLA's CPU programs run faster. Products with weights, and
+what devices that share them tell each other, are in `linear`.
 
 Axes: B rows, S positions, D width, N query heads, K key/value heads, R = N // K, H head width,
 F MLP width, V vocabulary, W cache slots. Kernels are [in, out].
@@ -24,6 +24,7 @@ from gspo_jax.models.attention import attend, fused
 from gspo_jax.models.cache import Cache, LayerCache, write
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.init import constant, kernel
+from gspo_jax.models.linear import dense, lookup
 from gspo_jax.models.moe import Experts, Routing, join
 from gspo_jax.models.remat import recomputed
 from gspo_jax.models.rope import inverse_frequencies
@@ -82,19 +83,19 @@ class Layer(nnx.Module):
         q, k, v = self._qkv(rms_norm(x, self.input_norm[...], eps), rope)
         cache = LayerCache(k, v) if cache is None else write(cache, k, v, jnp.int32(slot))
         values = fused(q, k, v) if allowed is None else attend(q, cache.k, cache.v, allowed)
-        x = x + _dense(values, self.o[...])
+        x = x + dense(values, self.o)[0]
         h = rms_norm(x, self.post_norm[...], eps)
         if self.sparse:
             y, routing = self.moe(h, replay, counted)
         else:
-            gated = jax.nn.silu(_dense(h, self.gate[...])) * _dense(h, self.up[...])
-            y, routing = _dense(gated, self.down[...]), None
+            gate, up = dense(h, self.gate, self.up)
+            y, routing = dense(jax.nn.silu(gate) * up, self.down)[0], None
         return constrain(x + y, "batch", None, None), cache, routing
 
     def _qkv(self, h: Float[Array, "B S D"], rope: Rope):
         """Queries [B, N, S, H], keys and values [B, K, S, H]; queries and keys rotated."""
         c = self.config
-        q, k, v = (_dense(h, w[...]) for w in (self.q, self.k, self.v))
+        q, k, v = dense(h, self.q, self.k, self.v)
         if c.qkv_bias:
             biases = (self.q_bias[...], self.k_bias[...], self.v_bias[...])
             q, k, v = (y + bias[None, None] for y, bias in zip((q, k, v), biases, strict=True))
@@ -103,7 +104,10 @@ class Layer(nnx.Module):
         if c.qk_norm:
             q = rms_norm(q, self.q_norm[...], c.rms_norm_eps)
             k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
-        q, k, v = (y.swapaxes(1, 2) for y in (q, k, v))
+        q, k, v = (
+            constrain(y.swapaxes(1, 2), "batch", heads, None, None)
+            for y, heads in ((q, "heads"), (k, "kv_heads"), (v, "kv_heads"))
+        )
         return rotate(q, rope), rotate(k, rope), v
 
 
@@ -220,6 +224,10 @@ class Qwen(nnx.Module):
         """The output head: its own matrix, or the embedding transposed where they are tied."""
         return self.embed[...].T if self.config.tie_word_embeddings else self.head[...]
 
+    def unembed_axes(self) -> tuple[str | None, ...]:
+        """The logical axes of `unembed`."""
+        return self.embed.axes[::-1] if self.config.tie_word_embeddings else self.head.axes
+
     def logits(
         self, tokens: Int[Array, "B S"], *, mask: Bool[Array, "B S"] | None = None
     ) -> Float[Array, "B S V"]:
@@ -227,7 +235,7 @@ class Qwen(nnx.Module):
         return head_logits(self(tokens, mask=mask), self.unembed())
 
     def _embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        return constrain(self.embed[...][tokens], "batch", None, None)
+        return constrain(lookup(self.embed, tokens), "batch", None, None)
 
     def _rope(self, positions: Int[Array, "B S"]) -> Rope:
         """cos and sin of position * frequency, each angle serving dimensions i and i + H/2."""
@@ -287,12 +295,6 @@ def head_logits(
     """hidden @ unembed, accumulated and returned in float32 at least."""
     wide = float_dtype(hidden)
     return jnp.einsum("...d,dv->...v", hidden, unembed, preferred_element_type=wide)
-
-
-def _dense(x: Float[Array, "B S I"], kernel: Float[Array, "I O"]) -> Float[Array, "B S O"]:
-    """x @ kernel on flattened rows, whose weight gradient is one plain matmul."""
-    B, S, width = x.shape
-    return (x.reshape(B * S, width) @ kernel).reshape(B, S, -1)
 
 
 def _positions(tokens: Array, mask: Array | None) -> Int[Array, "B S"]:

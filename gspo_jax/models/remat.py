@@ -16,32 +16,35 @@ The first two are exact; the last is what XLA keeps, from above. All but `none` 
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
 
 from gspo_jax.models.config import QwenConfig
+from gspo_jax.sharding import regathering
 
 POLICIES = ("none", "dots", "full")  # largest first
 SHARE = 0.8  # of the free memory: the allocator leaves gaps, and the estimate is one
 
 
 def recomputed(layer: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """`layer` with what its backward pass recomputes."""
+    """`layer` with what its backward pass recomputes; gathered weights are never kept."""
     if remat == "none":
-        return layer
+        return regathering(layer)
     # A product of activations with each other has batch dimensions, one with weights has none.
     dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     return jax.checkpoint(layer, policy=dots if remat == "dots" else None)
 
 
-def compiler_options(remat: str) -> dict[str, Any]:
+def compiler_options(remat: str, regathers: bool = False) -> dict[str, Any]:
     """What `jax.jit` needs to be told, for programs with a backward pass.
 
     XLA's CPU compiler removes the barriers around what is recomputed, finds it to be the same as
-    what was computed before, and keeps that: it must not.
+    what was computed before, and keeps that: it must not, nor where weights that devices share are
+    gathered again (`regathers`).
     """
-    if remat == "none" or jax.default_backend() != "cpu":
+    if (remat == "none" and not regathers) or jax.default_backend() != "cpu":
         return {}
     return {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
@@ -74,6 +77,17 @@ def activation_bytes(
     layers = sum(kept(remat, F) for F in inner)
     again = 0 if remat == "none" else max(kept("none", F) for F in inner)
     return tokens * (layers + again)
+
+
+def share_of(c: QwenConfig, ways: int) -> QwenConfig:
+    """The part of the network that each of `ways` devices computes, which split heads and MLP."""
+    return replace(
+        c,
+        num_heads=c.num_heads // ways,
+        num_kv_heads=c.num_kv_heads // ways,
+        intermediate_size=-(-c.intermediate_size // ways),
+        experts=c.experts and replace(c.experts, size=-(-c.experts.size // ways)),
+    )
 
 
 def choose_remat(free: int, need: Mapping[str, int]) -> str:

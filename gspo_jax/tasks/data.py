@@ -92,7 +92,7 @@ def user_data(
         problem=lambda split, index: problems[split][index],
         reward=accuracy,
         warnings=tuple(warnings),
-        fingerprint=fingerprint([(split, p.prompt, p.answer) for split, p in placed]),
+        fingerprint=fingerprint([(split, p.prompt, p.answer, p.columns) for split, p in placed]),
     )
 
 

@@ -132,5 +132,5 @@ def fraction(text: str) -> float:
 
 
 def fingerprint(content: Any) -> str:
-    """16 hexadecimal digits that depend on JSON-like `content` alone."""
-    return blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
+    """16 hexadecimal digits that depend on JSON-like `content` alone; dates and such as texts."""
+    return blake2b(json.dumps(content, default=str).encode(), digest_size=8).hexdigest()

@@ -26,6 +26,7 @@ _WITH_UNIT = re.compile(
     r"([-+]?[\\a-z0-9{}.,/]*[0-9}])((?:square|cubic)?[A-Za-z]{1,12}(?:\^\{?[23]\}?)?)"
 )
 _LETTER_UNIT = re.compile(r"[0-9}][A-Za-z](?:\^\{?[23]\}?)?$")
+_UNITS = re.compile(rf"^(?:{_TEXT.pattern})+|(?:{_TEXT.pattern})+$")  # not between two numbers
 _VARIABLE = re.compile(r"[A-Za-z]=")
 
 
@@ -195,7 +196,7 @@ def _measure(answer: str) -> tuple[Fraction | str, Unit | None]:
         number, found = _number(match[1]), unit(match[2])
         if found and number is not None:
             return number, found
-    unitless = _TEXT.sub("", text).replace("^\\circ", "").replace("^{\\circ}", "")
+    unitless = _UNITS.sub("", text).replace("^\\circ", "").replace("^{\\circ}", "")
     unitless = unitless.replace("\\%", "").replace("%", "")
     number = _number(unitless)
     if number is None:

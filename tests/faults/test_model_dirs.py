@@ -1,7 +1,9 @@
-"""Model directories that are broken or hostile, at the command line: one line, exit code 3.
+"""Rows 34 to 41: model directories that are broken or hostile, at the command line.
 
-Each test breaks one thing of a directory that works. What the line must say is in the table: the
-file, and what was got and wanted.
+Each test breaks one thing of a directory that works: one line on stderr, exit code 3, nothing
+written. What the line must say is in the table: the file, and what was got and wanted. More hostile
+headers (37) are in tests/test_models_files.py, more hostile templates (41) in
+tests/test_chat_template.py.
 """
 
 import json
@@ -16,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from gspo_jax import sandbox
 from gspo_jax.cli import main
+from gspo_jax.errors import DataError
 from gspo_jax.models import files, load_model
 from gspo_jax.tokenizer import load_tokenizer
 
@@ -228,12 +231,72 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_directory_with_one_fault_is_one_line_that_names_it(directory, refused, fault):
-    inject, message = FAULTS[fault]
-    inject(directory)
-    line = refused()
-    assert message in line and str(directory) in line, line
+def faults(row):
+    return pytest.mark.parametrize("fault", [name for name in FAULTS if name.startswith(str(row))])
+
+
+@pytest.fixture
+def names_the_fault(directory, refused):
+    def inject(fault):
+        change, message = FAULTS[fault]
+        change(directory)
+        line = refused()
+        assert message in line and str(directory) in line, line
+
+    return inject
+
+
+@faults(34)
+def test_row_34_weights_as_pickles_alone_are_refused_and_never_opened(
+    directory, tmp_path, names_the_fault, fault
+):
+    names_the_fault(fault)
+    canary = tmp_path / "canary"  # and a pickle that runs a command when it is read
+    (directory / "pytorch_model.bin").write_bytes(
+        b"cposix\nsystem\n(S'touch " + str(canary).encode() + b"'\ntR."
+    )
+    OPENED.append([])
+    try:
+        with pytest.raises(DataError, match="a pickle can run code when it is read"):
+            load_model(directory)
+    finally:
+        opened = OPENED.pop()
+    assert not canary.exists() and not any("pytorch_model" in path for path in opened)
+
+
+@faults(36)
+def test_row_36_nothing_outside_the_directory_is_read(names_the_fault, fault):
+    names_the_fault(fault)
+
+
+@faults(37)
+def test_row_37_a_header_that_lies_is_refused(names_the_fault, fault):
+    names_the_fault(fault)
+
+
+@faults(38)
+def test_row_38_tensors_that_are_not_the_configs_are_named(names_the_fault, fault):
+    names_the_fault(fault)
+
+
+@faults(39)
+def test_row_39_weights_that_are_not_finite_are_refused(names_the_fault, fault):
+    names_the_fault(fault)
+
+
+@faults(40)
+def test_row_40_a_config_that_lies_is_refused(names_the_fault, fault):
+    names_the_fault(fault)
+
+
+@faults(41)
+def test_row_41_a_hostile_template_is_refused(names_the_fault, fault):
+    names_the_fault(fault)
+
+
+@faults("tokenizer")
+def test_a_tokenizer_that_is_none_is_named(names_the_fault, fault):
+    names_the_fault(fault)
 
 
 def test_the_directory_without_a_fault_is_accepted(directory, tmp_path, capsys):
@@ -255,7 +318,7 @@ def test_the_cache_of_the_hub_is_read_through_its_links(directory, tmp_path, cap
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_code_that_comes_with_a_model_is_not_run(directory, tmp_path, capsys, older):
+def test_row_35_code_that_comes_with_a_model_is_not_run(directory, tmp_path, capsys, older):
     """auto_map in both configs; and where transformers has to convert older files as well."""
     canary = tmp_path / "canary"
     evil = f"open({str(canary)!r}, 'w')\nclass Evil: pass\n"
@@ -281,7 +344,9 @@ def test_code_that_comes_with_a_model_is_not_run(directory, tmp_path, capsys, ol
     assert not {"modeling_evil", "tokenization_evil", "configuration_evil"} & set(sys.modules)
 
 
-def test_older_tokenizer_files_are_not_read_through_links_either(directory, tmp_path, refused):
+def test_row_36_older_tokenizer_files_are_not_read_through_links_either(
+    directory, tmp_path, refused
+):
     (directory / "tokenizer.json").unlink()
     (tmp_path / "outside").write_text('{"a": 0}')
     (directory / "vocab.json").symlink_to(tmp_path / "outside")
@@ -308,7 +373,7 @@ for path in sys.argv[2:]:
 """
 
 
-def test_what_a_directory_claims_takes_no_memory(directory, tmp_path):
+def test_row_40_what_a_directory_claims_takes_no_memory(directory, tmp_path):
     """Resident memory of a process that meets claims of up to 10^18 bytes in files of 140 kB."""
 
     def claims(name, *changes):

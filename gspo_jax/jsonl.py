@@ -1,0 +1,50 @@
+"""Files of one JSON object per line, which a crash or a full disk may have torn.
+
+Reading skips what is no object and holds one line at a time; writing leaves whole lines alone.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, BinaryIO
+
+MAX_LINE = 2**26  # bytes; what is longer is no record of ours (a stretch of zeros, say)
+
+
+def records(file: BinaryIO) -> Iterator[dict[str, Any]]:
+    """The objects with a whole number "step", in the order of their lines."""
+    for line in _lines(file):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            yield record
+
+
+def append(file: BinaryIO, record: dict[str, Any]) -> None:
+    """Append to an unbuffered file the whole line or, where that fails, nothing of it.
+
+    Raises:
+        OSError: the disk is full, or the file no longer there to be written.
+    """
+    end = os.fstat(file.fileno()).st_size
+    left = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
+    try:
+        while left:
+            left = left[file.write(left) :]
+    except OSError:
+        with suppress(OSError):  # not a file that can be cut
+            os.ftruncate(file.fileno(), end)
+        raise
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines of at most MAX_LINE bytes; of longer ones nothing."""
+    while line := file.readline(MAX_LINE):
+        if len(line) < MAX_LINE or line.endswith(b"\n"):
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE)

@@ -1,0 +1,94 @@
+"""Products with weights that devices share, and look-ups in them: what is communicated, and when.
+
+    dense    y = x W       the shards of W that fsdp splits are gathered for the product, and the
+                           gradient is reduce-scattered; W's columns split over tensor leave y
+                           split, and W's rows split over tensor are summed after it
+    lookup   table[ids]    the ids travel to the slices of the table, what is found comes back
+
+On one device they are `x @ W` and `table[ids]`. On more, each is one `jax.shard_map`: its
+collectives are the ones written here, whatever compiler or backend; their transposes are those
+of the backward pass.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from gspo_jax.sharding import (
+    GATHERED,
+    current_mesh,
+    fill_up,
+    gathered,
+    partition_spec,
+    widened,
+)
+
+
+def dense(x: Float[Array, "B S I"], *kernels: nnx.Param) -> list[Float[Array, "B S _"]]:
+    """x @ kernel for each of the kernels, which split their rows alike.
+
+    On flattened rows, whose weight gradient is one plain matmul.
+    """
+    B, S, width = x.shape
+    rows, matrices = x.reshape(B * S, width), [kernel[...] for kernel in kernels]
+    if (mesh := current_mesh()) is None:
+        return [(rows @ matrix).reshape(B, S, -1) for matrix in matrices]
+    specs = [partition_spec(k.axes, mesh, k.shape) for k in kernels]
+    inner = _stays(specs[0][0])
+
+    def local(x, *shards):
+        for axis in {_stays(spec[1]) for spec in specs} - {None}:
+            # Once for all kernels: the gradient of x is summed over their columns once, too.
+            x = jax.lax.pcast(x, axis, to="varying")
+        # Before they are gathered, so that of their gradients only shares are summed over data.
+        shards = (_by_row(w, spec, batch) for w, spec in zip(shards, specs, strict=True))
+        out = [x @ gathered(w, spec, x.dtype) for w, spec in zip(shards, specs, strict=True)]
+        return [jax.lax.psum(y, inner) if inner else y for y in out]
+
+    batch = partition_spec(("batch",), mesh)[0]
+    spread = jax.shard_map(
+        local,
+        in_specs=(PartitionSpec(batch, inner), *specs),
+        out_specs=[PartitionSpec(batch, _stays(spec[1])) for spec in specs],
+    )
+    found = spread(fill_up(rows, mesh), *map(widened, matrices))
+    return [y[: B * S].reshape(B, S, -1) for y in found]
+
+
+def lookup(table: nnx.Param, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    """table[ids]: rows of a [V, D] table, which is split along V over tensor and D over fsdp."""
+    if (mesh := current_mesh()) is None:
+        return table[...][ids]
+    spec = partition_spec(table.axes, mesh, table.shape)
+    (tokens, slices), dtype = spec, table.dtype
+
+    def local(ids, table):
+        table = _by_row(table, spec, batch[0]).astype(dtype)
+        if slices:  # every device has a slice of every row: it serves the ids of all of them
+            ids = jax.lax.all_gather(ids, slices, tiled=True)
+        if tokens:
+            ids = ids - jax.lax.axis_index(tokens) * len(table)
+            here = (ids >= 0) & (ids < len(table))
+            found = jnp.where(here[:, None], table[jnp.where(here, ids, 0)], 0)
+            found = jax.lax.psum(found, tokens)
+        else:
+            found = table[ids]
+        return jax.lax.all_to_all(found, slices, 0, 1, tiled=True) if slices else found
+
+    batch = partition_spec(("batch",), mesh)
+    spread = jax.shard_map(local, in_specs=(batch, spec), out_specs=batch)
+    flat = fill_up(ids.reshape(-1), mesh)
+    return spread(flat, widened(table[...]))[: ids.size].reshape(*ids.shape, -1)
+
+
+def _by_row(w: Array, spec: PartitionSpec, batch: str | tuple[str, ...] | None) -> Array:
+    """`w`, said to differ between the devices that have other rows: as the product with it does."""
+    rows = (batch,) if isinstance(batch, str) else batch or ()
+    return jax.lax.pcast(w, tuple(axis for axis in rows if axis not in spec), to="varying")
+
+
+def _stays(part: str | None) -> str | None:
+    """The mesh axis over which a weight is split while it is used."""
+    return None if part == GATHERED else part

@@ -1,0 +1,91 @@
+"""What a run starts from: the optimizer, its schedule, and the state before the first step."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import optax
+
+from gspo_jax.config import Config
+from gspo_jax.critic import make_critic, make_term
+from gspo_jax.objective import CriticTerm
+from gspo_jax.optim import Optimizer, make_optimizer, make_schedule
+from gspo_jax.policy import PLAIN, Passes, Policy
+from gspo_jax.sharding import state_shardings
+from gspo_jax.update import CriticState, TrainState, init_state
+
+
+def make_state(
+    config: Config, policy: Policy, updates: int
+) -> tuple[Optimizer, Callable[[int], Any], TrainState]:
+    """The optimizer, its learning rate by update, and the state before the first step.
+
+    The state takes over the policy's parameters: the first update donates them.
+    """
+    optimizer, schedule = optimizer_at(config, config.optim.learning_rate, updates)
+    begin = partial(init_state, optimizer=optimizer, spikes=config.run.spike_sigmas > 0)
+    shapes = jax.eval_shape(begin, policy.params)
+    shardings = state_shardings(shapes, policy.params, policy.mesh)
+
+    def rest(params):  # as outputs of a program the parameters would be copied
+        return begin(params)._replace(params=None)
+
+    start = jax.jit(rest, out_shardings=shardings._replace(params=None))
+    return optimizer, schedule, start(policy.params)._replace(params=policy.params)
+
+
+def add_critic(
+    config: Config,
+    policy: Policy,
+    state: TrainState,
+    updates: int,
+    how: Passes = PLAIN,
+    *,
+    shortest_prompt: int = 1,
+) -> tuple[TrainState, CriticTerm | None]:
+    """The state with the critic that `algo.critic` asks for, and its part in the objective.
+
+    To be called before the first update, which donates the weights that it copies.
+    """
+    c = config.algo.critic
+    if c.kind == "none":
+        return state, None
+    optimizer, _ = optimizer_at(config, c.learning_rate, updates)
+    graphdef, params = make_critic(c.kind, policy.graphdef, policy.params)
+
+    def start(params):
+        return CriticState(params, optimizer.init(params))
+
+    shardings = state_shardings(jax.eval_shape(start, params), params, policy.mesh)
+    critic = jax.jit(start, out_shardings=shardings)(params)
+    term = make_term(
+        graphdef,
+        optimizer,
+        shared=c.kind == "shared",
+        clip=c.clip,
+        coef=c.coef,
+        dtype=policy.dtype,
+        remat=how.remat,
+        attention=how.attention,
+        shortest_prompt=shortest_prompt,
+    )
+    return state._replace(critic=critic), term
+
+
+def optimizer_at(
+    config: Config, learning_rate: float, updates: int
+) -> tuple[Optimizer, optax.Schedule]:
+    """The configured optimizer with this peak, and its learning rate by update."""
+    c = config.optim
+    schedule = make_schedule(learning_rate, kind=c.schedule, warmup=c.warmup, updates=updates)
+    optimizer = make_optimizer(
+        schedule,
+        b1=c.b1,
+        b2=c.b2,
+        eps=c.eps,
+        weight_decay=c.weight_decay,
+        max_grad_norm=c.max_grad_norm,
+        state=c.state,
+    )
+    return optimizer, schedule

@@ -1,0 +1,57 @@
+"""`gspo-jax` with something done at one place of one step: PLACE STEP ACTION, then its arguments.
+
+PLACE    generate, reward, advantage, old_logp, update, save, evaluate
+ACTION   tell: make the file $TOLD; spin: make it, then stay in C for minutes
+"""
+
+import hashlib
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from gspo_jax import run as run_module
+from gspo_jax.cli import main
+
+
+def at(place, step, act, patch=setattr):
+    """Call `act` once in this phase of this step of a run; 0 is before the first."""
+    left = [act]
+
+    def reached(now):
+        if now == step and left:
+            left.pop()()
+
+    if place == "save":
+        save = run_module.Run.save
+        watched = lambda r, s, **k: [reached(int(s.step)), save(r, s, **k)][1]  # noqa: E731
+        patch(run_module.Run, "save", watched)
+    elif place == "evaluate":
+        measure = run_module.Run.evaluate
+        patch(run_module.Run, "evaluate", lambda r, s: [reached(int(s.step)), measure(r, s)][1])
+    else:
+        phase = run_module.Run.phase
+
+        @contextmanager
+        def watched(run, name):
+            with phase(run, name):
+                if name == place:
+                    reached(run.log._step + 1)
+                yield
+
+        patch(run_module.Run, "phase", watched)
+
+
+def tell():
+    Path(os.environ["TOLD"]).touch()
+
+
+def spin():
+    tell()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", (1 << 31) - 1)  # without the lock, as XLA compiles
+
+
+if __name__ == "__main__":
+    place, step, action, *sys.argv[1:] = sys.argv[1:]
+    at(place, int(step), {"tell": tell, "spin": spin}[action])
+    sys.exit(main())
