@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
@@ -125,7 +124,8 @@ def test_the_least_is_recomputed_that_fits_into_four_fifths():
 
 def policy_on(device, monkeypatch):
     monkeypatch.setattr(policy_module, "read_config", lambda _: DENSE)
-    mesh = SimpleNamespace(devices=np.array([device]), size=1, shape=dict.fromkeys(MESH_AXES, 1))
+    shape = dict.fromkeys(MESH_AXES, 1)
+    mesh = SimpleNamespace(local_devices=[device], size=1, shape=shape)
     weights = {"w": jnp.ones((10, 25))}  # 1000 bytes
     return policy_module.Policy(None, weights, None, mesh, "float32", Path())
 

@@ -46,7 +46,7 @@ def test_moments_and_their_scales_follow_the_parameters(tiny_view):
     )
     shapes = jax.eval_shape(lambda p: init_state(p, optimizer), params)
     shardings = state_shardings(shapes, params, mesh)
-    adam = shardings.opt_state[1].inner
+    adam = shardings.opt_state[1][0].inner
 
     def coded(variable) -> Quantised:
         return jax.tree.leaves(variable, is_leaf=lambda x: isinstance(x, Quantised))[0]
