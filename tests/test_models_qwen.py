@@ -17,8 +17,6 @@ from gspo_jax.models.qwen import head_logits
 WIDTH = 24  # of the longest text: 12 tokens of prompt and 12 of answer
 RECORDED = Path(__file__).parent / "fixtures"
 FIXTURES = sorted(path.parent for path in RECORDED.glob("*/config.json"))
-    p for p in (Path(__file__).parent / "fixtures").iterdir() if (p / "config.json").is_file()
-)
 
 
 class Case(NamedTuple):
