@@ -108,7 +108,7 @@ def test_row_17_a_signal_from_outside_to_a_process_of_its_own(
     told = tmp_path / "told"
     process = start(given, command=[*DRIVEN, *arguments], cached=False, TOLD=str(told))
     eventually(told.exists, process=process)
-    time.sleep(0.3)
+    time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 75, out
