@@ -75,7 +75,7 @@ def train(config: Config) -> Result:
     refuse_hopeless(sketch)
     with open_run(config, policy, problems) as run, jax.set_mesh(policy.mesh), explained(sketch):
         run.log.say(f"Memory: {short_memory(sketch)}.")
-        meter = speedometer(config, policy, run)
+        meter = speedometer(sketch, run)
         state = run.start(state)
         for step in run.steps(state):
             resumed = run.begun is not None
@@ -215,13 +215,14 @@ def sample(loop: Loop, state: TrainState, step: int, phase: Phase, number: int) 
         )
 
 
-def speedometer(config: Config, policy: Policy, run: Run) -> Callable[..., Metrics]:
+def speedometer(sketch: Sketch, run: Run) -> Callable[..., Metrics]:
     """`costs.utilisation` of a step, from its texts' lengths and its times."""
+    config, policy = sketch.config, sketch.policy
     peak = costs.peak(policy.dtype)
     run.log.say(f"Speed: {costs.shown(peak)}.")
     return partial(
         costs.utilisation,
-        read_config(policy.directory),
+        sketch.shape,
         peak=peak,
         group_size=config.rollout.group_size,
         epochs=config.algo.epochs,
