@@ -87,13 +87,12 @@ def fold(function: Callable[[Carry, Array], Carry], group: Microbatches, so_far:
 
 
 def take(batch: TrainBatch, rows: Int[Array, " m"], width: int) -> TrainBatch:
-    """These rows of the batch, their texts cut to `width`; no row has no response tokens."""
+    """These rows of the batch, their texts cut to `width`; no row has no tokens at all."""
     short = batch._replace(
         tokens=batch.tokens[:, :width],
         routing=None if batch.routing is None else batch.routing[:, :width],
     )
-    picked = pick(short, rows)
-    return picked._replace(prompt_length=jnp.maximum(picked.prompt_length, 1))
+    return pick(short, rows)
 
 
 def pick(tree: PyTree, rows: Int[Array, " m"]) -> PyTree:

@@ -157,7 +157,7 @@ def before_response(
     position p - 1 + t.
     """
     predicted = batch.prompt_length[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
-    predicted = jnp.minimum(predicted, batch.tokens.shape[1] - 1)  # padding of short rows; masked
+    predicted = jnp.clip(predicted, 1, batch.tokens.shape[1] - 1)  # padding and no rows; masked
     before = jnp.take_along_axis(hidden, (predicted - 1)[..., None], axis=1)
     return before, jnp.take_along_axis(batch.tokens, predicted, axis=1)
 

@@ -78,8 +78,8 @@ def test_take_cuts_the_text_and_leaves_the_response_arrays_whole():
     np.testing.assert_array_equal(got.mask[:2], make_batch().mask[[2, 0]])
     np.testing.assert_array_equal(got.routing[:2], make_batch().routing[[2, 0], :6])
     assert got.adv.tolist() == [2, 0.5, 0]
-    # No row: nothing to learn from, and a prompt of a token, so that a position lies before.
-    assert not got.mask[2].any() and got.prompt_length.tolist() == [4, 2, 1]
+    # No row: nothing to learn from, and nothing for a router to balance.
+    assert not got.mask[2].any() and got.prompt_length.tolist() == [4, 2, 0]
 
 
 def test_put_fills_the_rows_and_drops_the_fillers():
