@@ -1,4 +1,4 @@
-"""gspo-jax demo | train | sft | eval | plan | export | replay | report
+"""gspo-jax demo | train | sft | eval | compare | sweep | plan | export | replay | report
 
 Settings are `section.key=value`, over a YAML file if one is named. Exit codes: 0 finished,
 1 unexpected, 2 usage or configuration, 3 data or model directory, 4 numerical failure, 5 out of
@@ -8,6 +8,7 @@ stderr. Whatever needs JAX is imported by the command that needs it.
 
 import argparse
 import errno
+import json
 import logging
 import os
 import re
@@ -136,6 +137,58 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
     story.show(story.comparison({config.model.path: evaluate_path(config)}))
     return 0
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Losses, or other variants, under one harness; a page, comparison.md and compare.json."""
+    from gspo_jax import compare as comparing
+    from gspo_jax import experiment, story
+    from gspo_jax.metrics import plain, write_whole
+
+    config, overrides = arguments.config and Path(arguments.config), arguments.overrides
+    if config and experiment.is_experiment(config):
+        made = experiment.read_experiment(config, overrides)
+    else:
+        losses = arguments.losses.lower().split(",")
+        made = comparing.of_losses(config, losses, seeds=arguments.seeds, overrides=overrides)
+    if arguments.against:
+        made = experiment.against(made, arguments.against)
+    if arguments.dry_run:
+        story.show(story.planned(made))
+        return 0
+    from gspo_jax.page import comparison_page
+
+    out = Path(arguments.out or experiment.default_directory(made, "compare", config))
+    outcomes = experiment.run_trials(made, out, jobs=arguments.jobs, say=story.show)
+    found = plain(comparing.found(made, outcomes, ["gspo-jax", *sys.argv[1:]]))
+    write_whole(out / "compare.json", json.dumps(found, indent=1) + "\n")
+    page = comparison_page(found, out)
+    story.show(story.compared(found))
+    story.show(f"page      {page}", wrap=False)
+    return experiment.exit_code(outcomes)
+
+
+def sweep(arguments: argparse.Namespace) -> int:
+    """Every trial of an experiment file, ranked; sweep.json and the best settings."""
+    from gspo_jax import experiment, story
+    from gspo_jax import sweep as sweeping
+    from gspo_jax.metrics import plain, write_whole
+
+    if not arguments.config:
+        raise ConfigError("sweep needs an experiment file; see configs/sweep.yaml.")
+    config = Path(arguments.config)
+    made = experiment.read_experiment(config, arguments.overrides)
+    if arguments.dry_run:
+        story.show(story.planned(made))
+        return 0
+    out = Path(arguments.out or experiment.default_directory(made, "sweep", config))
+    outcomes = experiment.run_trials(made, out, jobs=arguments.jobs, say=story.show)
+    rows = sweeping.ranked(made, outcomes)
+    result = {"metric": made.metric, "best": sweeping.best(rows), "rows": rows}
+    write_whole(out / "sweep.json", json.dumps(plain(result), indent=1) + "\n")
+    story.show(story.swept(made.metric, rows))
+    story.show(f"table     {out / 'sweep.json'}", wrap=False)
+    return experiment.exit_code(outcomes)
 
 
 def plan(arguments: argparse.Namespace) -> int:
@@ -272,6 +325,8 @@ def _parser() -> argparse.ArgumentParser:
         "train": (train, "GSPO (or a relative of it) as a config says"),
         "sft": (sft, "supervised training on worked solutions"),
         "eval": (evaluate, "held-out accuracy of a model directory"),
+        "compare": (compare, "losses, or other variants, under one harness"),
+        "sweep": (sweep, "every trial of an experiment file, ranked"),
         "plan": (plan, "memory per device and cost of a step, without weights"),
         "export": (export, "a run's newest checkpoint as a Hugging Face directory"),
         "replay": (replay, "compute one recorded step of a run again, and compare"),
@@ -289,6 +344,8 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--step", type=int, required=True, metavar="K", help="1 or more")
         elif name == "report":
             sub.add_argument("runs", metavar="RUN", nargs="+", help="run directories")
+        elif name in ("compare", "sweep"):
+            _add_experiment(sub, name)
         else:
             _add_settings(sub, name)
         if name in ("demo", "train", "sft"):
@@ -319,6 +376,32 @@ def _add_settings(sub: argparse.ArgumentParser, name: str) -> None:
     sub.add_argument(
         "--dry-run", action="store_true", help="check model, data and rewards, touch nothing"
     )
+
+
+def _add_experiment(sub: argparse.ArgumentParser, name: str) -> None:
+    what = "an experiment" if name == "sweep" else "an experiment, or a config to compare losses by"
+    sub.add_argument(
+        "settings",
+        metavar="FILE.yaml section.key=value",
+        nargs="*",
+        help=f"{what}; settings of all its runs",
+    )
+    sub.set_defaults(config=None)
+    sub.add_argument("--jobs", type=_count, default=1, metavar="N", help="runs at a time")
+    sub.add_argument("--out", metavar="DIR", help="of its runs; default: runs/NAME")
+    sub.add_argument("--dry-run", action="store_true", help="list its runs, touch nothing")
+    if name == "compare":
+        sub.add_argument(
+            "--losses", default="gspo,grpo,ppo", metavar="A,B", help="default: %(default)s"
+        )
+        sub.add_argument("--seeds", type=_count, default=3, metavar="N", help="default: 3")
+        sub.add_argument("--against", metavar="A", help="what the others are compared with")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted a whole number from 1")
+    return int(text)
 
 
 def _add_processes(sub: argparse.ArgumentParser) -> None:

@@ -29,14 +29,15 @@ LAYERS = [
     {"update"},
     {"checks", "critic"},
     {"config"},
-    {"policy", "model_card"},
-    {"evaluate", "memory", "costs", "resume", "export", "state"},
-    {"run"},
+    {"policy", "model_card", "experiment"},
+    {"evaluate", "memory", "costs", "resume", "export", "state"} | {"compare"},
+    {"run", "sweep"},
     {"train"},
     {"sft", "programs", "replay"},
     {"plan", "shardings"},
     {"story"},
     {"cli"},
+    {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PURE = {"losses", "penalties", "mismatch", "advantages", "logps", "quant", "masked"}
