@@ -4,6 +4,7 @@
     advantages  group_normalised, group_centred, leave_one_out, gae
     network     Qwen, load_model, save_model, token_logps
     optimizer   compress_state
+    objects     GSPOTrainer, GSPOConfig, GSPOCustomDataset
     runs        Config, load_config; train.train, generate.generate, evaluate.evaluate
 
 Each name is imported from its module when it is first used: commands that only read files start
@@ -20,11 +21,15 @@ if TYPE_CHECKING:
     from gspo_jax.losses import LOSSES, Mean, grpo, gspo, gspo_token, kl, ppo
     from gspo_jax.models import Qwen, load_model, save_model
     from gspo_jax.optim import compress_state
+    from gspo_jax.trainer import GSPOConfig, GSPOCustomDataset, GSPOTrainer
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Config": "config",
+    "GSPOConfig": "trainer",
+    "GSPOCustomDataset": "trainer",
+    "GSPOTrainer": "trainer",
     "LOSSES": "losses",
     "Mean": "losses",
     "Qwen": "models",
@@ -47,6 +52,9 @@ _HOME = {
 __all__ = [
     "LOSSES",
     "Config",
+    "GSPOConfig",
+    "GSPOCustomDataset",
+    "GSPOTrainer",
     "Mean",
     "Qwen",
     "compress_state",

@@ -4,6 +4,7 @@
     solution_str, ground_truth, ...              once per response (verl's compute_score)
     completion, answer, ...                      once per response (verifiers)
     answer, entry                                once per response (reasoning-gym)
+    query, response, and perhaps item            once per response
 
 Other parameters are filled with the data's columns of the same name.
 """
@@ -109,6 +110,12 @@ def _reasoning_gym(batch: Batch, b: int) -> dict[str, Any]:
     }
 
 
+def _query(batch: Batch, b: int) -> dict[str, Any]:
+    problem = batch.problems[b]
+    item = {**_row(batch, b), "prompt": problem.prompt}
+    return {**_row(batch, b), "query": problem.prompt, "response": batch.texts[b], "item": item}
+
+
 def convention(name: str, function: Callable) -> Callable:
     """Which of the four ways a function wants to be called, from its parameters' names."""
     if not callable(function):
@@ -120,13 +127,16 @@ def convention(name: str, function: Callable) -> Callable:
         return _verl
     if {"answer", "entry"} <= set(parameters):
         return _reasoning_gym
+    if {"query", "response"} <= set(parameters):
+        return _query
     if "completion" in parameters:
         return _verifiers
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return trl
     raise DataError(
         f"reward {name} takes {list(parameters)}; it must take `completions` (all of them, and "
-        "return a list), or `completion`, or `solution_str` and `ground_truth`."
+        "return a list), or `completion`, or `query` and `response`, or `solution_str` and "
+        "`ground_truth`."
     )
 
 

@@ -27,6 +27,7 @@ class Tokenizer:
         template: how a chat is written as text; None for a base model without one.
         specials: `bos_token`, `eos_token`, ... as the template may use them.
         template_args: further variables of the template, such as `enable_thinking`.
+        directory: where it was read from.
     """
 
     backend: tokenizers.Tokenizer
@@ -35,6 +36,7 @@ class Tokenizer:
     template: ChatTemplate | None = None
     specials: dict[str, str] = field(default_factory=dict)
     template_args: dict[str, Any] = field(default_factory=dict)
+    directory: Path | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -153,6 +155,7 @@ def load_tokenizer(path: str | Path, *, template_args: dict[str, Any] | None = N
         template=template,
         specials=specials,
         template_args=dict(template_args or {}),
+        directory=path,
     )
 
 

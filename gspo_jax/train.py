@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PyTree
 
 from gspo_jax import costs
 from gspo_jax.advantages import ADVANTAGES
-from gspo_jax.batch import Completions, Rollout, TrainBatch
+from gspo_jax.batch import Completions, Problem, Rollout, TrainBatch
 from gspo_jax.config import Config
 from gspo_jax.critic import estimate, make_values
 from gspo_jax.distributed import host
@@ -30,6 +30,7 @@ from gspo_jax.optim import Optimizer
 from gspo_jax.policy import Passes, Policy, Problems, load_policy, load_problems, passes, text_sizes
 from gspo_jax.resume import Begun
 from gspo_jax.rollout import (
+    Scorer,
     digest,
     encode_prompts,
     fill_with_spread,
@@ -108,10 +109,12 @@ class Loop(NamedTuple):
     advantage: "Callable[[TrainState, Rollout], Judged]"
 
 
-def assemble(config: Config) -> tuple[Loop, TrainState]:
-    """The programs of a run, and the state before its first step."""
-    policy = load_policy(config)
-    problems = load_problems(config, policy.tokenizer)
+def assemble(
+    config: Config, policy: Policy | None = None, problems: Problems | None = None
+) -> tuple[Loop, TrainState]:
+    """The programs of a run, and the state before its first step; it takes the policy's weights."""
+    policy = policy or load_policy(config)
+    problems = problems or load_problems(config, policy.tokenizer)
     updates = config.run.steps * config.algo.minibatches * config.algo.epochs
     optimizer, schedule, state = make_state(config, policy, updates)
     how = passes(config, policy, text_sizes(config, problems, policy.mesh))
@@ -132,15 +135,21 @@ def assemble(config: Config) -> tuple[Loop, TrainState]:
 
 def begin(loop: Loop, state: TrainState, step: int, phase: Phase = nullcontext) -> Begun:
     """A step up to its updates; `phase` is entered for each stage of it."""
-    roll, every = loop.config.rollout, loop.config.run.log_completions
+    roll = loop.config.rollout
     draw = partial(sample, loop, state, step, phase)  # 1 prompt, 2 rollout, 3 reward
     rollout, everything = fill_with_spread(draw, roll.prompts, 1 + roll.resample)
     with phase("advantage"):
-        judged = loop.advantage(state, rollout)  # 4 advantage
+        return judge(loop, state, step, rollout, everything)  # 4 advantage
+
+
+def judge(loop: Loop, state: TrainState, step: int, rollout: Rollout, everything: Rollout) -> Begun:
+    """A rollout with its advantages, ready to be learned from; `everything` is reported on."""
+    every, prompts = loop.config.run.log_completions, loop.config.rollout.prompts
+    judged = loop.advantage(state, rollout)
     metrics = rollout_metrics(everything) | judged.metrics
     metrics["completions/digest"] = digest(everything.completions)
     metrics["learning_rate"] = float(loop.schedule(int(state.updates)))
-    metrics["groups_without_spread"] = roll.prompts - len(groups_with_spread(rollout))
+    metrics["groups_without_spread"] = prompts - len(groups_with_spread(rollout))
     shown = every and (step == 1 or step % every == 0)
     return Begun(
         Pending(judged.batch, judged.ref_logp, judged.targets),
@@ -185,11 +194,27 @@ def sample(loop: Loop, state: TrainState, step: int, phase: Phase, number: int) 
     Each step has a stretch of the order of problems to itself, long enough for all its rounds.
     """
     c, roll = loop.config, loop.config.rollout
+    first = ((step - 1) * (1 + roll.resample) + number) * roll.prompts
+    total = c.run.steps * (1 + roll.resample) * roll.prompts
+    chosen = loop.problems.visit(first, roll.prompts, total=total, seed=c.run.seed)
+    asked = loop.problems.get("train", chosen)  # 1 prompt
+    scorer = loop.problems.scorer
+    return respond(loop, state, step, asked, scorer, phase, first_prompt=number * roll.prompts)
+
+
+def respond(
+    loop: Loop,
+    state: TrainState,
+    step: int,
+    asked: list[Problem],
+    scorer: Scorer,
+    phase: Phase = nullcontext,
+    *,
+    first_prompt: int = 0,
+) -> Rollout:
+    """The policy's responses to these problems, and their scores."""
+    c, roll = loop.config, loop.config.rollout
     with phase("generate"):
-        first = ((step - 1) * (1 + roll.resample) + number) * roll.prompts
-        total = c.run.steps * (1 + roll.resample) * roll.prompts
-        chosen = loop.problems.visit(first, roll.prompts, total=total, seed=c.run.seed)
-        asked = loop.problems.get("train", chosen)  # 1 prompt
         prompts = encode_prompts(loop.policy.tokenizer, asked)
         completions, texts = sample_completions(  # 2 rollout
             loop.policy.sampler(state.params),
@@ -201,12 +226,12 @@ def sample(loop: Loop, state: TrainState, step: int, phase: Phase, number: int) 
             temperature=roll.temperature,
             top_p=roll.top_p,
             top_k=roll.top_k,
-            first_prompt=number * roll.prompts,
+            first_prompt=first_prompt,
             record_routing=c.algo.routing_replay == "R3",
         )
     with phase("reward"):
         return score_completions(  # 3 reward
-            partial(loop.problems.scorer, step=step),
+            partial(scorer, step=step),
             asked,
             prompts,
             completions,

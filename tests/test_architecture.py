@@ -33,7 +33,7 @@ LAYERS = [
     {"evaluate", "memory", "costs", "resume", "export", "state"} | {"compare"},
     {"run", "sweep"},
     {"train"},
-    {"sft", "programs", "replay"},
+    {"sft", "programs", "replay", "trainer"},
     {"plan", "shardings"},
     {"story"},
     {"cli"},

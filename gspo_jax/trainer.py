@@ -1,0 +1,390 @@
+"""GSPO as three objects, for those who come from a trainer class.
+
+    from gspo_jax import GSPOConfig, GSPOCustomDataset, GSPOTrainer
+
+    config = GSPOConfig(learning_rate=1e-6, group_size=8, batch_size=8)
+    trainer = GSPOTrainer("Qwen/Qwen3-0.6B", config=config)
+    data = GSPOCustomDataset(seed=42).generate_dataset(500)
+    metrics = trainer.train_step(data)
+
+whatever else a config can say belong to that command; here are names and shapes for a script.
+else that a config can say belong to that command; here are the names and the shape of a script.
+"""
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gspo_jax import rewards, train
+from gspo_jax.batch import Problem
+from gspo_jax.config import Config, load_config
+from gspo_jax.errors import ConfigError, DataError
+from gspo_jax.evaluate import evaluate
+from gspo_jax.export import export_params
+from gspo_jax.metrics import RunLog, plain
+from gspo_jax.models.files import resolve
+from gspo_jax.models.hf import save_model
+from gspo_jax.models.qwen import Qwen
+from gspo_jax.policy import Problems, load_policy
+from gspo_jax.rollout import encode_prompts, sample_completions, token_count
+from gspo_jax.tasks import load_task
+from gspo_jax.tasks.verify import list_accuracy
+from gspo_jax.tokenizer import Tokenizer
+
+Item = Mapping[str, Any]
+
+QUESTION = ("prompt", "query", "question", "problem", "messages")
+ANSWER = ("answer", "target_answer", "reference_answer", "solution", "ground_truth")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GSPOConfig:
+    """What a script sets; every field acts. `to_config` says which setting of ours each one is."""
+
+    learning_rate: float = 1e-6
+    left_clip_range: float = 3e-4
+    """ε_low of the response's ratio, as in the paper."""
+    right_clip_range: float = 4e-4
+    """ε_high."""
+    group_size: int = 8
+    """Responses per prompt."""
+    batch_size: int = 8
+    """Prompts per step."""
+    mini_batch_size: int = 0
+    """Responses per forward and backward pass; 0 is by tokens. Changes memory and speed alone."""
+    minibatches_per_rollout: int = 0
+    """Updates per step; 0 is 4, or the largest number below that divides `batch_size`."""
+    num_epochs: int = 1
+    """Passes of `train` over its data."""
+    max_prompt_length: int = 512
+    """Tokens; problems with longer prompts are refused."""
+    max_new_tokens: int = 256
+    """Tokens of a response, at most."""
+    max_length: int = 0
+    """Prompt and response together, in place of `max_new_tokens`; 0 is unset."""
+    temperature: float = 1.0
+    """Of the samples, and of the policy that is trained."""
+    max_grad_norm: float = 1.0
+    advantage_normalization: bool = True
+    """Divide by the standard deviation of the group; False subtracts the mean alone."""
+    use_8bit_optimizer: bool = True
+    use_gradient_checkpointing: bool = False
+    """Recompute whole layers in the backward pass."""
+    eval_frequency: int = 0
+    """Steps of `train` between evaluations; 0 is before and after alone."""
+    seed: int = 0
+
+    def to_config(self, directory: Path) -> Config:
+        """The same as a `Config`, for the model in `directory`.
+
+        Raises:
+            ConfigError: a value out of range.
+        """
+        new = self.max_new_tokens
+        if self.max_length:
+            new = self.max_length - self.max_prompt_length
+        if new < 1:
+            raise ConfigError(
+                f"max_length={self.max_length} leaves no token beside max_prompt_length="
+                f"{self.max_prompt_length}; lower the latter, or set max_new_tokens."
+            )
+        parts = self.minibatches_per_rollout
+        parts = parts or max(n for n in (1, 2, 3, 4) if self.batch_size % n == 0)
+        settings = {
+            "model.path": str(directory),
+            "model.remat": "full" if self.use_gradient_checkpointing else "auto",
+            "task.max_prompt_length": self.max_prompt_length,
+            "rollout.prompts": self.batch_size,
+            "rollout.group_size": self.group_size,
+            "rollout.max_completion_length": new,
+            "rollout.temperature": self.temperature,
+            "algo.loss.name": "gspo",
+            "algo.loss.clip_low": self.left_clip_range,
+            "algo.loss.clip_high": self.right_clip_range,
+            "algo.advantage.name": "group_normalised"
+            if self.advantage_normalization
+            else "group_centred",
+            "algo.minibatches": parts,
+            "algo.microbatch": self.mini_batch_size,
+            "optim.learning_rate": self.learning_rate,
+            "optim.max_grad_norm": self.max_grad_norm,
+            "optim.state": "8bit" if self.use_8bit_optimizer else "float32",
+            "run.seed": self.seed,
+        }
+        return load_config(None, [f"{name}={value}" for name, value in settings.items()])
+
+    def __new__(cls, *args: Any, **given: Any) -> "GSPOConfig":
+        known = [field.name for field in fields(cls)]
+        for name in given:
+            if name in ELSEWHERE:
+                raise ConfigError(f"GSPOConfig has no {name}: {ELSEWHERE[name]}.")
+            if name not in known:
+                raise ConfigError(f"GSPOConfig has no {name}; it has {known}.")
+        return super().__new__(cls)
+
+
+ELSEWHERE = {
+    "gradient_accumulation_steps": "set mini_batch_size, whose passes are added up exactly",
+    "reward_normalization": "rewards are compared within their group; see advantage_normalization",
+    "log_frequency": "every step returns its metrics",
+    "device": "jax chooses it (JAX_PLATFORMS); gspo-jax train has mesh.*",
+}
+"""Fields of other GSPO trainers, and what there is instead."""
+
+
+class GSPOCustomDataset:
+    """The task `reasoning` as a list of dicts: four types of problems at three levels.
+
+    The items have the keys query, reference_answer, type, difficulty, target_answer and id, and
+    "prompt", which is the query with the instruction where to put the answer. The same seed gives
+    the same items; they are not those of another library's generator.
+    """
+
+    def __init__(self, seed: int = 42):
+        self.seed = seed
+
+    def generate_dataset(
+        self,
+        num_samples: int = 100,
+        difficulty_mix: Mapping[str, float] | None = None,
+        split: str = "train",
+    ) -> list[dict[str, Any]]:
+        """Different problems; those of the splits train, val and test never meet.
+
+        Args:
+            difficulty_mix: how often each of easy, medium and hard; 0.5, 0.3 and 0.2 by default.
+        """
+        sizes = {"train": 0, "val": 0, "test": 0, split: num_samples}
+        levels = {} if difficulty_mix is None else {"levels": dict(difficulty_mix)}
+        task = load_task("reasoning", seed=self.seed, sizes=sizes, **levels)
+        problems = [task.problem(split, i) for i in range(num_samples)]
+        return [p.columns | {"prompt": p.prompt} for p in problems]
+
+    def create_reward_function(self) -> Callable[..., float]:
+        """1.0 where the boxed answer is right, else 0.0; nothing for form, length or cue words."""
+        return verified
+
+
+def verified(query: str, response: str, item: Item) -> float:
+    """1.0 where what `response` boxes is the answer of `item`, else 0.0."""
+    (score,) = list_accuracy(prompts=[query], completions=[response], answer=[gold(item)])
+    return float(score or 0)
+
+
+def gold(item: Item) -> str | None:
+    """The answer of an item, under the first of the usual names that it has."""
+    return next((str(item[key]) for key in ANSWER if item.get(key) is not None), None)
+
+
+class GSPOTrainer:
+    """A model in training.
+
+    Args:
+        model: a Hugging Face directory or hub id, or a `Qwen` of ours; the latter is copied.
+        tokenizer: its directory, one of `load_tokenizer` or of transformers; None is the model's.
+        config: what to do.
+        reward_fn: `f(query, response)` or `f(query, response, item)` per response, or any other
+            form of `gspo_jax.signatures`; by default the answer of the item, compared exactly.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        config: GSPOConfig | None = None,
+        reward_fn: Callable | None = None,
+    ):
+        self.options = config or GSPOConfig()
+        self.reward_fn = reward_fn or verified
+        self.config = self.options.to_config(directory_of(model, tokenizer))
+        self.policy = load_policy(self.config)
+        anything = Problems(
+            load_task("arithmetic", sizes={"train": 1, "val": 0, "test": 0}),
+            {"train": [0]},
+            0,
+            partial(self._score, None),
+            1,
+            self.config.task.max_prompt_length,
+        )
+        with jax.set_mesh(self.policy.mesh):
+            self._loop, self.state = train.assemble(self.config, self.policy, anything)
+        self._place = 0  # in the data that `train_step` is given
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self.policy.tokenizer
+
+    def train_step(
+        self, data: Sequence[Item | str], reward_fn: Callable | None = None
+    ) -> dict[str, Any]:
+        """One rollout and its updates, on the next `batch_size` items of `data`, going round.
+
+        Returns:
+            `loss`, `clip_fraction`, `importance_ratio_mean`, `importance_ratio_std`,
+            `advantage_mean`, `advantage_std` and `reward_mean`, and every metric of a run.
+        """
+        count = self.options.batch_size
+        if not data:
+            raise DataError("train_step was given no data.")
+        chosen = [data[(self._place + i) % len(data)] for i in range(count)]
+        self._place += count
+        asked = [as_problem(item, i) for i, item in enumerate(chosen)]
+        step = int(self.state.step) + 1
+        with jax.set_mesh(self.policy.mesh):
+            score = partial(self._score, reward_fn)
+            rollout = train.respond(self._loop, self.state, step, self._fitting(asked), score)
+            begun = train.judge(self._loop, self.state, step, rollout, rollout)
+            self.state, begun = train.update(self._loop, self.state, begun)
+        metrics = plain(train.step_metrics(self.config, begun))
+        adv = np.asarray(begun.pending.batch.adv)
+        return metrics | {
+            "num_tokens": token_count(rollout),
+            "clip_fraction": metrics["clip_frac"],
+            "importance_ratio_mean": metrics["ratio_mean"],
+            "importance_ratio_std": metrics["ratio_std"],
+            "advantage_mean": float(adv.mean()),
+            "advantage_std": float(adv.std()),
+            "reward_mean": metrics["reward"],
+        }
+
+    def train(
+        self,
+        data: Sequence[Item | str],
+        eval_data: Sequence[Item | str] = (),
+        output_dir: str | Path | None = None,
+        reward_fn: Callable | None = None,
+    ) -> list[dict[str, Any]]:
+        """`num_epochs` passes over `data`; the metrics of every step.
+
+        With `output_dir` they are also written there as a run's (metrics.jsonl, status.json), which
+        `gspo-jax report` reads, and the model is saved in its final_model/.
+        """
+        count, every = self.options.batch_size, self.options.eval_frequency
+        steps = -(-len(data) * self.options.num_epochs // count)
+        history = []
+
+        def done(step: int, metrics: dict[str, Any]) -> None:
+            if eval_data and (step in (0, steps) or (every and step % every == 0)):
+                metrics = metrics | self.evaluate(eval_data, reward_fn)
+            history.append(metrics)
+            if log and metrics:
+                log.step(step, metrics)
+
+        log = RunLog(Path(output_dir), of=steps) if output_dir else None
+        try:
+            if log:
+                log.start()
+            done(0, {})
+            for step in range(1, steps + 1):
+                done(step, self.train_step(data, reward_fn))
+            if output_dir and log:
+                self.save(Path(output_dir) / "final_model")
+                log.status("finished")
+        finally:
+            if log:
+                log.close()
+        return history
+
+    def evaluate(
+        self, data: Sequence[Item | str], reward_fn: Callable | None = None, samples: int = 0
+    ) -> dict[str, float]:
+        """Greedy accuracy (or mean reward), n and a 95 % interval; see `evaluate.evaluate`."""
+        problems = self._fitting([as_problem(item, i) for i, item in enumerate(data)])
+        with jax.set_mesh(self.policy.mesh):
+            return evaluate(
+                self.policy.sampler(self.state.params),
+                self.tokenizer,
+                problems,
+                partial(self._score, reward_fn),
+                samples=samples,
+                temperature=self.config.rollout.temperature,
+                max_new_tokens=self.config.rollout.max_completion_length,
+                key=jax.random.fold_in(jax.random.key(self.config.run.seed), 0),
+            )
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int = 0,
+    ) -> list[str]:
+        """One response to each prompt, under the model's chat template; temperature 0 is greedy."""
+        roll = self.config.rollout
+        with jax.set_mesh(self.policy.mesh):
+            _, texts = sample_completions(
+                self.policy.sampler(self.state.params),
+                self.tokenizer,
+                encode_prompts(self.tokenizer, [Problem(str(i), p) for i, p in enumerate(prompts)]),
+                key=jax.random.key(seed),
+                group_size=1,
+                max_new_tokens=max_new_tokens or roll.max_completion_length,
+                temperature=roll.temperature if temperature is None else temperature,
+            )
+        return texts
+
+    def save(self, out_dir: str | Path) -> Path:
+        """The weights as a Hugging Face directory, which must not be there yet."""
+        return export_params(self.policy, self.state.params, Path(out_dir))
+
+    def _score(self, reward_fn: Callable | None, problems, texts, ids, **_: Any):
+        functions = rewards.load_rewards([reward_fn or self.reward_fn])
+        return rewards.score(functions, None, problems, texts, ids)
+
+    def _fitting(self, problems: list[Problem]) -> list[Problem]:
+        most = self.options.max_prompt_length
+        for problem, ids in zip(problems, encode_prompts(self.tokenizer, problems), strict=True):
+            if len(ids) > most:
+                raise DataError(
+                    f"item {problem.id!r:.60} has a prompt of {len(ids)} tokens, "
+                    f"max_prompt_length={most}; raise it, or leave the item out."
+                )
+        return problems
+
+
+def as_problem(item: Item | str, place: int) -> Problem:
+    """An item as a problem: a text, or a dict with a question and whatever belongs to it."""
+    if isinstance(item, str):
+        return Problem(str(place), item)
+    question = next((item[key] for key in QUESTION if item.get(key)), None)
+    if question is None:
+        raise DataError(f"item {place} has none of {list(QUESTION)}; it has {list(item)}.")
+    others = {key: value for key, value in item.items() if key != "prompt"}
+    return Problem(str(item.get("id", place)), question, gold(item), others)
+
+
+def directory_of(model: Any, tokenizer: Any) -> Path:
+    """The Hugging Face directory of a model; one is made for a network that is only in memory.
+
+    Raises:
+        ConfigError: a network of PyTorch, or a `Qwen` without a tokenizer that has a directory.
+    """
+    if isinstance(model, str | Path):
+        return resolve(str(model))
+    if not isinstance(model, Qwen):
+        kind = f"{type(model).__module__}.{type(model).__name__}"
+        raise ConfigError(
+            f"model is a {kind}; wanted a Hugging Face directory or hub id, or a Qwen of "
+            "gspo_jax.load_model. Save a network of PyTorch with model.save_pretrained(DIR) and "
+            "give DIR: load_model converts it."
+        )
+    made = Path(tempfile.mkdtemp(prefix="gspo_jax-"))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    if isinstance(tokenizer, Tokenizer):
+        tokenizer = tokenizer.directory
+    elif hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(made / "tokenizer")
+        tokenizer = made / "tokenizer"
+    if tokenizer is None:
+        raise ConfigError("a Qwen in memory has no tokenizer; give the directory of its own.")
+    save_model(model, made / "model", like=resolve(str(tokenizer)))
+    return made / "model"
