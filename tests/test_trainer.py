@@ -1,0 +1,137 @@
+"""The object API: the names of a trainer class over the functions of a run."""
+
+import json
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from gspo_jax import GSPOConfig, GSPOCustomDataset, GSPOTrainer, load_model
+from gspo_jax.errors import ConfigError, DataError
+from gspo_jax.trainer import as_problem, verified
+
+SEVEN = ("loss", "clip_fraction", "importance_ratio_mean", "importance_ratio_std")
+SEVEN += ("advantage_mean", "advantage_std", "reward_mean")
+ITEMS = [{"query": f"Say {word}", "reference_answer": word} for word in "abcdef"]
+
+
+def short(query, response, item):
+    """Higher for shorter responses; the item is the whole row."""
+    assert item["reference_answer"] == query[-1]
+    return 1 / (1 + len(response))
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny_dir):
+    config = GSPOConfig(
+        learning_rate=3e-3,
+        left_clip_range=0.02,
+        right_clip_range=0.03,
+        group_size=4,
+        batch_size=4,
+        minibatches_per_rollout=2,
+        max_prompt_length=32,
+        max_new_tokens=8,
+        num_epochs=2,
+    )
+    return GSPOTrainer(tiny_dir, config=config, reward_fn=short)
+
+
+def test_a_step_takes_the_next_items_and_says_seven_numbers(trainer):
+    before = np.asarray(trainer.policy.params["embed"][...]).copy()
+    seen = []
+
+    def watched(query, response):
+        seen.append(query)
+        return float(len(response))
+
+    first = trainer.train_step(ITEMS, watched)
+    trainer.train_step(ITEMS, watched)
+    # 4 of 6 items, each with 4 responses; then the other two and the first two again.
+    assert seen[::4] == [f"Say {word}" for word in "abcdefab"]
+    assert all(np.isfinite(first[name]) for name in SEVEN)
+    assert first["clip_frac_by_update"][0] == 0 and first["ratio_std_by_update"][0] == 0
+    assert np.any(np.asarray(trainer.state.params["embed"][...]) != before)
+
+
+def test_training_leaves_metrics_and_a_model_that_loads(trainer, tmp_path):
+    history = trainer.train(ITEMS, eval_data=ITEMS[:2], output_dir=tmp_path / "run")
+    assert len(history) == 1 + 3  # two epochs of six items, four at a time
+    assert history[0]["eval/n"] == history[-1]["eval/n"] == 2
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+    saved = nnx.state(load_model(tmp_path / "run" / "final_model"))
+    np.testing.assert_array_equal(saved["embed"][...], trainer.state.params["embed"][...])
+
+
+def test_greedy_responses_are_the_same_every_time(trainer):
+    prompts = ["Say a", "Say something else"]
+    texts = trainer.generate(prompts, temperature=0.0)
+    assert len(texts) == 2 and texts == trainer.generate(prompts, temperature=0.0, seed=5)
+
+
+def test_a_network_in_memory_is_copied_and_stays_as_it_is(trainer, tiny_dir):
+    model = load_model(tiny_dir)
+    before = np.asarray(model.embed[...]).copy()
+    mine = GSPOTrainer(model, trainer.tokenizer, trainer.options, reward_fn=short)
+    mine.train_step(ITEMS)
+    np.testing.assert_array_equal(model.embed[...], before)
+    assert np.any(np.asarray(mine.state.params["embed"][...]) != before)
+
+
+def test_what_is_no_model_of_ours_is_refused_with_the_way_to_convert_it(tiny_dir):
+    network = type("Qwen2ForCausalLM", (), {"__module__": "torch.models"})()
+    with pytest.raises(ConfigError, match=r"torch\.models\.Qwen2ForCausalLM; .*save_pretrained"):
+        GSPOTrainer(network, None, GSPOConfig())
+    with pytest.raises(ConfigError, match=r"no tokenizer; give the directory"):
+        GSPOTrainer(load_model(tiny_dir))
+
+
+def test_every_field_acts(tmp_path):
+    """Changing a field changes the config of the run, or what `train` does."""
+    plain = GSPOConfig().to_config(tmp_path)
+    other = {"batch_size": 4, "mini_batch_size": 3, "minibatches_per_rollout": 2, "seed": 7}
+    other |= {"max_length": 700, "use_8bit_optimizer": False, "use_gradient_checkpointing": True}
+    other |= {"advantage_normalization": False, "learning_rate": 1e-3, "temperature": 0.7}
+    other |= {"left_clip_range": 0.1, "right_clip_range": 0.1, "group_size": 2}
+    other |= {"max_prompt_length": 99, "max_new_tokens": 9, "max_grad_norm": 0.3}
+    for name, value in other.items():
+        assert GSPOConfig(**{name: value}).to_config(tmp_path) != plain, name
+    in_train = {"num_epochs", "eval_frequency"}
+    assert set(other) | in_train == set(GSPOConfig.__dataclass_fields__)
+    assert GSPOConfig(batch_size=6).to_config(tmp_path).algo.minibatches == 3
+
+
+def test_fields_of_others_are_refused_with_what_there_is_instead(tmp_path):
+    with pytest.raises(ConfigError, match="no gradient_accumulation_steps: set mini_batch_size"):
+        GSPOConfig(gradient_accumulation_steps=4)
+    with pytest.raises(ConfigError, match=r"no learning_rte; it has .'learning_rate'"):
+        GSPOConfig(learning_rte=1e-6)
+    with pytest.raises(ConfigError, match="max_length=512 leaves no token beside max_prompt_len"):
+        GSPOConfig(max_length=512).to_config(tmp_path)
+
+
+def test_the_dataset_has_the_usual_keys_and_its_reward_no_way_around_the_answer():
+    data = GSPOCustomDataset(seed=42).generate_dataset(40)
+    keys = {"query", "reference_answer", "type", "difficulty", "target_answer", "id"}
+    assert all(keys <= set(item) for item in data)
+    assert data == GSPOCustomDataset(seed=42).generate_dataset(40)
+    assert data != GSPOCustomDataset(seed=43).generate_dataset(40)
+    assert len({item["type"] for item in data}) == 4
+    held_out = GSPOCustomDataset(seed=42).generate_dataset(40, split="test")
+    assert {x["query"] for x in data}.isdisjoint(x["query"] for x in held_out)
+    reward, item = GSPOCustomDataset().create_reward_function(), data[0]
+    answer = item["target_answer"]
+    assert reward(item["prompt"], f"So it is \\boxed{{{answer}}}.", item) == 1
+    for text in ("", answer, "42 because therefore", f"\\boxed{{{answer}}} \\boxed{{1}}"):
+        assert reward(item["prompt"], text, item) == 0
+    assert verified is reward
+
+
+def test_an_item_is_a_text_or_has_a_question():
+    assert as_problem("Why?", 3).prompt == "Why?"
+    problem = as_problem({"question": "Why?", "answer": 6, "topic": "x"}, 0)
+    assert (problem.prompt, problem.answer, problem.columns["topic"]) == ("Why?", "6", "x")
+    with pytest.raises(DataError, match=r"item 2 has none of .*it has .'text'"):
+        as_problem({"text": "Why?"}, 2)
