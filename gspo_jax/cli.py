@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gspo_jax.run import Result
 
 IS_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+IS_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +78,7 @@ def explain(error: Exception) -> tuple[int, str]:
         return OutOfMemory.exit_code, (
             f"out of memory{f' (allocating {wanted[1]})' if wanted else ''}; lower "
             "algo.microbatch (responses at a time in the update) or "
-            "rollout.max_completion_length (the cache and activations of each)."
+            "rollout.max_completion_length (the cache and activations of each); in eval eval.batch."
         )
     kind = type(error).__name__
     return UNEXPECTED, f"unexpected {kind}: {text[:300]} (--debug shows where)"
@@ -119,23 +120,45 @@ def sft(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Accuracy of a model directory; for a run's export/, measured as that run measured."""
+    """Accuracy of model directories; a run's export/ is measured as that run measured."""
     from gspo_jax import story
 
-    path = Path(arguments.config or "")
-    if arguments.config and path.is_dir():
-        own = path.resolve().parent / "config.yaml"
-        arguments.config = str(own) if own.is_file() else None
-        model = [f"model.path={path}", "model.init=pretrained"]
-        arguments.overrides = [*model, *arguments.overrides]
-    elif arguments.config and not path.exists():
-        raise DataError(f"{path}: no such model directory or config file.")
+    models = arguments.models
+    for path in models:
+        if not Path(path).exists() and path != "demo" and not IS_HUB_ID.fullmatch(path):
+            raise DataError(f"{path}: no such model directory or config file.")
+    configs = [Path(path).resolve().parent / "config.yaml" for path in reversed(models)]
+    if not arguments.config:
+        arguments.config = next((str(path) for path in configs if path.is_file()), None)
+    if models:
+        own = [f"model.path={models[-1]}", "model.init=pretrained"]
+        arguments.overrides = [*own, *arguments.overrides]
+    if arguments.benchmarks or arguments.out or len(models) > 1:
+        return _benchmark(arguments)
     if (config := _resolve(arguments)) is None:
         return 0
     from gspo_jax.evaluate import evaluate_path
 
     story.show(story.comparison({config.model.path: evaluate_path(config)}))
     return 0
+
+
+def _benchmark(arguments: argparse.Namespace) -> int:
+    """Several models, or several benchmarks; exit code 3 if one of these could not be had."""
+    from gspo_jax import benchmark, story
+
+    asked = benchmark.named(arguments.benchmarks) if arguments.benchmarks else None
+    if asked:  # all problems, however long; settings of the config's own task do not apply
+        everything = [f"eval.problems={benchmark.ALL}", f"task.max_prompt_length={benchmark.ALL}"]
+        arguments.overrides = [*everything, *arguments.overrides]
+    if (config := _resolve(arguments)) is None:
+        return 0
+    out = Path(arguments.out or "runs/eval")
+    results = benchmark.run(config, arguments.models or [config.model.path], asked, out, _say_error)
+    if results["scores"]:
+        story.show(story.benchmarks(results))
+        story.show(f"\npage      {out / 'results.md'}\nresponses {out}", wrap=False)
+    return DataError.exit_code if results["missing"] else 0
 
 
 def plan(arguments: argparse.Namespace) -> int:
@@ -252,6 +275,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if getattr(arguments, "resume", None):
         arguments.overrides.append(f"run.resume={arguments.resume}")
     files = [text for text in given if not IS_OVERRIDE.match(text)]
+    if arguments.command is evaluate:
+        arguments.models = [text for text in files if not text.endswith((".yaml", ".yml"))]
+        files = [text for text in files if text not in arguments.models]
     files += [arguments.config] if arguments.config else []
     if len(files) > 1:
         parser.error(f"one config file at most, not {' and '.join(files)}")
@@ -271,7 +297,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo": (demo, "a tiny model learns arithmetic in minutes, on a CPU"),
         "train": (train, "GSPO (or a relative of it) as a config says"),
         "sft": (sft, "supervised training on worked solutions"),
-        "eval": (evaluate, "held-out accuracy of a model directory"),
+        "eval": (evaluate, "held-out accuracy of models, on benchmarks too"),
         "plan": (plan, "memory per device and cost of a step, without weights"),
         "export": (export, "a run's newest checkpoint as a Hugging Face directory"),
         "replay": (replay, "compute one recorded step of a run again, and compare"),
@@ -293,6 +319,8 @@ def _parser() -> argparse.ArgumentParser:
             _add_settings(sub, name)
         if name in ("demo", "train", "sft"):
             _add_processes(sub)
+        if name == "eval":
+            _add_benchmarks(sub)
         if name in ("train", "sft"):
             sub.add_argument("--resume", metavar="PATH", help="a checkpoint; run.resume=PATH")
         if name == "plan":
@@ -307,10 +335,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_settings(sub: argparse.ArgumentParser, name: str) -> None:
-    what = {"demo": "", "eval": "a YAML file, or a model directory; "}.get(name, "a YAML file; ")
+    what = {"demo": "", "eval": "a YAML file, and models, the first to compare the others with; "}
+    what = what.get(name, "a YAML file; ")
+    files = {"demo": "", "eval": "CONFIG.yaml MODEL "}.get(name, "CONFIG.yaml ")
     sub.add_argument(
         "settings",
-        metavar="section.key=value" if name == "demo" else "CONFIG.yaml section.key=value",
+        metavar=f"{files}section.key=value",
         nargs="*",
         help=f"{what}settings over it, like rollout.group_size=16",
     )
@@ -318,6 +348,17 @@ def _add_settings(sub: argparse.ArgumentParser, name: str) -> None:
     sub.add_argument("--print-config", action="store_true", help="print all settings and stop")
     sub.add_argument(
         "--dry-run", action="store_true", help="check model, data and rewards, touch nothing"
+    )
+
+
+def _add_benchmarks(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--benchmarks",
+        metavar="A,B",
+        help="zebra, math, custom, a task's name, or NAME=PATH; else the config's own task",
+    )
+    sub.add_argument(
+        "--out", metavar="DIR", help="of responses and results.json; default: runs/eval"
     )
 
 

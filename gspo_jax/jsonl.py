@@ -14,12 +14,17 @@ MAX_LINE = 2**26  # bytes; what is longer is no record of ours (a stretch of zer
 
 def records(file: BinaryIO) -> Iterator[dict[str, Any]]:
     """The objects with a whole number "step", in the order of their lines."""
+    return (record for record in objects(file) if type(record.get("step")) is int)
+
+
+def objects(file: BinaryIO) -> Iterator[dict[str, Any]]:
+    """All that is an object, in the order of the lines."""
     for line in _lines(file):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and type(record.get("step")) is int:
+        if isinstance(record, dict):
             yield record
 
 

@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gspo_jax import summary
 from gspo_jax.config import Config
 from gspo_jax.replay import Replayed
 from gspo_jax.run import Result
+from gspo_jax.statistics import independent_difference
 
 ROWS = {  # metric -> what people call it
     "eval/greedy": "greedy accuracy",
@@ -95,15 +97,25 @@ def comparison(columns: Mapping[str, Mapping[str, float]]) -> Table:
         table.add_column("change", justify="right")
     sampled = {n: f"{n.removeprefix('eval/')} accuracy" for n in _sampled(columns)}
     for metric, label in {"eval/greedy": ROWS["eval/greedy"], **sampled, **ROWS}.items():
-        values = [metrics[metric] for metrics in columns.values() if metric in metrics]
-        if len(values) < len(columns):
+        if any(metric not in metrics for metrics in columns.values()):
             continue
         is_share = metric != "eval/mean_length"
         cells = [_cell(metrics, metric, is_share) for metrics in columns.values()]
-        if len(values) == 2:
-            by = values[1] - values[0]
-            cells.append(f"{100 * by:+.1f} points" if is_share else f"{by:+.1f}")
+        if len(cells) == 2:
+            before, after = columns.values()
+            cells.append(_change(before, after, metric, is_share))
         table.add_row(label, *cells)
+    return table
+
+
+def benchmarks(results: Mapping[str, Any]) -> Table:
+    """Models on benchmarks: `summary.rows` for a terminal."""
+    head, *body = summary.rows(results)
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for i, name in enumerate(head):
+        table.add_column(Text(name), justify="right" if i > 1 else "left")
+    for row in body:
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -128,14 +140,30 @@ def show(what: Any, *, wrap: bool = True) -> None:
 
 
 def _sampled(columns: Mapping[str, Mapping[str, float]]) -> list[str]:
-    names = [name for metrics in columns.values() for name in metrics if "avg@" in name]
+    kinds = ("eval/avg@", "eval/pass@", "eval/maj@")
+    names = [name for metrics in columns.values() for name in metrics if name.startswith(kinds)]
     return [name for name in dict.fromkeys(names) if not name.endswith(("_low", "_high"))]
+
+
+def _change(
+    before: Mapping[str, float], after: Mapping[str, float], name: str, is_share: bool
+) -> str:
+    """The difference; its interval takes the two as independent, which is on the safe side."""
+    by = after[name] - before[name]
+    if not is_share:
+        return f"{by:+.1f}"
+    ends = [f"{name}{end}" for end in ("", "_low", "_high")]
+    if any(m.get(end) is None for m in (before, after) for end in ends):
+        return f"{100 * by:+.1f} points"
+    old, new = (tuple(m[end] for end in ends) for m in (before, after))
+    low, high = independent_difference(old, new)
+    return f"{100 * by:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def _cell(metrics: Mapping[str, float], name: str, is_share: bool) -> str:
     if not is_share:
         return f"{metrics[name]:.1f}"
     text = f"{metrics[name]:.1%}"
-    if f"{name}_low" in metrics:
+    if metrics.get(f"{name}_low") is not None:
         text += f" [{100 * metrics[f'{name}_low']:.1f}, {100 * metrics[f'{name}_high']:.1f}]"
     return text

@@ -10,9 +10,9 @@ import gspo_jax
 PACKAGE = Path(gspo_jax.__file__).parent
 
 LAYERS = [
-    {"errors", "batch", "masked", "console", "sandbox", "stopping", "tasks.units"}
+    {"errors", "batch", "masked", "console", "sandbox", "stopping", "tasks.units", "statistics"}
     | {"tasks.zebra_words", "tasks.zebra_solve"},
-    {"distributed", "jsonl", "tasks.verify"},
+    {"distributed", "jsonl", "tasks.verify", "summary"},
     {"models.fields", "models.init", "penalties", "mismatch", "advantages", "logps", "quant"}
     | {"sharding", "chat_template", "tasks.task", "tasks.zebra_score", "integrity"},
     {"losses", "models.attention", "models.linear", "models.cache", "models.files", "optim"}
@@ -31,7 +31,7 @@ LAYERS = [
     {"config"},
     {"policy", "model_card"},
     {"evaluate", "memory", "costs", "resume", "export", "state"},
-    {"run"},
+    {"run", "benchmark"},
     {"train"},
     {"sft", "programs", "replay"},
     {"plan", "shardings"},
@@ -41,6 +41,7 @@ LAYERS = [
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PURE = {"losses", "penalties", "mismatch", "advantages", "logps", "quant", "masked"}
 FILES_ONLY = {"report", "metrics", "console", "jsonl", "errors", "cli", "integrity"}
+FILES_ONLY |= {"statistics", "summary"}
 
 
 def module_name(path: Path) -> str:

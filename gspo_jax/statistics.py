@@ -1,0 +1,150 @@
+"""Scores as numbers that can be trusted: shares, means, pass@k, votes and differences, with 95 %
+intervals over problems. Arrays and plain Python; no JAX.
+
+Samples of one problem are not independent, so n is always a number of problems.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy.special import ndtr, stdtrit
+
+Z95 = 1.959964
+RESAMPLES = 4000
+_AT_ONCE = 2**22  # numbers drawn at a time
+
+
+class Estimate(NamedTuple):
+    """A mean over n problems with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def estimate(
+    scores: Float[np.ndarray, " N"], weights: Float[np.ndarray, " N"] | None = None
+) -> Estimate:
+    """The mean of one number per problem, or the ratio Σ scores / Σ weights.
+
+    The interval is Wilson's where every score is 0 or 1, which also holds where all are equal to 0
+    (a resampled mean would then seem certain); else the bootstrap's.
+
+    Args:
+        weights: what each score is a part of, as right cells are a part of a grid's cells.
+    """
+    scores = np.asarray(scores, float)
+    rates = scores if weights is None else scores / weights
+    value = float(rates.mean() if weights is None else scores.sum() / np.sum(weights))
+    counts = np.isin(rates, (0, 1)).all() and (weights is None or np.ptp(rates) == 0)
+    n = len(scores)
+    low, high = wilson(int(rates.sum()), n) if counts else bootstrap_interval(scores, weights)
+    return Estimate(value, low, high, n)
+
+
+def difference(
+    before: Float[np.ndarray, " N"],
+    after: Float[np.ndarray, " N"],
+    weights: Float[np.ndarray, " N"] | None = None,
+    *,
+    shares: bool = True,
+) -> Estimate:
+    """`after` minus `before` on the same problems: the bootstrap of the pairs.
+
+    Where no problem differs, nothing can be resampled. Of shares it is still known that at most
+    Wilson's bound for 0 of n problems differ, by 1 at most: that is the interval.
+
+    Args:
+        shares: each number is between 0 and 1, or its weight.
+    """
+    pairs = np.asarray(after, float) - np.asarray(before, float)
+    n = len(pairs)
+    if shares and not pairs.any():
+        high = wilson(0, n)[1]
+        return Estimate(0.0, -high, high, n)
+    total = n if weights is None else float(np.sum(weights))
+    return Estimate(float(pairs.sum() / total), *bootstrap_interval(pairs, weights), n)
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """95 % score interval of a proportion (Wilson, 1927); it stays inside [0, 1]."""
+    p, z2 = successes / n, Z95**2
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def mean_interval(scores: Float[np.ndarray, "N K"]) -> tuple[float, float]:
+    """95 % interval of the mean over problems, by the normal distribution."""
+    per_problem = scores.mean(1)
+    n = len(per_problem)
+    half = Z95 * per_problem.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
+    return float(per_problem.mean() - half), float(per_problem.mean() + half)
+
+
+def bootstrap_interval(
+    values: Float[np.ndarray, " N"],
+    weights: Float[np.ndarray, " N"] | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """95 % interval of a mean, or of Σ values / Σ weights: problems drawn anew, with replacement.
+
+    The ends are percentiles of the resampled means. With few problems these lie too close, by
+    √((n-1)/n) and for want of Student's t; so the percentiles are Φ(±√(n/(n-1)) t), the "expanded"
+    ones of Hesterberg, 2015, https://arxiv.org/abs/1411.5279. One problem tells nothing.
+    """
+    values = np.asarray(values, float)
+    n = len(values)
+    if n < 2:
+        return -math.inf, math.inf
+    rng = np.random.default_rng(seed)
+    means, rows = [], max(_AT_ONCE // n, 1)
+    for start in range(0, resamples, rows):
+        drawn = rng.integers(0, n, (min(rows, resamples - start), n))
+        below = n if weights is None else np.asarray(weights, float)[drawn].sum(1)
+        means.append(values[drawn].sum(1) / below)
+    tail = float(ndtr(-math.sqrt(n / (n - 1)) * stdtrit(n - 1, 0.975)))
+    low, high = np.quantile(np.concatenate(means), (tail, 1 - tail))
+    return float(low), float(high)
+
+
+def independent_difference(
+    before: tuple[float, float, float], after: tuple[float, float, float]
+) -> tuple[float, float]:
+    """95 % interval of the difference of two (value, low, high), if they are independent.
+
+    The square-and-add interval (Newcombe, 1998; Zou and Donner, 2008). For two measurements of the
+    same problems it is wider than that of the pairs, of which it needs to know nothing.
+    """
+    (a, a_low, a_high), (b, b_low, b_high) = before, after
+    below, above = math.hypot(b - b_low, a_high - a), math.hypot(b_high - b, a - a_low)
+    return b - a - below, b - a + above
+
+
+def pass_at_k(scores: Float[np.ndarray, "N K"], k: int) -> Float[np.ndarray, " N"]:
+    """The best score of k of a problem's K samples, averaged over all choices of k; unbiased.
+
+        Σᵢ s₍ᵢ₎ C(i-1, k-1) / C(K, k)  over sorted scores;  for c ones and else zeros
+        1 - C(K-c, k) / C(K, k)
+
+    The latter is pass@k of Chen et al., 2021, https://arxiv.org/abs/2107.03374.
+    """
+    samples = scores.shape[1]
+    if not 1 <= k <= samples:
+        raise ValueError(f"pass@{k} of {samples} samples: k must be from 1 to {samples}.")
+    # Row i is the best of a choice when the other k - 1 are among the i before it.
+    best = [math.comb(i, k - 1) / math.comb(samples, k) for i in range(samples)]
+    return np.sort(scores, 1) @ np.array(best)
+
+
+def majority(answers: Sequence[str | None]) -> str | None:
+    """The most frequent answer; of equally frequent ones the first; None where there is none."""
+    given = [answer for answer in answers if answer is not None]
+    return Counter(given).most_common(1)[0][0] if given else None
