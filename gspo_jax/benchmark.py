@@ -12,7 +12,6 @@ import inspect
 import json
 import os
 import shlex
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,13 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gspo_jax import jsonl, summary
 from gspo_jax.batch import Problem
 from gspo_jax.config import Config, model_dir
-from gspo_jax.console import clock, redact
+from gspo_jax.console import progress, redact
 from gspo_jax.errors import ConfigError, DataError, StorageError
 from gspo_jax.evaluate import evaluation_key, responses
 from gspo_jax.metrics import environment, lock, plain, unlock, write_whole
@@ -175,12 +172,12 @@ def run(
                 _write(out, results)
                 continue
             doubts = _doubts(own, problems)
-            for warning in doubts:
-                say(f"warning: {name}, {model.name}: {warning}")
+            for doubt in doubts:
+                say(f"{name}, {model.name}: {doubt}")
             tasks[name] = problems.task
             file, records = measured(own, model, problems, asking, out / name)
-            results["benchmarks"][name] = _about(own, problems, len(asking), doubts)
-            found = _scores(records) | {"file": str(file.relative_to(out))}
+            results["benchmarks"][name] = _about(own, problems, len(asking))
+            found = {"file": str(file.relative_to(out)), "notes": doubts, **_scores(records)}
             results["scores"].setdefault(name, {})[model.name] = found
             if records is not first.setdefault(name, records):
                 pairs = _told(summary.differences(first[name], records))
@@ -218,7 +215,7 @@ def measured(
     with (
         jax.set_mesh(policy.mesh),
         file.open("ab", buffering=0) as stream,
-        _progress(f"{directory.name}, {model.name}", total, len(records)) as advance,
+        progress(f"{directory.name}, {model.name}", total, len(records)) as advance,
     ):
         for samples in dict.fromkeys(batch.samples for batch in left):
             made = responses(
@@ -349,30 +346,6 @@ def _claimed(out: Path) -> Iterator[None]:
         unlock(held)
 
 
-@contextmanager
-def _progress(label: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal; else a line for every tenth. Takes how many responses have come."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    quiet = not console.is_terminal
-    bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet)
-    began, before, told = time.monotonic(), done, done * 10 // total
-
-    def advance(count: int) -> None:
-        nonlocal done, told
-        done += count
-        bar.update(shown, completed=done)
-        if quiet and done * 10 // total > told:
-            told = done * 10 // total
-            eta = (time.monotonic() - began) / (done - before) * (total - done)
-            text = f"{label}: {done} of {total} responses, eta {clock(eta)}"
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    with bar:
-        shown = bar.add_task(label, total=total, completed=done)
-        yield advance
-
-
 # ------------------------------------------------------------------------------------ results
 
 
@@ -419,25 +392,24 @@ def _header(config: Config, models: Sequence[Model]) -> dict[str, Any]:
 
 
 def _doubts(config: Config, problems: Problems) -> list[str]:
-    """What makes a score mean less than it says."""
+    """What makes a score mean less than it seems to, one line each."""
+    split, doubts = config.eval.split, list(problems.task.warnings)
+    if left := problems.task.size[split] - len(problems.indices[split]):
+        doubts.append(f"{left} problems left out, whose prompts are too long")
     longest = problems.longest + config.rollout.max_completion_length
     positions = read_config(model_dir(config)).max_position_embeddings
-    doubts = list(problems.task.warnings)
     if longest > positions:
         doubts.append(f"texts of up to {longest} tokens; the model was made for {positions}")
     return doubts
 
 
-def _about(config: Config, problems: Problems, asked: int, doubts: list[str]) -> dict[str, Any]:
-    split, task = config.eval.split, problems.task
+def _about(config: Config, problems: Problems, asked: int) -> dict[str, Any]:
     return {
-        "task": task.name,
-        "split": split,
-        "fingerprint": task.fingerprint,
+        "task": problems.task.name,
         "options": config.task.options,
+        "split": config.eval.split,
+        "fingerprint": problems.task.fingerprint,
         "problems": asked,
-        "left_out": task.size[split] - len(problems.indices[split]),
-        "warnings": doubts,
     }
 
 

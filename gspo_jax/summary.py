@@ -229,7 +229,7 @@ def rows_by(results: Mapping[str, Any]) -> dict[str, list[list[str]]]:
 def markdown(results: Mapping[str, Any]) -> str:
     """results.json as a page of tables, with what was measured and how."""
     parts = ["# Benchmarks", f"`{results['command']}`", _as_markdown(rows(results))]
-    parts += [f"{name} is missing: {why}" for name, why in results["missing"].items()]
+    parts += ["\n".join(notes)] if (notes := _notes(results)) else []
     for title, table in rows_by(results).items():
         parts += [f"## {title}", _as_markdown(table)]
     about = {
@@ -249,11 +249,17 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _asked(benchmark: Mapping[str, Any]) -> str:
-    b, notes = benchmark, list(benchmark["warnings"])
-    if b["left_out"]:
-        notes.insert(0, f"{b['left_out']} left out, their prompts are too long")
-    about = f"{b['problems']} problems of {b['task']}, {b['split']} ({b['fingerprint']})"
-    return "; ".join([about, *notes])
+    b = benchmark
+    return f"{b['problems']} problems of {b['task']}, {b['split']} ({b['fingerprint']})"
+
+
+def _notes(results: Mapping[str, Any]) -> list[str]:
+    notes = [f"- {name} is missing: {why}" for name, why in results["missing"].items()]
+    for name, scores in results["scores"].items():
+        notes += [
+            f"- {name}, {m}: {note}" for m, score in scores.items() for note in score["notes"]
+        ]
+    return notes
 
 
 def _is_score(name: str) -> bool:
