@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,14 +52,12 @@ class Model(NamedTuple):
         name: as it was typed.
         config: with this model in it.
         fingerprint: a hash of its files.
-        load: reads its weights, once; called where a response is missing.
     """
 
     name: str
     config: Config
     fingerprint: str
     tokenizer: Tokenizer
-    load: Callable[[], Policy]
 
 
 class Batch(NamedTuple):
@@ -159,30 +156,31 @@ def run(
     tasks: dict[str, Task] = {}
     first: dict[str, list[Record]] = {}
     with _claimed(out):
-        for model, name in product(known, asked):
-            if name in results["missing"]:
-                continue
-            try:
-                own = for_benchmark(model.config, asked[name]) if asked[name] else model.config
-                problems = load_problems(own, model.tokenizer, train=False, task=tasks.get(name))
-                asking = _asking(own, problems)
-            except DataError as error:
-                results["missing"][name] = redact(str(error))
-                say(f"{name} is left out: {error}")
+        for model in known:
+            load = cache(partial(load_policy, model.config))  # if a response is missing
+            for name in [name for name in asked if name not in results["missing"]]:
+                try:
+                    own = for_benchmark(model.config, asked[name]) if asked[name] else model.config
+                    problems = load_problems(
+                        own, model.tokenizer, train=False, task=tasks.get(name)
+                    )
+                    asking = _asking(own, problems)
+                except DataError as error:
+                    results["missing"][name] = redact(str(error))
+                    say(f"{name} is left out: {error}")
+                    _write(out, results)
+                    continue
+                tasks[name] = problems.task
+                for doubt in (doubts := _doubts(own, problems)):
+                    say(f"{name}, {model.name}: {doubt}")
+                file, records = measured(own, model, problems, asking, out / name, load)
+                results["benchmarks"][name] = _about(own, problems, len(asking))
+                found = {"file": str(file.relative_to(out)), "notes": doubts, **_scores(records)}
+                results["scores"].setdefault(name, {})[model.name] = found
+                if records is not first.setdefault(name, records):
+                    pairs = _told(summary.differences(first[name], records))
+                    results["differences"].setdefault(name, {})[model.name] = pairs
                 _write(out, results)
-                continue
-            doubts = _doubts(own, problems)
-            for doubt in doubts:
-                say(f"{name}, {model.name}: {doubt}")
-            tasks[name] = problems.task
-            file, records = measured(own, model, problems, asking, out / name)
-            results["benchmarks"][name] = _about(own, problems, len(asking))
-            found = {"file": str(file.relative_to(out)), "notes": doubts, **_scores(records)}
-            results["scores"].setdefault(name, {})[model.name] = found
-            if records is not first.setdefault(name, records):
-                pairs = _told(summary.differences(first[name], records))
-                results["differences"].setdefault(name, {})[model.name] = pairs
-            _write(out, results)
     return plain(results)
 
 
@@ -196,9 +194,19 @@ def _own_name(config: Config) -> str:
 
 
 def measured(
-    config: Config, model: Model, problems: Problems, asking: list[Problem], directory: Path
+    config: Config,
+    model: Model,
+    problems: Problems,
+    asking: list[Problem],
+    directory: Path,
+    load: Callable[[], Policy],
 ) -> tuple[Path, list[Record]]:
-    """The file of this model's responses to these problems, complete, and its records."""
+    """The file of this model's responses to the problems `asking`, complete, and its records.
+
+    Args:
+        directory: of files for these problems.
+        load: reads the model's weights; called where a response is missing.
+    """
     e, task = config.eval, problems.task
     file = _file_of(directory, model.name, _identity(config, model, task, len(asking)))
     batches = [
@@ -209,7 +217,7 @@ def measured(
     records, left = _saved(file, batches)
     if not left:
         return file, records
-    policy = model.load()
+    policy = load()
     view = policy.sampler(policy.params)
     total = sum(len(batch.places) for batch in batches)
     with (
@@ -283,7 +291,7 @@ def _model(config: Config, name: str) -> Model:
     own = replace(config, model=replace(config.model, path=name, init="pretrained"))
     directory = model_dir(own)
     tokenizer = load_tokenizer(directory, template_args=own.model.template_args)
-    return Model(name, own, _files_hash(directory), tokenizer, cache(partial(load_policy, own)))
+    return Model(name, own, _files_hash(directory), tokenizer)
 
 
 def _files_hash(directory: Path) -> str:

@@ -19,9 +19,9 @@ from gspo_jax.statistics import independent_difference
 
 ROWS = {  # metric -> what people call it
     "eval/greedy": "greedy accuracy",
-    "eval/truncated": "cut at the length limit",
+    "eval/truncated": "cut at the limit",
     "eval/no_answer": "without an answer",
-    "eval/mean_length": "mean length, tokens",
+    "eval/mean_length": "length in tokens",
 }
 
 
@@ -88,9 +88,9 @@ def program() -> str:
 
 def comparison(columns: Mapping[str, Mapping[str, float]]) -> Table:
     """Evaluations side by side, with 95 % intervals, and their change where there are two."""
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))  # 80 characters are enough
     counts = {int(metrics["eval/n"]) for metrics in columns.values()}
-    table.add_column(Text(f"{'/'.join(map(str, sorted(counts)))} held-out problems"))
+    table.add_column(Text(f"{'/'.join(map(str, sorted(counts)))} held out"))
     for name in columns:
         table.add_column(Text(name), justify="right")
     if len(columns) == 2:
@@ -154,10 +154,10 @@ def _change(
         return f"{by:+.1f}"
     ends = [f"{name}{end}" for end in ("", "_low", "_high")]
     if any(m.get(end) is None for m in (before, after) for end in ends):
-        return f"{100 * by:+.1f} points"
+        return f"{100 * by:+.1f}"
     old, new = (tuple(m[end] for end in ends) for m in (before, after))
     low, high = independent_difference(old, new)
-    return f"{100 * by:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{100 * by:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def _cell(metrics: Mapping[str, float], name: str, is_share: bool) -> str:

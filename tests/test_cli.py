@@ -276,9 +276,9 @@ def test_the_demo_is_its_config_with_a_story_around_it(trained, capsys):
     assert "is wider than the paper's 0.0003/0.0004" in out
     # 72.5 - 30 = 42.5 points, intervals beside the values; for the change the ends' distances from
     # the values add in squares: hypot(2, 2.5) below, hypot(2.3, 2) above
-    assert "avg@8 accuracy 30.0% [28.0, 32.0] 72.5% [70.0, 74.8] +42.5 points [+39.3, +45.5]" in out
-    assert "512 held-out problems before after change" in out
-    assert "mean length, tokens 20.0 18.5 -1.5" in out
+    assert "avg@8 accuracy 30.0% [28.0, 32.0] 72.5% [70.0, 74.8] +42.5 [+39.3, +45.5]" in out
+    assert "512 held out before after change" in out
+    assert "length in tokens 20.0 18.5 -1.5" in out
     assert out.count(" gspo-jax ") == 3  # what to try next
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from gspo_jax.errors import DataError
@@ -50,7 +51,7 @@ def test_every_metric_by_hand():
     assert values["avg@4/truncated"] == pytest.approx(2 / 12)
     assert values["avg@4/tokens"] == pytest.approx((4 * 8 + 10 * 2 + 6 * 2) / 12)
     assert found["greedy"][1:3] == wilson(1, 3)
-    assert found["avg@4"][1:3] == estimate([0.5, 0.5, 0])[1:3]
+    assert found["avg@4"][1:3] == estimate(np.array([0.5, 0.5, 0.0]))[1:3]
 
 
 def test_what_a_file_holds_gives_the_same_in_any_order():
@@ -106,7 +107,7 @@ def test_models_are_compared_on_the_problems_that_both_were_asked():
     """The other model was not asked p0; its problems have other places."""
     other = [r | {"index": 7 - r["index"], "score": 1.0} for r in RECORDS if r["id"] != "p0"]
     found = differences(RECORDS, other)
-    assert found["avg@4"] == difference([0.5, 0.0], [1.0, 1.0])
+    assert found["avg@4"] == difference(np.array([0.5, 0.0]), np.array([1.0, 1.0]))
     assert found["avg@4"].n == 2 and found["avg@4"].value == pytest.approx(0.75)
     assert differences(RECORDS, [r | {"id": "elsewhere"} for r in RECORDS]) == {}
 
