@@ -2,12 +2,10 @@
 
     names ─▶ tasks ─▶ responses, batch by batch, into OUT/<benchmark>/*.jsonl ─▶ results.json, .md
 
-A file of responses belongs to one model (by the content of its files), one set of problems and one
-way of sampling: its name ends in a hash of all that. The same command goes on where it stopped, at
-a whole batch, and gets bit for bit what it would have got; anything else gets a file of its own.
+The same command goes on where it stopped, at a whole batch, and gets bit for bit what it would have
+got; whatever differs in model, problems or sampling has a file of its own (`saved`).
 """
 
-import hashlib
 import inspect
 import json
 import os
@@ -28,16 +26,15 @@ from gspo_jax.console import progress, redact
 from gspo_jax.errors import ConfigError, DataError, StorageError
 from gspo_jax.evaluate import evaluation_key, responses
 from gspo_jax.metrics import environment, lock, plain, unlock, write_whole
-from gspo_jax.models.files import HUB_FILES
 from gspo_jax.models.hf import read_config
 from gspo_jax.policy import Policy, Problems, load_policy, load_problems, resolve_dtype
+from gspo_jax.saved import Batch, file_of, model_hash, sha256, whole_batches
 from gspo_jax.settings import TaskConfig
 from gspo_jax.statistics import Estimate
 from gspo_jax.summary import Record
 from gspo_jax.tasks import SPLITS, TASKS, Task
 from gspo_jax.tasks.published import READERS, recognised
 from gspo_jax.tasks.sources import BadRows, read_rows
-from gspo_jax.tasks.task import fingerprint
 from gspo_jax.tasks.zebra_score import score_grid
 from gspo_jax.tokenizer import Tokenizer, load_tokenizer
 
@@ -58,19 +55,6 @@ class Model(NamedTuple):
     config: Config
     fingerprint: str
     tokenizer: Tokenizer
-
-
-class Batch(NamedTuple):
-    """Responses that are made, and saved, together: `samples` as `evaluate.responses` has it."""
-
-    samples: int
-    problems: range
-
-    @property
-    def places(self) -> list[tuple[int, int]]:
-        """(index, sample) of each of its records."""
-        numbers = range(1, self.samples + 1) if self.samples else (0,)
-        return [(index, sample) for index in self.problems for sample in numbers]
 
 
 # -------------------------------------------------------------------------------- what to ask
@@ -208,13 +192,13 @@ def measured(
         load: reads the model's weights; called where a response is missing.
     """
     e, task = config.eval, problems.task
-    file = _file_of(directory, model.name, _identity(config, model, task, len(asking)))
+    file = file_of(directory, model.name, _identity(config, model, task, len(asking)))
     batches = [
         Batch(samples, range(begin, min(begin + e.batch, len(asking))))
         for samples in dict.fromkeys((0, e.samples))
         for begin in range(0, len(asking), e.batch)
     ]
-    records, left = _saved(file, batches)
+    records, left = whole_batches(file, batches)
     if not left:
         return file, records
     policy = load()
@@ -249,26 +233,6 @@ def measured(
     return file, records
 
 
-def _saved(file: Path, batches: Sequence[Batch]) -> tuple[list[Record], list[Batch]]:
-    """The records of the batches that a file holds as a whole, and the batches that it lacks.
-
-    What stands after those, as a line torn by a crash, is cut off the file.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.touch()
-    with file.open("rb") as stream:
-        rows = list(jsonl.objects(stream))
-    done, kept = 0, 0
-    for batch in batches:
-        own = rows[kept : kept + len(batch.places)]
-        if [(row.get("index"), row.get("sample")) for row in own] != batch.places:
-            break
-        done, kept = done + 1, kept + len(own)
-    if left := list(batches[done:]):
-        write_whole(file, "".join(json.dumps(row) + "\n" for row in rows[:kept]))
-    return rows[:kept], left
-
-
 def _annotated(problem: Problem, row: Record) -> Record:
     """A record with the gold answer, what the problem belongs to, and the cells of a grid."""
     columns = problem.columns
@@ -291,22 +255,7 @@ def _model(config: Config, name: str) -> Model:
     own = replace(config, model=replace(config.model, path=name, init="pretrained"))
     directory = model_dir(own)
     tokenizer = load_tokenizer(directory, template_args=own.model.template_args)
-    return Model(name, own, _files_hash(directory), tokenizer)
-
-
-def _files_hash(directory: Path) -> str:
-    """A hash of the content of all files that say what the model is."""
-    patterns = [pattern for pattern in HUB_FILES if pattern.startswith("*")]
-    paths = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
-    return fingerprint([[path.name, _sha256(path)] for path in sorted(paths)])
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
+    return Model(name, own, model_hash(directory), tokenizer)
 
 
 @cache
@@ -324,7 +273,7 @@ def _identity(config: Config, model: Model, task: Task, problems: int) -> dict[s
         "template_args": c.model.template_args,
         "dtype": resolve_dtype(c),
         "task": [task.fingerprint, c.task.options],
-        "rewards": [*rewards, *(_sha256(path) for path in sources if path.is_file())],
+        "rewards": [*rewards, *(sha256(path) for path in sources if path.is_file())],
         "problems": [c.eval.split, problems, c.task.max_prompt_length],
         "samples": [c.eval.samples, c.eval.temperature, c.rollout.max_completion_length],
         "seed": c.run.seed,
@@ -332,14 +281,6 @@ def _identity(config: Config, model: Model, task: Task, problems: int) -> dict[s
         "devices": [devices[0].device_kind, len(devices), vars(c.mesh)],
         "versions": [_versions()[name] for name in ("gspo_jax", "jax")],
     }
-
-
-def _file_of(directory: Path, model: str, identity: dict[str, Any]) -> Path:
-    """Where the responses of this identity are or will be; the model may have another name now."""
-    mark = fingerprint(identity)
-    there = sorted(directory.glob(f"*.{mark}.jsonl"))
-    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in model).strip("-")[-60:]
-    return there[0] if there else directory / f"{name or 'model'}.{mark}.jsonl"
 
 
 @contextmanager
@@ -355,6 +296,13 @@ def _claimed(out: Path) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------ results
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """Short names: a directory's own, a run's for its export, or all of it if two were alike."""
+    paths = [Path(name) for name in names]
+    short = [(path.parent if path.name == "export" else path).name for path in paths]
+    return [s if s and short.count(s) == 1 else n for s, n in zip(short, names, strict=True)]
 
 
 def _asking(config: Config, problems: Problems) -> list[Problem]:
@@ -380,7 +328,10 @@ def _header(config: Config, models: Sequence[Model]) -> dict[str, Any]:
     about.pop("host")
     return {
         "command": redact(shlex.join([Path(program).name, *arguments])),
-        "models": [{"name": m.name, "fingerprint": m.fingerprint} for m in models],
+        "models": [
+            {"label": label, "name": m.name, "fingerprint": m.fingerprint}
+            for label, m in zip(_labels([m.name for m in models]), models, strict=True)
+        ],
         "settings": {
             "samples": e.samples,
             "temperature": e.temperature,

@@ -109,13 +109,16 @@ def comparison(columns: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def benchmarks(results: Mapping[str, Any]) -> Table:
-    """Models on benchmarks: `summary.rows` for a terminal."""
-    head, *body = summary.rows(results)
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for i, name in enumerate(head):
-        table.add_column(Text(name), justify="right" if i > 1 else "left")
-    for row in body:
-        table.add_row(*map(Text, row))
+    """Models on benchmarks: `summary.rows` for a terminal, n in the title of each benchmark."""
+    (_, _, _, *models), *body = summary.rows(results)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column()
+    for name in models:
+        table.add_column(Text(name), justify="right")
+    for title, metric, n, *cells in body:
+        if title:
+            table.add_row(Text(f"{title}, n = {n}", style="bold"))
+        table.add_row(*map(Text, [metric, *cells]))
     return table
 
 

@@ -183,45 +183,43 @@ def _place(value: str) -> tuple[int, float, str]:
 
 def rows(results: Mapping[str, Any]) -> list[list[str]]:
     """results.json as one table: benchmark, metric, n, one column per model, then differences."""
-    models = [model["name"] for model in results["models"]]
-    first, *others = models
-    table = [["benchmark", "metric", "n", *models, *(f"{m} - {first}" for m in others)]]
+    names, labels = _models(results)
+    apart = [f"{label} - {labels[0]}" for label in labels[1:]]
+    table = [["benchmark", "metric", "n", *labels, *apart]]
     for benchmark, scores in results["scores"].items():
         title = benchmark
         named = dict.fromkeys(n for score in scores.values() for n in score["metrics"])
         for name in sorted(named, key=lambda n: "/" in n and not n.endswith("/cells")):
             if name.startswith("pass@") and name.replace("pass", "avg") not in named:
                 continue  # of fewer samples than there are: in results.json alone
-            found = [scores.get(m, {}).get("metrics", {}).get(name) for m in models]
+            found = [scores.get(m, {}).get("metrics", {}).get(name) for m in names]
             if name.endswith("/not scored") and not any(e and e["value"] for e in found):
                 continue
-            apart = results["differences"].get(benchmark, {})
-            counts = sorted({e["n"] for e in found if e})
+            pairs = results["differences"].get(benchmark, {})
             cells = [_shown(name, e) for e in found]
-            cells += [_shown(name, apart.get(m, {}).get(name), sign="+") for m in others]
-            table.append([title, _label(name), "/".join(map(str, counts)), *cells])
+            cells += [_change(name, pairs.get(m, {}).get(name)) for m in names[1:]]
+            table.append([title, _label(name), _counts(found), *cells])
             title = ""
     return table
 
 
 def rows_by(results: Mapping[str, Any]) -> dict[str, list[list[str]]]:
     """ "benchmark by column" -> a table of what is right, for each value of the column."""
-    models, tables = [model["name"] for model in results["models"]], {}
+    tables = {}
     for benchmark, scores in results["scores"].items():
+        models = [pair for pair in zip(*_models(results), strict=True) if pair[0] in scores]
         for column in dict.fromkeys(c for score in scores.values() for c in score["by"]):
-            by = {m: scores[m]["by"].get(column, {}) for m in models if m in scores}
-            groups = list(dict.fromkeys(value for own in by.values() for value in own))
-            groups.sort(key=_place)
+            by = {m: scores[m]["by"].get(column, {}) for m, _ in models}
+            groups = {value for own in by.values() for value in own}
             named = dict.fromkeys(
                 n for own in by.values() for group in own.values() for n in group if _is_score(n)
             )
-            wanted = [(m, n) for n in named for m in by]
-            table = [[column, "n", *(f"{m}: {_label(n)}" for m, n in wanted)]]
-            for value in groups:
-                found = [by[m].get(value, {}).get(n) for m, n in wanted]
-                counts = sorted({e["n"] for e in found if e})
-                cells = [_shown(n, e) for (_, n), e in zip(wanted, found, strict=True)]
-                table.append([value, "/".join(map(str, counts)), *cells])
+            wanted = [(model, label, n) for n in named for model, label in models]
+            table = [[column, "n", *(f"{label}: {_label(n)}" for _, label, n in wanted)]]
+            for value in sorted(groups, key=_place):
+                found = [by[model].get(value, {}).get(n) for model, _, n in wanted]
+                cells = [_shown(n, e) for (*_, n), e in zip(wanted, found, strict=True)]
+                table.append([value, _counts(found), *cells])
             tables[f"{benchmark} by {column}"] = table
     return tables
 
@@ -233,8 +231,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     for title, table in rows_by(results).items():
         parts += [f"## {title}", _as_markdown(table)]
     about = {
-        **{f"model {m['name']}": m["fingerprint"] for m in results["models"]},
-        **{f"{name}": _asked(b) for name, b in results["benchmarks"].items()},
+        **{m["label"]: f"{m['name']} ({m['fingerprint']})" for m in results["models"]},
+        **{name: _asked(b) for name, b in results["benchmarks"].items()},
         "settings": ", ".join(f"{k}={v}" for k, v in results["settings"].items()),
         "commit": results["environment"].get("commit"),
         "versions": ", ".join(f"{k} {v}" for k, v in results["environment"]["versions"].items()),
@@ -272,14 +270,31 @@ def _label(name: str) -> str:
     return f"{what}, {kind}" if what else kind
 
 
-def _shown(name: str, each: Mapping[str, Any] | None, sign: str = "") -> str:
-    """ "12.5 [10.1, 15.2]" in per cent, or in tokens; nothing where it was not measured."""
+def _models(results: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Names of the models, and what to call them in tables."""
+    return [m["name"] for m in results["models"]], [m["label"] for m in results["models"]]
+
+
+def _counts(found: Sequence[Mapping[str, Any] | None]) -> str:
+    return "/".join(map(str, sorted({each["n"] for each in found if each})))
+
+
+def _shown(name: str, each: Mapping[str, Any] | None) -> str:
+    """ "12.5% [10.1, 15.2]", or a number of tokens; nothing where it was not measured."""
+    is_count = name.endswith("/tokens")
+    return _text(each, scale=1 if is_count else 100, unit="" if is_count else "%")
+
+
+def _change(name: str, each: Mapping[str, Any] | None) -> str:
+    """The same of a difference, in points or in tokens."""
+    return _text(each, scale=1 if name.endswith("/tokens") else 100, sign="+")
+
+
+def _text(each: Mapping[str, Any] | None, *, scale: int, unit: str = "", sign: str = "") -> str:
     if not each:
         return ""
-    scale = 1 if name.endswith("/tokens") else 100
     value, *ends = (None if each[k] is None else scale * each[k] for k in ("value", "low", "high"))
     known = [f"{end:{sign}.1f}" for end in ends if end is not None]
-    unit = "" if scale == 1 else " %"
     return f"{value:{sign}.1f}{unit}" + (f" [{', '.join(known)}]" if len(known) == 2 else "")
 
 

@@ -30,7 +30,7 @@ LAYERS = [
     {"checks", "critic"},
     {"config"},
     {"policy", "model_card"},
-    {"evaluate", "memory", "costs", "resume", "export", "state"},
+    {"evaluate", "memory", "costs", "resume", "export", "state", "saved"},
     {"run", "benchmark"},
     {"train"},
     {"sft", "programs", "replay"},

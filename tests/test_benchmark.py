@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,22 @@ from gspo_jax.batch import Problem
 from gspo_jax.cli import main
 from gspo_jax.config import load_config
 from gspo_jax.errors import ConfigError, DataError, StorageError
-from gspo_jax.metrics import lock, unlock
+from gspo_jax.metrics import environment, lock, unlock
 from gspo_jax.tasks import load_task
 
 ROOT = Path(__file__).parents[1]
 FEW = ["eval.problems=5", "eval.samples=2", "eval.batch=2", "rollout.max_completion_length=6"]
 
 
+ABOUT = cache(environment)  # asks git, every time
+
+
 @pytest.fixture
-def ask(tiny_dir, tmp_path):
+def ask(tiny_dir, tmp_path, monkeypatch):
     """Runs benchmarks on the tiny model; returns the results and what was said."""
+    monkeypatch.setattr(
+        benchmark, "environment", lambda devices=(): {**ABOUT(), "devices": devices}
+    )
 
     def run(names="custom", *overrides, models=None, out="out"):
         config = load_config(
@@ -155,26 +162,44 @@ def test_what_is_finished_is_not_computed_again_and_needs_no_weights(ask, canned
     assert canned == [(0, 0), (2, 0)] and first["scores"] == second["scores"]
 
 
-def test_anything_that_matters_starts_a_new_file(ask, canned, tiny_dir, tmp_path):
+def test_what_differs_in_any_setting_that_matters_is_another_file(tiny_dir):
+    def identity(*overrides, problems=5):
+        config = load_config(None, [f"model.path={tiny_dir}", "task.name=knights", *overrides])
+        config = benchmark.for_benchmark(config, {"name": config.task.name})
+        task = load_task("knights", sizes={"train": 0, "val": 0, "test": 2})
+        return json.dumps(
+            benchmark._identity(config, benchmark._model(config, "demo"), task, problems)
+        )
+
+    ways = [
+        "eval.temperature=0.7",
+        "eval.samples=3",
+        "eval.split=val",
+        "eval.batch=3",
+        "run.seed=1",
+        "rollout.max_completion_length=5",
+        "task.max_prompt_length=99",
+        "model.dtype=bfloat16",
+        "mesh.fsdp=2",
+    ]
+    found = {identity(), identity(problems=4), *map(identity, ways)}
+    assert len(found) == 2 + len(ways)
+    assert identity("run.name=x", "optim.learning_rate=1", "eval.every=9") == identity()
+
+
+def test_another_model_is_another_file_and_the_same_files_elsewhere_are_not(
+    ask, canned, tiny_dir, tmp_path
+):
+    def files():
+        return len(list((tmp_path / "out" / "custom").iterdir()))
+
     ask()
-    for number, override in enumerate(
-        [
-            "eval.temperature=0.7",
-            "run.seed=1",
-            "eval.samples=3",
-            "eval.problems=4",
-            "eval.batch=3",
-            "rollout.max_completion_length=5",
-        ]
-    ):
-        ask("custom", override)
-        assert len(list((tmp_path / "out" / "custom").iterdir())) == number + 2, override
     other = Path(shutil.copytree(tiny_dir, tmp_path / "other"))
-    ask(models=[str(other)])  # the same files elsewhere
-    assert len(list((tmp_path / "out" / "custom").iterdir())) == 7
+    ask(models=[str(other)])
+    assert files() == 1 and len(canned) == 2
     (other / "generation_config.json").write_text('{"eos_token_id": 295, "top_k": 3}')
     ask(models=[str(other)])
-    assert len(list((tmp_path / "out" / "custom").iterdir())) == 8
+    assert files() == 2 and len(canned) == 4
 
 
 def test_a_directory_in_use_is_refused(ask, canned, tmp_path):
@@ -185,6 +210,15 @@ def test_a_directory_in_use_is_refused(ask, canned, tmp_path):
 
 
 # ------------------------------------------------------------------------------- what is said
+
+
+def test_models_have_short_names_that_differ():
+    assert benchmark._labels(["demo", "runs/a-seed0/export", "Qwen/Qwen3-0.6B"]) == [
+        "demo",
+        "a-seed0",
+        "Qwen3-0.6B",
+    ]
+    assert benchmark._labels(["x/a", "y/a", "z/b/"]) == ["x/a", "y/a", "b"]
 
 
 def test_results_hold_all_that_the_numbers_depend_on(ask, canned, tmp_path):
@@ -207,7 +241,7 @@ def test_results_hold_all_that_the_numbers_depend_on(ask, canned, tmp_path):
     assert {"commit", "versions", "devices"} <= set(results["environment"])
     assert "host" not in results["environment"]
     page = (tmp_path / "out" / "results.md").read_text()
-    assert "100.0 % [56.6, 100.0]" in page
+    assert "100.0% [56.6, 100.0]" in page
 
 
 def test_saved_responses_can_be_read_on_their_own(ask, canned, tmp_path):

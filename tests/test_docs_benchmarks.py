@@ -72,7 +72,7 @@ def test_every_score_of_the_actual_run_has_n_and_an_interval():
     assert len(scores) > 10
     for row in scores:
         assert row[2].isdigit()
-        assert all(re.fullmatch(r"[+-]?[\d.]+ % \[[+-]?[\d.]+, [+-]?[\d.]+\]", c) for c in row[3:])
+        assert all(re.fullmatch(r"[+-]?[\d.]+%? \[[+-]?[\d.]+, [+-]?[\d.]+\]", c) for c in row[3:])
 
 
 def test_links_and_anchors_lead_somewhere():
