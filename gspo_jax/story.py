@@ -155,10 +155,10 @@ def _change(
     by = after[name] - before[name]
     if not is_share:
         return f"{by:+.1f}"
-    ends = [f"{name}{end}" for end in ("", "_low", "_high")]
-    if any(m.get(end) is None for m in (before, after) for end in ends):
+    ends = [m.get(f"{name}{end}") for m in (before, after) for end in ("_low", "_high")]
+    if None in ends:
         return f"{100 * by:+.1f}"
-    old, new = (tuple(m[end] for end in ends) for m in (before, after))
+    old, new = ((m[name], m[f"{name}_low"], m[f"{name}_high"]) for m in (before, after))
     low, high = independent_difference(old, new)
     return f"{100 * by:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 

@@ -10,6 +10,7 @@ import sys
 
 from gspo_jax.cli import main
 
+ABOUT = "Measure a model on benchmarks, beside the model that it was trained from."
 SETTINGS = {
     "samples": ("eval.samples", "K", "responses per problem, beside the greedy one; default 8"),
     "temperature": ("eval.temperature", "T", "of those; default 1"),
@@ -22,7 +23,7 @@ SETTINGS = {
 
 def command(argv: list[str]) -> list[str]:
     """The arguments of gspo-jax that say the same."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=ABOUT, allow_abbrev=False)
     parser.add_argument("--benchmarks", default="zebra,math,custom", help="default: %(default)s")
     parser.add_argument("--model_path", required=True, nargs="+", metavar="DIR")
     parser.add_argument("--base", metavar="DIR", help="the model to compare with")
