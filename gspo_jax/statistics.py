@@ -32,43 +32,38 @@ def estimate(
 ) -> Estimate:
     """The mean of one number per problem, or the ratio Σ scores / Σ weights.
 
-    The interval is Wilson's where every score is 0 or 1, which also holds where all are equal to 0
-    (a resampled mean would then seem certain); else the bootstrap's.
+    The interval is Wilson's where every score is 0 or 1, else the bootstrap's. What lies between 0
+    and 1 is resampled together with one problem more that scores 0 and one that scores 1, so that
+    a few rare successes do not pass for certainty, as in the interval of Agresti and Coull, 1998.
 
     Args:
         weights: what each score is a part of, as right cells are a part of a grid's cells.
     """
-    scores = np.asarray(scores, float)
-    rates = scores if weights is None else scores / weights
-    value = float(rates.mean() if weights is None else scores.sum() / np.sum(weights))
-    counts = np.isin(rates, (0, 1)).all() and (weights is None or np.ptp(rates) == 0)
-    n = len(scores)
-    low, high = wilson(int(rates.sum()), n) if counts else bootstrap_interval(scores, weights)
-    return Estimate(value, low, high, n)
+    w = np.ones(len(scores)) if weights is None else weights
+    rates, n = scores / w, len(scores)
+    value = float(scores.sum() / w.sum())
+    if np.isin(rates, (0, 1)).all() and np.ptp(w) == 0:
+        return Estimate(value, *wilson(int(rates.sum()), n), n)
+    shares = ((rates >= 0) & (rates <= 1)).all()
+    return Estimate(value, *bootstrap_interval(scores, w, added=(0, 1) if shares else ()), n)
 
 
 def difference(
     before: Float[np.ndarray, " N"],
     after: Float[np.ndarray, " N"],
     weights: Float[np.ndarray, " N"] | None = None,
-    *,
-    shares: bool = True,
 ) -> Estimate:
     """`after` minus `before` on the same problems: the bootstrap of the pairs.
 
-    Where no problem differs, nothing can be resampled. Of shares it is still known that at most
-    Wilson's bound for 0 of n problems differ, by 1 at most: that is the interval.
-
-    Args:
-        shares: each number is between 0 and 1, or its weight.
+    Differences of shares are resampled together with one problem more that `before` alone solves
+    and one that `after` alone solves, after Bonett and Price, 2012: otherwise a single problem
+    that differs would already show which is better, and none would show that they are the same.
     """
-    pairs = np.asarray(after, float) - np.asarray(before, float)
-    n = len(pairs)
-    if shares and not pairs.any():
-        high = wilson(0, n)[1]
-        return Estimate(0.0, -high, high, n)
-    total = n if weights is None else float(np.sum(weights))
-    return Estimate(float(pairs.sum() / total), *bootstrap_interval(pairs, weights), n)
+    w = np.ones(len(before)) if weights is None else weights
+    pairs = after - before
+    shares = (np.minimum(before, after) >= 0).all() and (np.maximum(before, after) <= w).all()
+    ends = bootstrap_interval(pairs, w, added=(-1, 1) if shares else ())
+    return Estimate(float(pairs.sum() / w.sum()), *ends, len(pairs))
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -91,6 +86,7 @@ def bootstrap_interval(
     values: Float[np.ndarray, " N"],
     weights: Float[np.ndarray, " N"] | None = None,
     *,
+    added: Sequence[float | int] = (),
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
@@ -99,17 +95,20 @@ def bootstrap_interval(
     The ends are percentiles of the resampled means. With few problems these lie too close, by
     √((n-1)/n) and for want of Student's t; so the percentiles are Φ(±√(n/(n-1)) t), the "expanded"
     ones of Hesterberg, 2015, https://arxiv.org/abs/1411.5279. One problem tells nothing.
+
+    Args:
+        added: means of problems of average weight that are drawn from, too.
     """
-    values = np.asarray(values, float)
-    n = len(values)
-    if n < 2:
+    w = np.ones(len(values)) if weights is None else weights
+    if len(values) < 2:
         return -math.inf, math.inf
-    rng = np.random.default_rng(seed)
+    values = np.concatenate([values, np.array(added, float) * w.mean()])
+    w = np.concatenate([w, np.full(len(added), w.mean())])
+    rng, n = np.random.default_rng(seed), len(values)
     means, rows = [], max(_AT_ONCE // n, 1)
     for start in range(0, resamples, rows):
-        drawn = rng.integers(0, n, (min(rows, resamples - start), n))
-        below = n if weights is None else np.asarray(weights, float)[drawn].sum(1)
-        means.append(values[drawn].sum(1) / below)
+        drawn = rng.integers(0, n, (min(rows, resamples - start), n), dtype=np.int32)
+        means.append(values[drawn].sum(1) / w[drawn].sum(1))
     tail = float(ndtr(-math.sqrt(n / (n - 1)) * stdtrit(n - 1, 0.975)))
     low, high = np.quantile(np.concatenate(means), (tail, 1 - tail))
     return float(low), float(high)

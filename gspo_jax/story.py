@@ -112,7 +112,7 @@ def benchmarks(results: Mapping[str, Any]) -> Table:
     """Models on benchmarks: `summary.rows` for a terminal, n in the title of each benchmark."""
     (_, _, _, *models), *body = summary.rows(results)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column()
+    table.add_column(no_wrap=True)
     for name in models:
         table.add_column(Text(name), justify="right")
     for title, metric, n, *cells in body:

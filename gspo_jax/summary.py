@@ -32,8 +32,8 @@ from gspo_jax.statistics import (
 Record = dict[str, Any]
 
 DEFINITIONS = {
-    "n": "problems; intervals are 95 % intervals over problems: Wilson's where each counts 0 or 1, "
-    "else an expanded percentile bootstrap of 4,000 resamples",
+    "n": "problems; intervals are 95 % intervals over problems: Wilson's where each counts 0 "
+    "or 1, else an expanded percentile bootstrap, 4,000 resamples of the problems and one 0 and one 1",
     "greedy": "mean score of the most likely response",
     "avg@k": "mean score of k samples, averaged over problems",
     "pass@k": "best score among k samples; of right and wrong ones the unbiased estimate of the "
@@ -45,7 +45,8 @@ DEFINITIONS = {
     "truncated": "share of responses that ended at the length limit",
     "tokens": "mean length of a response, EOS included",
     "not scored": "share of responses that no function scored; they count as 0",
-    "difference": "mean difference on the same problems, resampled in pairs",
+    "difference": "mean difference on the same problems, in points; pairs are resampled, together "
+    "with one problem more that each model alone solves",
 }
 COLUMNS = ("task", "subject", "type", "difficulty", "level", "size")  # of a problem, to group by
 MOST_VALUES = 60  # of a column that is worth a table
@@ -125,12 +126,7 @@ def differences(before: Iterable[Record], after: Iterable[Record]) -> dict[str, 
         for rows in (before, after)
     )
     return {
-        name: difference(
-            one[name].values,
-            two[name].values,
-            one[name].weights,
-            shares=not name.endswith("/tokens"),
-        )
+        name: difference(one[name].values, two[name].values, one[name].weights)
         for name in one
         if name in two
     }
@@ -294,8 +290,8 @@ def _text(each: Mapping[str, Any] | None, *, scale: int, unit: str = "", sign: s
     if not each:
         return ""
     value, *ends = (None if each[k] is None else scale * each[k] for k in ("value", "low", "high"))
-    known = [f"{end:{sign}.1f}" for end in ends if end is not None]
-    return f"{value:{sign}.1f}{unit}" + (f" [{', '.join(known)}]" if len(known) == 2 else "")
+    texts = [f"{x:{sign}.1f}".replace("100.0", "100") for x in (value, *ends) if x is not None]
+    return texts[0] + unit + (f" [{', '.join(texts[1:])}]" if len(texts) == 3 else "")
 
 
 def _as_markdown(table: Sequence[Sequence[str]]) -> str:

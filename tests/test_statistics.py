@@ -62,13 +62,22 @@ def test_the_bootstrap_is_the_same_every_time_and_never_leaves_the_values():
     assert bootstrap_interval(values[3:]) == (-inf, inf)
 
 
-def test_of_ten_problems_nineteen_intervals_in_twenty_hold_the_mean():
-    """4 samples per problem, mean 0.2 and skewed; plain percentiles or z would reach 0.87."""
+@pytest.mark.parametrize(("a", "b"), [(0.3, 1.2), (0.1, 2.0)])
+def test_of_ten_problems_nineteen_intervals_in_twenty_hold_the_mean(a, b):
+    """4 samples per problem, mean 0.2 and 0.05; percentiles alone would hold 0.87 and 0.74."""
     rng = np.random.default_rng(1)
-    rounds = [rng.binomial(4, rng.beta(0.3, 1.2, 10)) / 4 for _ in range(400)]
-    ends = [bootstrap_interval(scores, resamples=1000) for scores in rounds]
-    held = np.mean([low <= 0.2 <= high for low, high in ends])
-    assert 0.92 <= held <= 0.985  # a standard error is 0.011
+    rounds = [rng.binomial(4, rng.beta(a, b, 10)) / 4 for _ in range(300)]
+    held = np.mean([e.low <= a / (a + b) <= e.high for e in map(estimate, rounds)])
+    assert held >= 0.94  # a standard error is 0.013
+
+
+def test_problems_that_are_added_have_the_average_weight():
+    """What is drawn is among 1/4, 20/36, 0/20 and 20/20."""
+    ends = bootstrap_interval(np.array([1.0, 20.0]), np.array([4.0, 36.0]), added=(0, 1))
+    assert ends == (0, 1)
+    low, high = bootstrap_interval(np.full(40, 2.0), np.full(40, 4.0), added=(0, 1))
+    # 41 of 42 times an equal one: the deviation of a mean is 0.5 * sqrt(2/42) / sqrt(42) = 0.0168
+    assert (low, high) == pytest.approx((0.5 - 2.02 * 0.0168, 0.5 + 2.02 * 0.0168), abs=0.005)
 
 
 def test_a_ratio_is_weighted_by_its_parts():
@@ -76,7 +85,7 @@ def test_a_ratio_is_weighted_by_its_parts():
     right, cells = np.array([1.0, 20.0]), np.array([4.0, 36.0])
     found = estimate(right, cells)
     assert found.value == 21 / 40 and found.n == 2
-    assert (found.low, found.high) == (1 / 4, 20 / 36)  # of two problems every draw is possible
+    assert bootstrap_interval(right, cells) == (1 / 4, 20 / 36)  # every draw is possible
     same = np.array([0.0, 1.0, 2.0, 4.0, 4.0])
     assert bootstrap_interval(same, np.full(5, 4.0)) == bootstrap_interval(same / 4)
 
@@ -91,38 +100,46 @@ def test_twenty_equal_scores_are_not_certain(right, cells):
 def test_scores_that_are_right_or_wrong_have_wilsons_interval():
     scores = np.repeat([1.0, 0.0], [15, 133])
     assert estimate(scores) == pytest.approx((15 / 148, 0.0624, 0.1605, 148), abs=5e-5)
-    assert estimate(scores * 0.5)[1:3] == bootstrap_interval(scores * 0.5)
+    assert estimate(scores * 0.5)[1:3] == bootstrap_interval(scores * 0.5, added=(0, 1))
+    assert estimate(scores * 1.5)[1:3] == bootstrap_interval(scores * 1.5)  # no shares
 
 
 # -------------------------------------------------------------------------------- differences
 
 
 def test_pairs_tell_more_than_two_intervals():
-    """Problems differ much, models little: 0.1 better on every second problem of 40."""
-    before = np.tile([0.0, 0.1, 0.8, 0.9], 10)
-    after = before + np.tile([0.1, 0.0], 20)
+    """Problems differ much, models little: 0.1 better on every second problem of 400."""
+    before = np.tile([0.0, 0.1, 0.8, 0.9], 100)
+    after = before + np.tile([0.1, 0.0], 200)
     found = difference(before, after)
-    assert found.value == pytest.approx(0.05) and found.n == 40
-    # The pairs' deviation is 0.0506, the half width 2.02 * 0.0506 / sqrt(40) = 0.016.
-    assert (found.low, found.high) == pytest.approx((0.034, 0.066), abs=0.003)
+    assert found.value == pytest.approx(0.05) and found.n == 400
+    # Variance of the pairs 0.05² and 2/402 of those that are added: 1.96 * 0.0864 / 20 = 0.0085
+    assert (found.low, found.high) == pytest.approx((0.0415, 0.0585), abs=0.002)
     low, high = independent_difference(estimate(before)[:3], estimate(after)[:3])
-    assert low < -0.1 and high > 0.2
+    assert low < -0.005 and high > 0.1
     back = difference(after, before)
-    assert (back.value, back.low, back.high) == pytest.approx((-0.05, -0.066, -0.034), abs=0.003)
+    assert (back.low, back.high) == pytest.approx((-0.0585, -0.0415), abs=0.002)
 
 
-def test_models_that_agree_everywhere_may_still_differ_elsewhere():
-    scores = np.repeat([1.0, 0.0], [3, 17])
-    assert difference(scores, scores) == pytest.approx((0, -0.1611, 0.1611, 20), abs=5e-5)
+def test_few_problems_that_differ_do_not_decide():
+    """Of 200 problems one differs. Bonett and Price (2012): p₁₀ = 1/202, p₀₁ = 2/202, so
+    0.00495 ± 1.96 sqrt((3/202 - 0.00495²) / 202) = 0.00495 ± 0.0168."""
+    none, one = np.zeros(200), np.eye(200)[0]
+    found = difference(none, one)
+    assert found.value == 1 / 200
+    assert (found.low, found.high) == pytest.approx((-0.0119, 0.0218), abs=0.004)
+    same = difference(one, one)
+    assert same.value == 0 and same.low == pytest.approx(-same.high, abs=0.004) != 0
     lengths = np.array([7.0, 9.0])
-    assert difference(lengths, lengths, shares=False)[:3] == (0, 0, 0)
+    assert difference(lengths, lengths)[:3] == (0, 0, 0)
 
 
 def test_the_difference_of_ratios_has_their_weights():
     right, cells = np.array([1.0, 20.0, 3.0]), np.array([4.0, 36.0, 4.0])
-    found = difference(right, right + np.array([2.0, 0, 0]), cells)
+    better = right + np.array([2.0, 0, 0])
+    found = difference(right, better, cells)
     assert found.value == pytest.approx(2 / 44)
-    assert found.low >= 0 and found.high == pytest.approx(2 / 4)
+    assert found[1:3] == bootstrap_interval(better - right, cells, added=(-1, 1))
 
 
 # ------------------------------------------------------------------------------ pass@k, maj@k

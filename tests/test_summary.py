@@ -160,7 +160,7 @@ def test_every_score_in_the_table_has_n_and_an_interval(results):
         "greedy",
         "4",
         "25.0% [4.6, 69.9]",
-        "100.0% [51.0, 100.0]",
+        "100% [51.0, 100]",
         body[0][-1],
     ]
     assert body[0][-1].startswith("+75.0 [")
