@@ -117,7 +117,7 @@ def benchmarks(results: Mapping[str, Any]) -> Table:
         table.add_column(Text(name), justify="right")
     for title, metric, n, *cells in body:
         if title:
-            table.add_row(Text(f"{title}, n = {n}", style="bold"))
+            table.add_row(Text(f"{title}, n {n}", style="bold"))
         table.add_row(*map(Text, [metric, *cells]))
     return table
 

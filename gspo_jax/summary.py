@@ -32,8 +32,8 @@ from gspo_jax.statistics import (
 Record = dict[str, Any]
 
 DEFINITIONS = {
-    "n": "problems; intervals are 95 % intervals over problems: Wilson's where each counts 0 "
-    "or 1, else an expanded percentile bootstrap, 4,000 resamples of the problems and one 0 and one 1",
+    "n": "problems; intervals are 95 % intervals over problems: Wilson's where each counts 0 or "
+    "1, else an expanded percentile bootstrap: 4,000 resamples of the problems, a 0 and a 1",
     "greedy": "mean score of the most likely response",
     "avg@k": "mean score of k samples, averaged over problems",
     "pass@k": "best score among k samples; of right and wrong ones the unbiased estimate of the "

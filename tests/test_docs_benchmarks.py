@@ -20,8 +20,10 @@ COMMANDS = [
     for block in re.findall(r"^```bash\n(.*?)^```", PAGE, re.M | re.S)
     for line in block.splitlines()
 ]
-TABLES = [[line.strip("| ").split(" | ") for line in block.splitlines()] for block in
-          re.findall(r"(?:^\|.*\n)+", PAGE, re.M)]  # fmt: skip
+TABLES = [
+    [[cell.strip() for cell in line[1:-1].split("|")] for line in block.splitlines()]
+    for block in re.findall(r"(?:^\|.*\n)+", PAGE, re.M)
+]
 
 _spec = importlib.util.spec_from_file_location("script", ROOT / "scripts" / "benchmark.py")
 script = importlib.util.module_from_spec(_spec)
