@@ -151,7 +151,7 @@ def expand(
         for name, settings in variants.items():
             own = {key: value for key, value in settings.items() if key != "grid"}
             for chosen in combinations({**(grid or {}), **settings.get("grid", {})}):
-                folder = "-".join([name, *_told(chosen), f"seed{seed}"])
+                folder = "-".join([name, *told(chosen), f"seed{seed}"])
                 texts = [*overrides, *as_overrides(own), *as_overrides(chosen), f"run.seed={seed}"]
                 trial = Trial(name, chosen, seed, folder, [*texts, f"run.name={folder}"])
                 try:
@@ -191,8 +191,8 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", value
 
 
-def _told(chosen: Mapping[str, Any]) -> list[str]:
-    """Choices as parts of a folder's name: "learning_rate=3e-05"."""
+def told(chosen: Mapping[str, Any]) -> list[str]:
+    """Choices by the last part of their names, fit for a folder: "learning_rate=3e-05"."""
     texts = (f"{name.rpartition('.')[2]}={value}" for name, value in _flat(chosen))
     return ["".join(c if c.isalnum() or c in "=._+-" else "_" for c in text) for text in texts]
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gspo_jax.config import Config, load_config
-from gspo_jax.experiment import Experiment
+from gspo_jax.experiment import Experiment, told
 from gspo_jax.replay import Replayed
 from gspo_jax.run import Result
 
@@ -158,7 +158,7 @@ def swept(metric: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column(Text(metric.removeprefix("eval/")), justify="right")
     table.add_column("seeds, problems", justify="right")
     for row in rows:
-        chosen = ", ".join(f"{name}={value}" for name, value in row["chosen"].items())
+        chosen = "  ".join(told(row["chosen"]))
         value = Text(row["trouble"]) if row["mean"] is None else _share(row["mean"], row)
         n = f"{row['n']}, {row['problems']}"
         table.add_row(Text(row["variant"]), Text(chosen), value, n)
