@@ -1,4 +1,4 @@
-"""gspo-jax demo | train | sft | eval | plan | export | replay | report
+"""gspo-jax demo | train | sft | eval | compare | sweep | plan | export | replay | report
 
 Settings are `section.key=value`, over a YAML file if one is named. Exit codes: 0 finished,
 1 unexpected, 2 usage or configuration, 3 data or model directory, 4 numerical failure, 5 out of
@@ -8,6 +8,7 @@ stderr. Whatever needs JAX is imported by the command that needs it.
 
 import argparse
 import errno
+import json
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gspo_jax.arguments import add_benchmarks, add_experiment, add_processes, add_settings
 from gspo_jax.errors import (
     INTERRUPTED,
     UNEXPECTED,
@@ -161,6 +163,58 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     return DataError.exit_code if results["missing"] else 0
 
 
+def compare(arguments: argparse.Namespace) -> int:
+    """Losses, or other variants, under one harness; a page, comparison.md and compare.json."""
+    from gspo_jax import compare as comparing
+    from gspo_jax import experiment, story
+    from gspo_jax.metrics import plain, write_whole
+
+    config, overrides = arguments.config and Path(arguments.config), arguments.overrides
+    if config and experiment.is_experiment(config):
+        made = experiment.read_experiment(config, overrides)
+    else:
+        losses = arguments.losses.lower().split(",")
+        made = comparing.of_losses(config, losses, seeds=arguments.seeds, overrides=overrides)
+    if arguments.against:
+        made = experiment.against(made, arguments.against)
+    if arguments.dry_run:
+        story.show(story.planned(made))
+        return 0
+    from gspo_jax.page import comparison_page
+
+    out = Path(arguments.out or experiment.default_directory(made, "compare", config))
+    outcomes = experiment.run_trials(made, out, jobs=arguments.jobs, say=story.show)
+    found = plain(comparing.found(made, outcomes, ["gspo-jax", *sys.argv[1:]]))
+    write_whole(out / "compare.json", json.dumps(found, indent=1) + "\n")
+    page = comparison_page(found, out)
+    story.show(story.compared(found))
+    story.show(f"page      {page}", wrap=False)
+    return experiment.exit_code(outcomes)
+
+
+def sweep(arguments: argparse.Namespace) -> int:
+    """Every trial of an experiment file, ranked; sweep.json and the best settings."""
+    from gspo_jax import experiment, story
+    from gspo_jax import sweep as sweeping
+    from gspo_jax.metrics import plain, write_whole
+
+    if not arguments.config:
+        raise ConfigError("sweep needs an experiment file; see configs/sweep.yaml.")
+    config = Path(arguments.config)
+    made = experiment.read_experiment(config, arguments.overrides)
+    if arguments.dry_run:
+        story.show(story.planned(made))
+        return 0
+    out = Path(arguments.out or experiment.default_directory(made, "sweep", config))
+    outcomes = experiment.run_trials(made, out, jobs=arguments.jobs, say=story.show)
+    rows = sweeping.ranked(made, outcomes)
+    result = {"metric": made.metric, "best": sweeping.best(rows), "rows": rows}
+    write_whole(out / "sweep.json", json.dumps(plain(result), indent=1) + "\n")
+    story.show(story.swept(made.metric, rows))
+    story.show(f"table     {out / 'sweep.json'}", wrap=False)
+    return experiment.exit_code(outcomes)
+
+
 def plan(arguments: argparse.Namespace) -> int:
     """Memory and cost of a run, before it is one; exit code 2 if it does not fit."""
     if (config := _resolve(arguments)) is None:
@@ -298,6 +352,8 @@ def _parser() -> argparse.ArgumentParser:
         "train": (train, "GSPO (or a relative of it) as a config says"),
         "sft": (sft, "supervised training on worked solutions"),
         "eval": (evaluate, "held-out accuracy of models, on benchmarks too"),
+        "compare": (compare, "losses, or other variants, under one harness"),
+        "sweep": (sweep, "every trial of an experiment file, ranked"),
         "plan": (plan, "memory per device and cost of a step, without weights"),
         "export": (export, "a run's newest checkpoint as a Hugging Face directory"),
         "replay": (replay, "compute one recorded step of a run again, and compare"),
@@ -315,12 +371,14 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--step", type=int, required=True, metavar="K", help="1 or more")
         elif name == "report":
             sub.add_argument("runs", metavar="RUN", nargs="+", help="run directories")
+        elif name in ("compare", "sweep"):
+            add_experiment(sub, name)
         else:
-            _add_settings(sub, name)
+            add_settings(sub, name)
         if name in ("demo", "train", "sft"):
-            _add_processes(sub)
+            add_processes(sub)
         if name == "eval":
-            _add_benchmarks(sub)
+            add_benchmarks(sub)
         if name in ("train", "sft"):
             sub.add_argument("--resume", metavar="PATH", help="a checkpoint; run.resume=PATH")
         if name == "plan":
@@ -332,41 +390,6 @@ def _parser() -> argparse.ArgumentParser:
                 "--shardings", action="store_true", help="where every array of a step lives"
             )
     return parser
-
-
-def _add_settings(sub: argparse.ArgumentParser, name: str) -> None:
-    what = {"demo": "", "eval": "a YAML file, and models, the first to compare the others with; "}
-    what = what.get(name, "a YAML file; ")
-    files = {"demo": "", "eval": "CONFIG.yaml MODEL "}.get(name, "CONFIG.yaml ")
-    sub.add_argument(
-        "settings",
-        metavar=f"{files}section.key=value",
-        nargs="*",
-        help=f"{what}settings over it, like rollout.group_size=16",
-    )
-    sub.add_argument("--config", metavar="CONFIG.yaml", help="the YAML file, by option")
-    sub.add_argument("--print-config", action="store_true", help="print all settings and stop")
-    sub.add_argument(
-        "--dry-run", action="store_true", help="check model, data and rewards, touch nothing"
-    )
-
-
-def _add_benchmarks(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--benchmarks",
-        metavar="A,B",
-        help="zebra, math, custom, a task's name, or NAME=PATH; else the config's own task",
-    )
-    sub.add_argument(
-        "--out", metavar="DIR", help="of responses and results.json; default: runs/eval"
-    )
-
-
-def _add_processes(sub: argparse.ArgumentParser) -> None:
-    group = sub.add_argument_group("several processes (srun, mpirun and the like need none of it)")
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
-    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    group.add_argument("--process", type=int, metavar="I", help="the number of this one, from 0")
 
 
 def _hush() -> None:

@@ -80,7 +80,7 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
     """
     layers = []
     if path is not None:
-        layers.append(_named(_leaves(_read(Path(path)), stop=KNOWN), f"{path}: "))
+        layers.append(_named(_leaves(read_yaml(Path(path)), stop=KNOWN), f"{path}: "))
     layers.append(_named(dict(map(_parse, overrides)).items(), ""))
     merged = OmegaConf.structured(Config)
     for layer in layers:
@@ -102,7 +102,12 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
     return replace(_guarded({}, OmegaConf.to_object, merged), written=written)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, with ${...} as it is written there.
+
+    Raises:
+        ConfigError: no such file, no YAML, or no mapping.
+    """
     try:
         layer = OmegaConf.load(path)
     except FileNotFoundError:

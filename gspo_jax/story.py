@@ -3,7 +3,7 @@
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gspo_jax import summary
-from gspo_jax.config import Config
+from gspo_jax.config import Config, load_config
+from gspo_jax.experiment import Experiment, told
 from gspo_jax.replay import Replayed
 from gspo_jax.run import Result
 from gspo_jax.statistics import independent_difference
@@ -135,6 +136,59 @@ def replayed(done: Replayed) -> Table | str:
     for name, values in done.differs.items():
         table.add_row(Text(name), *(Text(str(value)) for value in values))
     return table
+
+
+def planned(experiment: Experiment) -> str:
+    """The runs of an experiment, before any of them is one."""
+    sizes = [load_config(experiment.base, trial.overrides) for trial in experiment.trials]
+    responses = sum(c.run.steps * c.rollout.prompts * c.rollout.group_size for c in sizes)
+    names = "\n".join(f"  {trial.name}" for trial in experiment.trials)
+    count = f"{len(experiment.trials)} runs, {responses:,} responses in all"
+    return f"{names}\n{count}; by {experiment.metric}, against {experiment.against}"
+
+
+def compared(found: Mapping[str, Any]) -> Table:
+    """A comparison: the metric of each variant over seeds, and its distance from one of them."""
+    name = found["metric"].removeprefix("eval/")
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column(Text(f"{name}, {found['problems']} held-out problems"))
+    table.add_column("mean over seeds", justify="right")
+    table.add_column("seeds", justify="right")
+    table.add_column(Text(f"minus {found['against']}"), justify="right")
+    table.add_column("p", justify="right")
+    for variant, row in found["summary"].items():
+        pair = found["paired"].get(variant)
+        apart = ["", ""]
+        if pair:
+            apart = [_points(pair["difference"], pair["low"], pair["high"]), f"{pair['p']:.3f}"]
+        table.add_row(Text(variant), _share(row["mean"], row), str(row["n"]), *apart)
+    return table
+
+
+def swept(metric: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The choices of a sweep, the best first."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column("variant")
+    table.add_column("chosen")
+    table.add_column(Text(metric.removeprefix("eval/")), justify="right")
+    table.add_column("seeds, problems", justify="right")
+    for row in rows:
+        chosen = "  ".join(told(row["chosen"]))
+        value = Text(row["trouble"]) if row["mean"] is None else _share(row["mean"], row)
+        n = f"{row['n']}, {row['problems']}"
+        table.add_row(Text(row["variant"]), Text(chosen), value, n)
+    return table
+
+
+def _share(value: float, interval: Mapping[str, float | None]) -> str:
+    low, high = interval["low"], interval["high"]
+    reach = "" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{value:.1%}{reach}"
+
+
+def _points(value: float, low: float | None, high: float | None) -> str:
+    reach = "" if low is None or high is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{100 * value:+.1f} points{reach}"
 
 
 def show(what: Any, *, wrap: bool = True) -> None:

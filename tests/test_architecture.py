@@ -11,6 +11,7 @@ PACKAGE = Path(gspo_jax.__file__).parent
 
 LAYERS = [
     {"errors", "batch", "masked", "console", "sandbox", "stopping", "tasks.units", "statistics"}
+    | {"arguments"}
     | {"tasks.zebra_words", "tasks.zebra_solve"},
     {"distributed", "jsonl", "tasks.verify", "summary"},
     {"models.fields", "models.init", "penalties", "mismatch", "advantages", "logps", "quant"}
@@ -29,19 +30,20 @@ LAYERS = [
     {"update"},
     {"checks", "critic"},
     {"config"},
-    {"policy", "model_card"},
-    {"evaluate", "memory", "costs", "resume", "export", "state", "saved"},
-    {"run", "benchmark"},
+    {"policy", "model_card", "experiment"},
+    {"evaluate", "memory", "costs", "resume", "export", "state", "saved", "compare"},
+    {"run", "sweep", "benchmark"},
     {"train"},
     {"sft", "programs", "replay"},
     {"plan", "shardings"},
     {"story"},
     {"cli"},
+    {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PURE = {"losses", "penalties", "mismatch", "advantages", "logps", "quant", "masked"}
 FILES_ONLY = {"report", "metrics", "console", "jsonl", "errors", "cli", "integrity"}
-FILES_ONLY |= {"statistics", "summary"}
+FILES_ONLY |= {"statistics", "summary", "arguments"}
 
 
 def module_name(path: Path) -> str:
