@@ -26,7 +26,7 @@ def record(index, sample, score, answer="?", tokens=4, truncated=False, **rest):
 
 # Three problems; greedy and four samples each. The answers of the last are all different.
 RECORDS = [
-    *[record(0, s, x, a) for s, x, a in zip(range(5), (1, 1, 0, 0, 1.0), "abcca", strict=True)],
+    *[record(0, s, x, a) for s, x, a in zip(range(5), (1, 1, 0, 0, 1.0), "aacda", strict=True)],
     *[record(1, s, x, a) for s, x, a in zip(range(5), (0, 0, 0, 1, 1.0), "zxyww", strict=True)],
     record(2, 0, 0.0, None, truncated=True),
     *[record(2, s, None, None, tokens=10, truncated=True) for s in (1, 2)],
@@ -43,8 +43,8 @@ def test_every_metric_by_hand():
     # 2 right of 4: 1 - C(2, 2) / C(4, 2) = 5/6
     assert values["pass@2"] == pytest.approx((5 / 6 + 5 / 6 + 0) / 3)
     assert values["pass@4"] == pytest.approx(2 / 3)
-    # votes: b c c a -> c, wrong; x y w w -> w, right; n -> wrong, two did not vote
-    assert values["maj@4"] == pytest.approx(1 / 3)
+    # votes: a c d a -> a, right; x y w w -> w, right; n -> wrong, two did not vote
+    assert values["maj@4"] == pytest.approx(2 / 3)
     assert values["greedy/no answer"] == pytest.approx(1 / 3)
     assert values["avg@4/no answer"] == pytest.approx(2 / 12)
     assert values["avg@4/not scored"] == pytest.approx(2 / 12)
