@@ -14,13 +14,13 @@ LAYERS = [
     | {"tasks.zebra_words", "tasks.zebra_solve"},
     {"distributed", "jsonl", "tasks.verify"},
     {"models.fields", "models.init", "penalties", "mismatch", "advantages", "logps", "quant"}
-    | {"sharding", "chat_template", "tasks.task", "tasks.zebra_score", "integrity"},
+    | {"sharding", "chat_template", "tasks.task", "tasks.zebra_score", "integrity", "run_files"},
     {"losses", "models.attention", "models.linear", "models.cache", "models.files", "optim"}
-    | {"models.rope", "signatures", "tasks.draw", "tasks.mixture", "tasks.sources", "report"}
-    | {"checkpoint", "metrics"},
+    | {"models.rope", "signatures", "tasks.draw", "tasks.mixture", "tasks.sources"}
+    | {"checkpoint", "metrics", "figures", "page"},
     {"models.config", "tasks.data", "tasks.math", "tasks.zebra", "tasks.reasoning", "tokenizer"}
     | {"tasks.countdown", "tasks.knights", "rewards"},
-    {"models.moe", "models.remat", "workers"},
+    {"models.moe", "models.remat", "workers", "report", "comparison"},
     {"models.qwen", "reward_worker"},
     {"models.hf"},
     {"tasks.published"},
@@ -40,7 +40,8 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PURE = {"losses", "penalties", "mismatch", "advantages", "logps", "quant", "masked"}
-FILES_ONLY = {"report", "metrics", "console", "jsonl", "errors", "cli", "integrity"}
+FILES_ONLY = {"report", "comparison", "page", "figures", "run_files", "metrics", "console"}
+FILES_ONLY |= {"jsonl", "errors", "cli", "integrity"}
 
 
 def module_name(path: Path) -> str:
