@@ -111,8 +111,8 @@ def verdict(found: Found) -> list[Block]:
     against, paired = str(found["against"]), _paired(found)
     said = {
         "better": f"Better than {against}",
-        "worse": f"Worse than {against}",
         "open": f"No difference from {against} shown",
+        "worse": f"Worse than {against}",
     }
     groups: dict[str, list[str]] = {kind: [] for kind in said}
     for label, difference in paired.items():
@@ -151,7 +151,7 @@ def result(found: Found) -> list[Block]:
         summary = found["summary"].get(label, {})
         paired = found["paired"].get(label, {})
         tokens = [run["tokens"] for run in variant["runs"] if is_number(run.get("tokens"))]
-        p = paired.get("p")
+        p = paired.get("p") if label != against else None
         rows.append(
             [
                 label,
@@ -207,13 +207,13 @@ def clipped_by_update(runs: Sequence[Rows]) -> list[Interval]:
 def setting(found: Found) -> list[Block]:
     """What each loss was run with."""
     variants = found["variants"]
-    rows = [[label, "  ".join(map(str, v.get("settings", [])))] for label, v in variants.items()]
+    rows = [[label, ", ".join(map(str, v.get("settings", [])))] for label, v in variants.items()]
     return [Heading("Settings"), Table(["loss", "settings over the shared ones"], rows, left=2)]
 
 
 def every_run(found: Found) -> list[Block]:
     """Each run with its own accuracies, their n and intervals over problems."""
-    head = ["loss", "seed", "n", "before", "after", "tokens", "updates", "time", "directory"]
+    head = ["loss", "directory", "seed", "n", "before", "after", "tokens", "updates", "time"]
     rows = []
     for label, variant in found["variants"].items():
         for run in variant["runs"]:
@@ -222,6 +222,7 @@ def every_run(found: Found) -> list[Block]:
             rows.append(
                 [
                     label,
+                    str(run["dir"]),
                     str(run["seed"]),
                     page.number(after.get("eval/n")),
                     page.percent(accuracies(before).get(found["metric"])),
@@ -229,11 +230,10 @@ def every_run(found: Found) -> list[Block]:
                     page.number(run.get("tokens")),
                     page.number(run.get("updates")),
                     clock(seconds) if is_number(seconds) else page.NONE,
-                    str(run["dir"]),
                 ]
             )
     note = "Intervals of single runs are over problems, of one model on one set of problems."
-    inside = [Table(head, rows), Text(note, "note")]
+    inside = [Table(head, rows, left=2), Text(note, "note")]
     return [Heading("Every run"), Details(f"{len(rows)} runs", inside)]
 
 
@@ -258,7 +258,7 @@ def curve_panels(found: Found, runs: Curves) -> list[Panel]:
     metric = str(found["metric"])
     accuracy = {label: accuracy_curve(rows, metric) for label, rows in runs.items()}
     if any(curve.x for curve in accuracy.values()):
-        unit = f"{_metric(found)} accuracy ± 95 %, n = {found['problems']}"
+        unit = f"{_metric(found)} ± 95 %, n = {found['problems']}"
         panels.append(figures.overlay("Held-out accuracy", unit, accuracy, x=TOKENS))
     for name, (title, unit) in TRAINING.items():
         curves = {label: band(rows, name) for label, rows in runs.items()}
@@ -342,21 +342,25 @@ def _paired(found: Found) -> dict[str, Interval]:
 
 def _cell(numbers: Found, *keys: str, signed: bool = False) -> str:
     """A number with its interval, as a share or in points; one seed has no interval over seeds."""
-    value, *bounds = (numbers.get(key) for key in keys)
+    value = numbers.get(keys[0])
+    known = [number for key in keys if is_number(number := numbers.get(key))]
     if not is_number(value):
         return page.NONE
-    if all(map(is_number, bounds)):
-        return (page.points if signed else page.percent)(Interval(value, *bounds))
+    if len(known) == len(keys):
+        return (page.points if signed else page.percent)(Interval(*known))
     text = f"{100 * value:+.1f}" if signed else f"{100 * value:.1f} %"
     return f"{text} [no interval: {numbers.get('n', 1)} seed]"
 
 
 def _share(interval: Interval) -> str:
-    """Small shares need more digits: 0.13 % [0.10, 0.16]."""
+    """Small shares need more digits: 0.130 % [0.101, 0.163], but 14.9 % [12.1, 17.7]."""
     value, low, high = (100 * v for v in interval)
+    if low == high == 0:
+        return "0 %"
+    digits = 1 if value >= 1 else 3
     if not is_number(low):
-        return f"{value:.3g} %"
-    return f"{value:.3g} % [{max(low, 0):.3g}, {high:.3g}]"
+        return f"{value:.{digits}f} %"
+    return f"{value:.{digits}f} % [{max(low, 0):.{digits}f}, {high:.{digits}f}]"
 
 
 def _numbers(row: Mapping[str, Any], name: str) -> bool:

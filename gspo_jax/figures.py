@@ -7,6 +7,7 @@ A panel is drawn twice: among others in one picture (`write`), and alone as SVG 
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,17 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from gspo_jax.console import inert
 from gspo_jax.errors import StorageError
-from gspo_jax.run_files import Interval, Numbers, Rows, accuracies, is_number, mean, series, updates
+from gspo_jax.run_files import (
+    Interval,
+    Number,
+    Numbers,
+    Rows,
+    accuracies,
+    is_number,
+    mean,
+    series,
+    updates,
+)
 
 MOST_POINTS = 2000  # of a curve; longer runs are thinned, a picture has no more columns
 BLUE, ORANGE, GREEN, RED, GREY = "#2f6db3", "#d9772b", "#3a8f4f", "#c0392b", "#6b7280"
@@ -30,6 +41,7 @@ DASHES = ("-", "--", "-.", ":")
 LEGEND = 6  # labels at most that a small panel has room for
 STYLE: dict[Any, Any] = {
     "axes.edgecolor": FRAME,
+    "axes.facecolor": "none",
     "axes.grid": True,
     "axes.labelcolor": INK,
     "axes.labelsize": 9.5,
@@ -39,6 +51,8 @@ STYLE: dict[Any, Any] = {
     "axes.titlelocation": "left",
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
+    "figure.constrained_layout.h_pad": 0.08,
+    "figure.constrained_layout.w_pad": 0.08,
     "figure.facecolor": "white",
     "font.size": 9.5,
     "grid.color": PALE,
@@ -70,10 +84,10 @@ class Panel:
 class Curve:
     """A line with, or without, a band; `marked` where each point was measured by itself."""
 
-    x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
+    x: Sequence[Number]
+    y: Sequence[Number]
+    low: Sequence[Number] = ()
+    high: Sequence[Number] = ()
     marked: bool = False
 
 
@@ -106,7 +120,7 @@ def write(panels: Sequence[Panel], path: Path, *, title: str = "") -> Path:
         for axis in list(axes)[len(panels) :]:
             axis.set_axis_off()
         if title:
-            figure.suptitle(inert(title), x=0.01, ha="left", fontsize=13, fontweight="bold")
+            figure.suptitle(_label(title, 100), x=0.01, ha="left", fontsize=13, fontweight="bold")
         _replace(path, figure)
     return path
 
@@ -116,16 +130,15 @@ def svg(panel: Panel) -> str:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.2, panel.height), layout="constrained")
         figure.patch.set_visible(False)
-        axis = figure.subplots()
-        axis.patch.set_visible(False)
-        _draw(panel, axis)
+        _draw(panel, figure.subplots())
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
 
 
 def _draw(panel: Panel, axis: Axes) -> None:
-    axis.set(title=inert(panel.title), ylabel=inert(panel.unit), xlabel=inert(panel.x))
+    title, unit, x = (_label(text, 60) for text in (panel.title, panel.unit, panel.x))
+    axis.set(title=title, ylabel=unit, xlabel=x)
     panel.draw(axis)
     if not (axis.collections or any(np.size(line.get_xdata()) for line in axis.lines)):
         axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", color=GREY)
@@ -141,7 +154,8 @@ def _replace(path: Path, figure: Figure) -> None:
         figure.savefig(part, metadata=metadata)
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         raise StorageError(f"{path}: cannot be written ({error.strerror}).") from error
 
 
@@ -313,9 +327,14 @@ def overlay(
         for k, (label, curve) in enumerate(curves.items()):
             color = colors[k % len(colors)]
             dash = DASHES[k // len(colors) % len(DASHES)]
-            _one(axis, curve, color, dash, inert(label)[:40])
+            _one(axis, curve, color, dash, _label(label))
         if percent:
             _percent(axis)
+            peaks = [max(curve.y) for curve in curves.values() if curve.y]
+            if max(peaks, default=0) > 20 * min(peaks, default=0):
+                axis.set_yscale("symlog", linthresh=1e-3)
+                axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+                axis.set_ylabel(f"{_label(unit, 60)}; log above 0.1 %")
         last = max((max(curve.x, default=0) for curve in curves.values()), default=0)
         axis.set_xlim(-0.02 * last, max(1.03 * last, 1))
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -326,7 +345,6 @@ def overlay(
 
 
 def _one(axis: Axes, curve: Curve, color: str, dash: str, label: str) -> None:
-    label = f" {label}" if label.startswith("_") else label  # matplotlib hides those
     has_band = len(curve.low) == len(curve.high) == len(curve.x) > 0
     if curve.marked:
         reach = None
@@ -355,7 +373,7 @@ def _one(axis: Axes, curve: Curve, color: str, dash: str, label: str) -> None:
 
 
 def differences(
-    rows: Mapping[str, Interval], points: Mapping[str, Sequence[float]], *, unit: str
+    rows: Mapping[str, Interval], points: Mapping[str, Sequence[Number]], *, unit: str
 ) -> Panel:
     """A line per label: its interval as a bar, the single values as dots, and where nothing is."""
 
@@ -368,7 +386,7 @@ def differences(
             axis.plot([value], [k], color=color, marker="o", ms=7, ls="")
             single = [v for v in points.get(label, ()) if is_number(v)]
             axis.plot(single, [k + 0.22] * len(single), color=GREY, marker="|", ms=6, ls="")
-        axis.set_yticks(range(len(rows)), [inert(label)[:40] for label in rows])
+        axis.set_yticks(range(len(rows)), [_label(label) for label in rows])
         axis.set_ylim(len(rows) - 0.4, -0.6)  # the first on top
         axis.grid(visible=False, axis="y")
 
@@ -380,7 +398,7 @@ def differences(
 
 def thinned(rows: Rows, points: int) -> Rows:
     """Every k-th row, so that at most `points` are left."""
-    return rows[:: -(-len(rows) // points)]
+    return rows[:: max(-(-len(rows) // points), 1)]
 
 
 def smooth(y: Numbers) -> list[Interval]:
@@ -392,7 +410,14 @@ def smooth(y: Numbers) -> list[Interval]:
     return [mean(y[max(i - half, 0) : i + half + 1]) for i in range(len(y))]
 
 
-def short(value: float) -> str:
+def _label(text: str, most: int = 28) -> str:
+    """`text` as a figure has room for it; matplotlib would hide what begins with "_"."""
+    text = inert(text[: 8 * most])
+    text = f" {text}" if text.startswith("_") else text
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def short(value: Number) -> str:
     """586282 -> "586k", 1.5e6 -> "1.5M"."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:

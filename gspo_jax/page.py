@@ -12,6 +12,7 @@ import hashlib
 import html as escapes
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
@@ -93,7 +94,8 @@ def write(path: Path, text: str) -> Path:
         part.write_text(text, encoding="utf-8")
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         raise StorageError(f"{path}: cannot be written ({error.strerror}).") from error
     return path
 
@@ -352,6 +354,7 @@ h1 {{ font-size: 1.7rem; line-height: 1.25; margin: .6rem 0 .8rem; }}
 h2 {{ font-size: 1.2rem; margin: 2.2rem 0 .6rem; }}
 h3 {{ font-size: 1rem; margin: 1.4rem 0 .4rem; }}
 h1, h2, h3, p, li, td.w, summary {{ overflow-wrap: anywhere; }}
+td:first-child {{ overflow-wrap: normal; }}
 p, ul {{ max-width: 46rem; margin: .5rem 0; }}
 .answer {{
   max-width: none; margin: 1rem 0; padding: .8rem 1rem; background: var(--answer);
@@ -372,7 +375,7 @@ figure {{ margin: .6rem 0; }}
 .panels {{
   display: grid; gap: .6rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr));
 }}
-svg {{ width: 100%; max-width: 34rem; height: auto; font-family: inherit; }}
+svg {{ width: 100%; max-width: 27rem; height: auto; font-family: inherit; }}
 pre {{
   margin: .4rem 0; padding: .6rem .8rem; background: var(--shade); border: 1px solid var(--line);
   border-radius: 6px; font: .85rem/1.45 ui-monospace, Menlo, Consolas, monospace;
@@ -388,6 +391,11 @@ summary {{ cursor: pointer; padding: .45rem 0; font-weight: 600; }}
     --mark: #6ea8ea; --answer: #1a2431;
   }}
 {_DARK_FIGURES}
+}}
+@media (max-width: 40rem) {{
+  th, td {{ padding-right: .7rem; }}
+  td.w {{ min-width: 5.5rem; }}
+  table {{ font-size: .84rem; }}
 }}
 @media print {{ pre {{ max-height: none; }} }}
 """

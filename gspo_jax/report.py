@@ -38,8 +38,8 @@ PHASES = {
     "time/reward": "scoring",
     "time/advantage": "advantages",
     "time/old_logp": "log-probabilities before the update",
-    "time/update": "updates",
-    "time/optimizer": "of these, the optimizer",
+    "time/update": "updates: gradients",
+    "time/optimizer": "updates: optimizer",
     "time/host": "everything else",
 }
 HOW = (
@@ -155,7 +155,7 @@ def _rest(run: Run) -> list[Block]:
 
 
 def state(run: Run) -> str:
-    """finished, step 100 of 100, 1:19 after its start"""
+    """finished, step 100 of 100, 1:19 after its last start on 2026-11-23 at 02:08 UTC."""
     done, of = run.status.get("step", run.rows[-1]["step"]), run.status.get("of")
     text = f"{run.status.get('state', 'state unknown')}, step {done}"
     text += f" of {of}" if of is not None else ""
@@ -163,7 +163,7 @@ def state(run: Run) -> str:
         begun, last = (
             datetime.fromisoformat(t) for t in (run.env["started"], run.status["updated"])
         )
-        text += f", {clock((last - begun).total_seconds())} after its start"
+        text += f", {clock(max((last - begun).total_seconds(), 0))} after its last start"
         text += f" on {begun:%Y-%m-%d at %H:%M} UTC"
     except (KeyError, TypeError, ValueError):
         pass  # one of the files is missing, or not ours
@@ -221,8 +221,7 @@ def what(run: Run) -> Table:
         for key, value in run.config.items()
         if key.startswith("algo.loss.") and key != "algo.loss.name"
     ]
-    updates = [f"{get(key)} {label}" for key, label in UPDATES.items() if get(key)]
-    rollout = [f"{get(key)} {label}" for key, label in ROLLOUT.items() if get(key)]
+    sizes = [f"{get(key)} {label}" for key, label in SIZES.items() if get(key, "1") != "1"]
     devices, versions = env.get("devices"), env.get("versions")
     command = env.get("command")
     rows = [
@@ -230,7 +229,7 @@ def what(run: Run) -> Table:
         ("advantage", get("algo.advantage.name", "")),
         ("model", get("model.path", "")),
         ("task", next((get(k, "") for k in TASK if get(k, "null") != "null"), "")),
-        ("each step", ", ".join([*rollout, *updates])),
+        ("each step", ", ".join(sizes)),
         ("steps", get("run.steps", "")),
         ("seed", get("run.seed", "")),
         ("tokens", page.number(run.rows[-1].get("num_tokens"))),
@@ -244,8 +243,12 @@ def what(run: Run) -> Table:
     return Table([], [[name, text] for name, text in rows if text and text != page.NONE], left=2)
 
 
-ROLLOUT = {"rollout.prompts": "prompts", "rollout.group_size": "responses to each"}
-UPDATES = {"algo.minibatches": "minibatches", "algo.epochs": "epochs over them"}
+SIZES = {
+    "rollout.prompts": "prompts",
+    "rollout.group_size": "responses to each",
+    "algo.minibatches": "minibatches",
+    "algo.epochs": "epochs over them",
+}
 TASK = ("task.name", "task.path")
 
 
@@ -358,16 +361,18 @@ def _held_out(runs: Mapping[str, Rows]) -> figures.Panel | None:
     name = max(sorted(set(every)), key=every.count)
     curves = {label: figures.accuracy_curve(rows, name) for label, rows in runs.items()}
     n = figures.counted([row for rows in found.values() for row in rows])
-    unit = f"{name.removeprefix('eval/')} accuracy ± 95 %, n = {n}"
+    unit = f"{name.removeprefix('eval/')} ± 95 %, n = {n}"
     return figures.overlay("Held-out accuracy", unit, curves)
 
 
 def _differing(runs: Mapping[str, Run]) -> Block:
     """The settings that are not the same in all runs, and the commits."""
     found = {
-        label: {**run.config, "commit": str(run.env.get("commit"))} for label, run in runs.items()
+        label: {**run.config, "commit": str(run.env.get("commit"))[:12]}
+        for label, run in runs.items()
     }
     names = dict.fromkeys(name for config in found.values() for name in config)
+    names = [name for name in names if name not in ("run.name", "run.dir")]
     rows = []
     for name in names:
         values = [config.get(name, page.NONE) for config in found.values()]

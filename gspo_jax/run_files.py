@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeGuard, TypeVar
 
 import yaml
 
@@ -18,7 +18,8 @@ from gspo_jax import jsonl
 from gspo_jax.errors import DataError
 
 Rows = list[dict[str, Any]]
-Numbers = list[int | float]
+Number = int | float
+Numbers = list[Number]
 T = TypeVar("T")
 
 MOST_ROWS = 20_000  # held in memory
@@ -32,9 +33,9 @@ LARGEST = 1e100  # of a number that is drawn; beyond, axes overflow
 class Interval(NamedTuple):
     """A number with its 95 % interval."""
 
-    value: float
-    low: float
-    high: float
+    value: Number
+    low: Number
+    high: Number
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,12 @@ def read_metrics(run: Path, *, most: int = MOST_ROWS) -> Rows:
 # ----------------------------------------------------------------------------------- numbers
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[Number]:
     # False for NaN as well.
     return type(value) in (int, float) and -LARGEST < value < LARGEST
 
 
-def updates(row: Mapping[str, Any]) -> int | float:
+def updates(row: Mapping[str, Any]) -> Number:
     """Where a row stands on the axis: the updates so far; its step where they are not recorded."""
     value = row.get("updates")
     return value if value and is_number(value) else row["step"]
@@ -137,9 +138,10 @@ def accuracies(row: Mapping[str, Any]) -> dict[str, Interval]:
     found = {}
     if is_number(row.get("eval/n")):
         for name in row:
-            bounds = row.get(name), row.get(f"{name}_low"), row.get(f"{name}_high")
-            if name.startswith("eval/") and all(map(is_number, bounds)):
-                found[name] = Interval(*bounds)
+            three = [row.get(f"{name}{end}") for end in ("", "_low", "_high")]
+            numbers = [value for value in three if is_number(value)]
+            if name.startswith("eval/") and len(numbers) == 3:
+                found[name] = Interval(*numbers)
     return found
 
 
@@ -157,7 +159,7 @@ def change(before: Interval, after: Interval) -> Interval:
     return Interval(d, low, high)
 
 
-def mean(values: Sequence[float]) -> Interval:
+def mean(values: Sequence[Number]) -> Interval:
     """The mean, with Student's 95 % interval; of a single value the interval is (-∞, ∞)."""
     n = len(values)
     middle = sum(values) / n

@@ -143,8 +143,8 @@ def answer(found):
 def test_the_answer_follows_from_the_paired_intervals():
     assert answer(FOUND) == (
         "Better than grpo: gspo (+6.0 [+2.0, +10.0] points). "
-        "Worse than grpo: ppo (-13.0 [-20.0, -5.0] points). "
-        f"No difference from grpo shown: {HOSTILE} (-0.5 [-3.0, +2.0] points)."
+        f"No difference from grpo shown: {HOSTILE} (-0.5 [-3.0, +2.0] points). "
+        "Worse than grpo: ppo (-13.0 [-20.0, -5.0] points)."
     )
 
 
@@ -189,10 +189,11 @@ def test_the_table_has_n_intervals_and_the_numbers_of_the_dictionary(page):
 
 
 def test_every_run_stands_there_with_its_own_n_and_interval(page):
-    table = next(t for t in Tables(page).tables if t[0][:2] == ["loss", "seed"])
+    table = next(t for t in Tables(page).tables if t[0][:2] == ["loss", "directory"])
     assert len(table) == 9
     assert table[1] == [
         "gspo",
+        "gspo-seed0",
         "0",
         "64",
         "40.0 % [36.0, 43.0]",
@@ -200,7 +201,6 @@ def test_every_run_stands_there_with_its_own_n_and_interval(page):
         "1,000",
         "12",
         "1:05",
-        "gspo-seed0",
     ]
 
 
