@@ -38,7 +38,7 @@ BLUE, ORANGE, GREEN, RED, GREY = "#2f6db3", "#d9772b", "#3a8f4f", "#c0392b", "#6
 COLORS = (BLUE, ORANGE, GREEN, "#8e5fb8", RED, "#1f8a94", "#b0568f", "#8a6d3b")
 INK, PALE, FRAME = "#374151", "#e5e7eb", "#9aa1ab"
 DASHES = ("-", "--", "-.", ":")
-LEGEND = 6  # labels at most that a small panel has room for
+LEGEND = 6  # labels that a panel has room for in one column
 STYLE: dict[Any, Any] = {
     "axes.edgecolor": FRAME,
     "axes.facecolor": "none",
@@ -142,8 +142,9 @@ def _draw(panel: Panel, axis: Axes) -> None:
     panel.draw(axis)
     if not (axis.collections or any(np.size(line.get_xdata()) for line in axis.lines)):
         axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", color=GREY)
-    elif 0 < len(axis.get_legend_handles_labels()[1]) <= LEGEND:
-        axis.legend(loc="best")
+    elif labels := axis.get_legend_handles_labels()[1]:
+        small = {"ncols": 2, "fontsize": 6.5} if len(labels) > LEGEND else {}
+        axis.legend(loc="best", **small)
 
 
 def _replace(path: Path, figure: Figure) -> None:
@@ -321,7 +322,7 @@ def overlay(
     colors: Sequence[str] = COLORS,
     percent: bool = False,
 ) -> Panel:
-    """Curves by label, in the order of their colours; a legend where there is room for it."""
+    """Curves by label, in the order of their colours."""
 
     def show(axis: Axes) -> None:
         for k, (label, curve) in enumerate(curves.items()):
