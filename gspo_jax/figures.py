@@ -160,6 +160,8 @@ def _replace(path: Path, figure: Figure) -> None:
         raise StorageError(f"{path}: cannot be written ({error.strerror}).") from error
 
 
+NOTHING = Panel("Reward", "mean of a step", lambda axis: None)
+
 # ----------------------------------------------------------------------------- a run, in detail
 
 
@@ -175,7 +177,7 @@ def run_panels(rows: Rows, *, points: int = MOST_POINTS) -> list[Panel]:
         panels = [panel for panel in panels if panel.title != "Loss"]  # about 0; it says nothing
     if any(map(accuracies, rows)):
         panels.insert(1, held_out(rows))
-    return panels or [Panel("Reward", "mean", lambda axis: None)]
+    return panels or [NOTHING]
 
 
 def held_out(rows: Rows) -> Panel:
@@ -310,7 +312,7 @@ def overlaid_panels(runs: Mapping[str, Rows], *, points: int = 500) -> list[Pane
         curves = {k: Curve(x, [v.value for v in smooth(y)]) for k, (x, y) in found.items()}
         if any(curve.x for curve in curves.values()):
             panels.append(overlay(title, unit, curves, percent=name == "clip_frac"))
-    return panels
+    return panels or [NOTHING]
 
 
 def overlay(

@@ -44,7 +44,8 @@ PHASES = {
 }
 HOW = (
     "The faint line is each step, the strong one the mean over a window of a twentieth of the run; "
-    "its band is the 95 % interval of that mean. Points with bars are held-out accuracies."
+    "its band is the 95 % interval of that mean, the steps taken as independent. Points with bars "
+    "are held-out accuracies."
 )
 
 

@@ -178,8 +178,9 @@ def test_an_svg_is_the_same_each_time_and_its_text_is_text(pictures):
 
 
 def test_nothing_to_draw_is_said_to_be_nothing(tmp_path):
-    (panel,) = run_panels([{"step": 1, "unknown": 2}])
-    assert "not recorded" in svg(panel)
+    rows = [{"step": 1, "unknown": 2}]
+    assert run_panels(rows) == overlaid_panels({"a": rows})
+    assert "not recorded" in svg(run_panels(rows)[0])
 
 
 def test_large_numbers_are_written_short():
