@@ -180,7 +180,7 @@ def compare(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         story.show(story.planned(made))
         return 0
-    from gspo_jax.page import comparison_page
+    from gspo_jax.comparison import comparison_page
 
     out = Path(arguments.out or experiment.default_directory(made, "compare", config))
     outcomes = experiment.run_trials(made, out, jobs=arguments.jobs, say=story.show)
@@ -253,11 +253,11 @@ def replay(arguments: argparse.Namespace) -> int:
 
 
 def report(arguments: argparse.Namespace) -> int:
-    """plots/ of each run."""
-    from gspo_jax.report import dynamics
+    """A page of one run, or of several beside each other."""
+    from gspo_jax.report import report
 
-    for run in arguments.runs:
-        print(dynamics(Path(run)))
+    out = Path(arguments.out) if arguments.out else None
+    print(report([Path(run) for run in arguments.runs], out))
     return 0
 
 
@@ -357,7 +357,7 @@ def _parser() -> argparse.ArgumentParser:
         "plan": (plan, "memory per device and cost of a step, without weights"),
         "export": (export, "a run's newest checkpoint as a Hugging Face directory"),
         "replay": (replay, "compute one recorded step of a run again, and compare"),
-        "report": (report, "draw a run's metrics into its plots/"),
+        "report": (report, "a page of what runs recorded, with figures"),
     }
     for name, (command, text) in described.items():
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
@@ -371,6 +371,9 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--step", type=int, required=True, metavar="K", help="1 or more")
         elif name == "report":
             sub.add_argument("runs", metavar="RUN", nargs="+", help="run directories")
+            sub.add_argument(
+                "--out", metavar="DIR", help="default: RUN/plots, or report/ beside several runs"
+            )
         elif name in ("compare", "sweep"):
             add_experiment(sub, name)
         else:

@@ -15,13 +15,13 @@ LAYERS = [
     | {"tasks.zebra_words", "tasks.zebra_solve"},
     {"distributed", "jsonl", "tasks.verify", "summary"},
     {"models.fields", "models.init", "penalties", "mismatch", "advantages", "logps", "quant"}
-    | {"sharding", "chat_template", "tasks.task", "tasks.zebra_score", "integrity"},
+    | {"sharding", "chat_template", "tasks.task", "tasks.zebra_score", "integrity", "run_files"},
     {"losses", "models.attention", "models.linear", "models.cache", "models.files", "optim"}
-    | {"models.rope", "signatures", "tasks.draw", "tasks.mixture", "tasks.sources", "report"}
-    | {"checkpoint", "metrics"},
+    | {"models.rope", "signatures", "tasks.draw", "tasks.mixture", "tasks.sources"}
+    | {"checkpoint", "metrics", "figures", "page"},
     {"models.config", "tasks.data", "tasks.math", "tasks.zebra", "tasks.reasoning", "tokenizer"}
     | {"tasks.countdown", "tasks.knights", "rewards"},
-    {"models.moe", "models.remat", "workers"},
+    {"models.moe", "models.remat", "workers", "report", "comparison"},
     {"models.qwen", "reward_worker"},
     {"models.hf"},
     {"tasks.published"},
@@ -42,8 +42,8 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PURE = {"losses", "penalties", "mismatch", "advantages", "logps", "quant", "masked"}
-FILES_ONLY = {"report", "metrics", "console", "jsonl", "errors", "cli", "integrity"}
-FILES_ONLY |= {"statistics", "summary", "arguments"}
+FILES_ONLY = {"report", "comparison", "page", "figures", "run_files", "metrics", "console"}
+FILES_ONLY |= {"jsonl", "errors", "cli", "integrity", "statistics", "summary", "arguments"}
 
 
 def module_name(path: Path) -> str:

@@ -389,13 +389,14 @@ def test_export_goes_beside_the_run_or_where_it_is_told(monkeypatch, capsys):
     assert capsys.readouterr().out.split() == ["runs/x/export", "out"]
 
 
-def test_report_draws_every_run_that_it_is_given(capsys, tmp_path):
+def test_report_writes_one_page_of_all_runs_that_it_is_given(capsys, tmp_path):
     runs = [tmp_path / name for name in ("a", "b")]
     for run in runs:
         run.mkdir()
         (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "reward": 0.5}) + "\n")
     assert main(["report", *map(str, runs)]) == 0
-    pictures = [run / "plots" / "dynamics.png" for run in runs]
-    assert capsys.readouterr().out.split() == [str(p) for p in pictures]
-    assert all(p.is_file() for p in pictures)
+    assert main(["report", str(runs[0]), "--out", str(tmp_path / "x")]) == 0
+    pages = [tmp_path / "report" / "report.html", tmp_path / "x" / "report.html"]
+    assert capsys.readouterr().out.split() == [str(p) for p in pages]
+    assert all(p.is_file() for p in pages)
     assert main(["report", str(tmp_path / "nope")]) == 3
