@@ -18,19 +18,19 @@ LAYERS = [
     {"losses", "models.attention", "models.linear", "models.cache", "models.files", "optim"}
     | {"models.rope", "signatures", "tasks.draw", "tasks.mixture", "tasks.sources", "report"}
     | {"checkpoint", "metrics"},
-    {"models.config", "tasks.data", "tasks.math", "tasks.zebra", "tasks.reasoning", "tokenizer"}
+    {"models.config", "tasks.math", "tasks.zebra", "tasks.reasoning", "tokenizer"}
     | {"tasks.countdown", "tasks.knights", "rewards"},
     {"models.moe", "models.remat", "workers"},
-    {"models.qwen", "reward_worker"},
-    {"models.hf"},
+    {"models.qwen", "reward_worker", "tasks.gym", "tasks.math_verify"},
+    {"models.hf", "tasks.data"},
     {"tasks.published"},
     {"models", "tasks", "generate"},
     {"settings", "rollout", "objective", "microbatch"},
-    {"update"},
+    {"update", "continuations"},
     {"checks", "critic"},
     {"config"},
     {"policy", "model_card"},
-    {"evaluate", "memory", "costs", "resume", "export", "state"},
+    {"evaluate", "harness", "memory", "costs", "resume", "export", "state"},
     {"run"},
     {"train"},
     {"sft", "programs", "replay"},
