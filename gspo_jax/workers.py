@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -253,15 +253,26 @@ class Remote:
                 left = left[count:]
 
 
-def ask_apart(
-    remote: Remote, name: str, problems: Sequence[Problem], texts: Sequence[str]
-) -> tuple[list[float], int]:
-    """The score of each text by a function in a child, 0 where it failed, and how often it did."""
-    batch, scores, lost = Batch.of(problems, texts, [[]] * len(texts), None), {}, 0
-    for rows, values, failure in remote.answers_of_child(name, batch):
-        scores |= zip(rows, values, strict=True)
-        lost += len(rows) if failure else 0
-    return [scores[b] for b in range(len(texts))], lost
+def judge(
+    spec: str, *, seconds: float, memory: int, losses: int
+) -> Callable[[Sequence[Problem], Sequence[str]], tuple[list[float], int]]:
+    """A function of this library that scores one response, in a child that starts when needed.
+
+    Returns:
+        (problems, texts) -> the score of each, 0 where the child was lost, and how many those are.
+    """
+    name = spec.rpartition(":")[2]
+    remote = Remote(Child([spec], memory=memory), 0, Loaded(name, True), seconds, losses=losses)
+
+    def ask(problems: Sequence[Problem], texts: Sequence[str]) -> tuple[list[float], int]:
+        scores, lost = dict.fromkeys(range(len(texts)), 0.0), 0
+        batch = Batch.of(problems, texts, [[]] * len(texts), None)
+        for rows, values, failure in remote.answers_of_child(name, batch):
+            scores |= zip(rows, values, strict=True)
+            lost += len(rows) if failure else 0
+        return list(scores.values()), lost
+
+    return ask
 
 
 def load_remote(specs: Sequence[str], *, seconds: float, memory: float = 0.0) -> dict[str, Remote]:

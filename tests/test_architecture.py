@@ -22,7 +22,7 @@ LAYERS = [
     | {"tasks.countdown", "tasks.knights", "rewards"},
     {"models.moe", "models.remat", "workers"},
     {"models.qwen", "reward_worker", "tasks.gym", "tasks.math_verify"},
-    {"models.hf", "tasks.data"},
+    {"models.hf", "tasks.data", "tasks.latex", "tasks.gym_judge"},
     {"tasks.published"},
     {"models", "tasks", "generate"},
     {"settings", "rollout", "objective", "microbatch"},

@@ -1,6 +1,7 @@
 """reasoning-gym's problems: our comparison of answers, our splits, and only what is on the list."""
 
 import importlib.util
+import json
 from fractions import Fraction
 
 import numpy as np
@@ -32,6 +33,7 @@ needs_gym = [
         (r"A\# \#B", "A# #B"),
         ("3 days, 04:05", "3 days, 04:05"),
         ("apple,Pear, fig", "apple, pear, fig"),
+        ("Zoe is a knave and Al is a knight", "Zoe is a knave, and Al is a knight."),
     ],
 )
 def test_answers_of_the_same_words_and_numbers_are_the_same(answer, gold):
@@ -133,16 +135,15 @@ class TestInstalled:
         assert 25 <= names.count("lcm") <= 55  # two thirds
 
     def test_another_right_answer_is_found_by_the_judge(self):
-        sizes = {"train": 20, "val": 0, "test": 0}
-        task = load_task("gym", datasets="knights_knaves", sizes=sizes)
-        problem = task.problem("train", 0)
-        parts = problem.answer.rstrip(".").replace(", and ", ", ").split(", ")
-        turned = ", and ".join([", ".join(parts[1:]), parts[0]]) + "."
-        swap = {"knight": "knave", "knave": "knight"}
-        wrong = " ".join(swap.get(w.strip(".,"), w.strip(".,")) for w in problem.answer.split())
-        texts = [rf"\boxed{{{turned}}}", rf"\boxed{{{wrong}}}"]
-        found = score({"gym": task.reward}, None, [problem], texts, [[1]] * 2)[1]
-        assert found.tolist() == [1, 0], (problem.answer, turned, wrong)
+        sizes = {"train": 3, "val": 0, "test": 0}
+        task = load_task("gym", datasets="palindrome_partitioning", sizes=sizes)
+        for i in range(3):
+            problem = task.problem("train", i)
+            parts = json.loads(problem.answer)
+            answers = [parts[::-1], parts[1:], [*parts, ["x"]], []]
+            texts = [rf"\boxed{{{json.dumps(answer)}}}" for answer in answers]
+            found = score({"gym": task.reward}, None, [problem], texts, [[1]] * 4)[1]
+            assert found.tolist() == [1, 0, 0, 0], (problem.answer, answers)
 
     def test_settings_of_a_dataset_are_checked(self):
         with pytest.raises(ConfigError, match=r"task\.options\.datasets\.lcm: .*max_valu"):

@@ -15,7 +15,10 @@ CASES = {
     "countdown": ("countdown", {"sizes": NONE}),
     "knights": ("knights", {"sizes": NONE}),
     "gsm8k": ("gsm8k", {"path": str(GSM8K)}),
-    "mixture": ("mixture", {"tasks": {"arithmetic": 1, "reasoning": 1}, "sizes": NONE}),
+    "mixture": (
+        "mixture",
+        {"tasks": {n: {"options": {"sizes": NONE}} for n in ("arithmetic", "reasoning")}},
+    ),
 } | {
     f"{kind}, {level}": ("reasoning", {"types": [kind], "levels": [level], "sizes": NONE})
     for kind in TYPES

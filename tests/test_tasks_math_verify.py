@@ -1,6 +1,7 @@
 """math-verify behind our own rules: what it may decide, and what it cannot be talked into."""
 
 import importlib.util
+import sys
 import time
 
 import numpy as np
@@ -10,7 +11,7 @@ from faults.bombs import BOMBS, CODE, HACKS
 from gspo_jax import workers
 from gspo_jax.batch import Problem
 from gspo_jax.errors import ConfigError, DataError
-from gspo_jax.rewards import score
+from gspo_jax.rewards import load_rewards, score
 from gspo_jax.tasks import load_task, math_verify
 from gspo_jax.tasks.math_verify import decided, math_verify_apart, reward_of
 from gspo_jax.tasks.verify import accuracy
@@ -19,7 +20,7 @@ from gspo_jax.workers import load_remote
 needs_math_verify = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None, reason="pip install 'gspo_jax[math]'"
 )
-SPEC = "gspo_jax.tasks.math_verify:math_verify"
+SPEC = "gspo_jax.tasks.latex:math_verify"
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,7 @@ EQUAL = [
     (r"y = 2x + 1", "y=1+2x"),
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
     (r"11\sqrt2", r"11\sqrt{2}"),
+    (r"\frac{\sqrt2}2", r"\frac1{\sqrt2}"),
 ]
 DIFFERENT = [
     (r"\sqrt{12}", r"3\sqrt{2}"),
@@ -130,15 +132,14 @@ def test_only_formulas_are_left_to_math_verify():
 def test_a_bomb_scores_0_by_the_deadline_and_what_follows_is_scored(monkeypatch):
     """Row 29, by the clock of a limit that is shorter here."""
     monkeypatch.setattr(workers, "GRACE", 0.1)
-    monkeypatch.setattr(math_verify, "SECONDS", 1.0)
+    monkeypatch.setattr(math_verify, "SECONDS", 2.0)
     gold = r"2\sqrt{3}"
-    right = (r"\boxed{\sqrt{12}}", gold)
-    cases = [right, (r"\boxed{9^{9^{9^9}}}", gold), right, (r"\boxed{\sqrt{9^{9^9}}}", gold), right]
+    right, bomb = r"\boxed{\sqrt{12}}", r"\boxed{9^{9^{9^9}}}"
     logged = {}
-    columns = {"prompts": ["q"] * 5, "completions": [c[0] for c in cases], "answer": [gold] * 5}
+    columns = {"prompts": ["q"] * 3, "completions": [right, bomb, right], "answer": [gold] * 3}
     found = math_verify_apart()(**columns, log_metric=logged.__setitem__)
-    assert found == [1.0, 0.0, 1.0, 0.0, 1.0]
-    assert logged["math_verify/lost"] <= 2
+    assert found == [1.0, 0.0, 1.0]
+    assert logged == {"math_verify/lost": 1}
 
 
 @needs_math_verify
@@ -180,8 +181,7 @@ def test_other_checkers_are_refused_and_a_missing_package_is_said_in_one_line(mo
     with pytest.raises(ConfigError, match=r"pip install 'gspo_jax\[math\]'\.$") as caught:
         load_task("gsm8k", path="x", checker="math-verify")
     assert "\n" not in str(caught.value)
-    monkeypatch.setitem(__import__("sys").modules, "math_verify", None)
-    math_verify._library.cache_clear()
-    with pytest.raises(DataError, match=r"raised ConfigError: checker=math-verify needs the pack"):
-        scores(math_verify.math_verify, [("", "7")])
-    math_verify._library.cache_clear()
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    monkeypatch.delitem(sys.modules, "gspo_jax.tasks.latex", raising=False)
+    with pytest.raises(DataError, match=r"importing it raised ConfigError: checker=math-verify n"):
+        load_rewards([SPEC])

@@ -10,7 +10,6 @@ scores     1 or 0 for what is boxed, by `same`; where several answers are right,
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from importlib.util import find_spec
 from random import Random
 from typing import Any
@@ -22,7 +21,6 @@ from gspo_jax.errors import ConfigError
 from gspo_jax.tasks.draw import Drawn, between, chosen_sizes, chosen_weights, made_up, weighted
 from gspo_jax.tasks.task import Task, fingerprint
 from gspo_jax.tasks.verify import boxed, numeric, one_box, own_words, unwrapped
-from gspo_jax.workers import Child, Loaded, Remote, ask_apart
 
 GYM_SIZES = {"train": 1_000, "val": 50, "test": 100}
 COMPARED = (
@@ -39,6 +37,7 @@ COMPARED = (
     "dice",
     "family_relationships",
     "futoshiki",
+    "knights_knaves",
     "lcm",
     "leg_counting",
     "maze",
@@ -62,7 +61,6 @@ COMPARED = (
 JUDGED = (  # several answers, or several ways to write one, are right
     "cryptarithm",
     "jugs",
-    "knights_knaves",
     "palindrome_partitioning",
     "quantum_lock",
     "shortest_path",
@@ -74,6 +72,9 @@ MEMORY = 4 * 10**9  # bytes of its address space
 LOSSES = 20  # answers of one rollout that may run into a limit; what is left then scores 0 too
 _BETWEEN = re.compile(r"[\s\[\]\"'`]+|,(?![0-9]{3}(?![0-9]))")
 _ESCAPED = re.compile(r"\\([#&%_])")
+_ANY = re.compile(r".*", re.DOTALL)
+# Its checker takes the letters out of whatever stands around them.
+FORM = {"quantum_lock": re.compile(r"[A-Ca-c](?: ?(?:→|->|,)? ?[A-Ca-c])*\.?")}
 _ARROW = re.compile(r"\\(?:right|long|longright)?(?:arrow|to)(?![A-Za-z])")
 
 
@@ -128,12 +129,10 @@ def gym_reward() -> Callable[..., list[float | None]]:
     The process that judges starts when it is first needed. What it is lost on scores 0; the metric
     `gym/lost` counts that.
     """
-    remote = Remote(
-        Child([f"{__name__}:judge"], memory=MEMORY),
-        0,
-        Loaded("judge", True),
-        SECONDS,
-        losses=LOSSES,
+    from gspo_jax.workers import judge  # which imports the package of tasks on its way
+
+    ask = judge(
+        "gspo_jax.tasks.gym_judge:full_marks", seconds=SECONDS, memory=MEMORY, losses=LOSSES
     )
 
     def gym(prompts, completions, answer, dataset, metadata, log_metric=None, **columns):
@@ -141,14 +140,16 @@ def gym_reward() -> Callable[..., list[float | None]]:
         given = [one_box(own_words(*row)) or "" for row in rows]
         given = ["" if len(text) > LONGEST else text for text in given]
         scores = [float(same(text, gold)) for text, gold in zip(given, answer, strict=True)]
-        asked = [b for b, n in enumerate(dataset) if n in JUDGED and given[b] and not scores[b]]
+        given = [_ARROW.sub("→", unwrapped(text)) for text in given]
+        left = [b for b, name in enumerate(dataset) if name in JUDGED and not scores[b]]
+        asked = [b for b in left if given[b] and FORM.get(dataset[b], _ANY).fullmatch(given[b])]
         if asked:
-            texts = [_ARROW.sub("→", unwrapped(given[b])) for b in asked]
+            texts = [given[b] for b in asked]
             problems = [
                 Problem(str(b), "", answer[b], {"dataset": dataset[b], "metadata": metadata[b]})
                 for b in asked
             ]
-            found, lost = ask_apart(remote, "judge", problems, texts)
+            found, lost = ask(problems, texts)
             for b, value in zip(asked, found, strict=True):
                 scores[b] = value
             if log_metric is not None:
@@ -156,12 +157,6 @@ def gym_reward() -> Callable[..., list[float | None]]:
         return scores
 
     return gym
-
-
-def judge(completion: str, answer: str, dataset: str, metadata: dict[str, Any]) -> float:
-    """1 where reasoning-gym's checker gives full marks; for a process that can be killed."""
-    entry = {"question": "", "answer": answer, "metadata": metadata}
-    return float(_dataset(dataset).score_answer(completion, entry) >= 1)
 
 
 def same(answer: str, gold: str) -> bool:
@@ -198,18 +193,12 @@ def _parsed(given: Any) -> tuple[dict[str, float | int], dict[str, dict[str, Any
     return chosen, {name: own for name, own in settings.items() if chosen[name]}
 
 
-def _dataset(name: str, settings: Mapping[str, Any] | None = None) -> Any:
-    return _made(name, json.dumps(settings or {}))
-
-
-@cache
-def _made(name: str, settings: str) -> Any:
+def _dataset(name: str, settings: Mapping[str, Any]) -> Any:
     import reasoning_gym as library  # pyright: ignore[reportMissingImports]
 
-    given = json.loads(settings)
-    if reserved := sorted({"seed", "size"} & set(given)):
+    if reserved := sorted({"seed", "size"} & set(settings)):
         raise ConfigError(f"task.options.datasets.{name}.{reserved[0]}: is the task's own.")
     try:
-        return library.create_dataset(name, seed=0, size=2**31 + 1, **given)
+        return library.create_dataset(name, seed=0, size=2**31 + 1, **settings)
     except (AssertionError, TypeError, ValueError) as error:
         raise ConfigError(f"task.options.datasets.{name}: {error}.") from None

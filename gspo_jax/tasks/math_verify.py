@@ -3,27 +3,25 @@
 `verify` comes first, and has the only word on what is not one box, on what is exactly right, and
 on numbers: a gold number has to be answered by a number, exactly. What is left are roots,
 intervals, sets, tuples and formulas. These math-verify reads as LaTeX and compares by computing,
-which may take forever: it does so in a process of its own, within limits of time and memory.
+which may take forever: it does so in a process of its own (`latex`), within limits of time and
+memory.
 
 Because it computes, a question boxed again would be right. An answer whose text stands in the
 question is therefore left to `verify`.
 """
 
-import logging
 import re
 from collections.abc import Callable
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 from gspo_jax.batch import Problem
 from gspo_jax.errors import ConfigError
 from gspo_jax.tasks.verify import Verdict, accuracy, check, numeric, own_words
-from gspo_jax.workers import Child, Loaded, Remote, ask_apart
 
 MISSING = "checker=math-verify needs the package math-verify: pip install 'gspo_jax[math]'."
 CHECKERS = ("exact", "math-verify")
-SECONDS = 2.0  # for one answer; the median takes 10 ms
+SECONDS = 5.0  # for one answer, as math-verify has it; most take some 10 ms
 MEMORY = 4 * 10**9  # bytes of address space
 LOSSES = 20  # answers of one rollout that may run into a limit; what is left then scores 0 too
 _SPACE = re.compile(r"\\[,;:! ]|[\s$~]+")
@@ -50,8 +48,10 @@ def math_verify_apart() -> Callable[..., list[float | None]]:
     The process starts when it is first needed. An answer that keeps it busy for `SECONDS`, or that
     it dies of, scores 0; the metric `math_verify/lost` counts them.
     """
-    child = Child([f"{__name__}:math_verify"], memory=MEMORY)
-    remote = Remote(child, 0, Loaded("math_verify", True), SECONDS, losses=LOSSES)
+    from gspo_jax.workers import judge  # which imports the package of tasks on its way
+
+    spec = "gspo_jax.tasks.latex:math_verify"
+    ask = judge(spec, seconds=SECONDS, memory=MEMORY, losses=LOSSES)
 
     def reward(prompts, completions, answer, log_metric=None, **columns):
         scores: list[float | None] = []
@@ -69,7 +69,7 @@ def math_verify_apart() -> Callable[..., list[float | None]]:
                 left.append((b, text, Problem(str(b), "", str(gold))))
         if left:
             places, texts, problems = zip(*left, strict=True)
-            found, lost = ask_apart(remote, "math_verify", problems, texts)
+            found, lost = ask(problems, texts)
             for b, value in zip(places, found, strict=True):
                 scores[b] = value
             if log_metric is not None:
@@ -79,22 +79,6 @@ def math_verify_apart() -> Callable[..., list[float | None]]:
     return reward
 
 
-def math_verify(prompt: Any, completion: Any, answer: str | None) -> float | None:
-    """1.0 where the boxed answer equals `answer` exactly or by math-verify, else 0.0.
-
-    Runs as long as sympy does: for `task.rewards`, whose functions run in processes that can be
-    killed. None without a gold answer.
-
-    Raises:
-        ConfigError: the package is not installed.
-    """
-    _library()  # said at the first call, which is a rehearsal, if it is missing
-    if answer is None:
-        return None
-    verdict, is_final = decided(prompt, completion, answer)
-    return verdict.score if is_final else float(equal(str(verdict.answer), str(answer)))
-
-
 def decided(prompt: Any, completion: Any, gold: str) -> tuple[Verdict, bool]:
     """What `verify` says of a completion, and whether that is the last word."""
     verdict = check(own_words(prompt, completion), gold)
@@ -102,32 +86,3 @@ def decided(prompt: Any, completion: Any, gold: str) -> tuple[Verdict, bool]:
         return verdict, True
     question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     return verdict, _SPACE.sub("", str(verdict.answer)) in _SPACE.sub("", question)
-
-
-def equal(answer: str, gold: str) -> bool:
-    """Does math-verify hold two pieces of LaTeX equal? Unbounded in time and memory."""
-    parse, verify, config = _library()
-    gold_found, found = (
-        parse(
-            rf"\boxed{{{text}}}",
-            extraction_config=config,
-            fallback_mode="no_fallback",
-            parsing_timeout=None,
-        )
-        for text in (gold, answer)
-    )
-    return bool(verify(gold_found, found, strict=True, timeout_seconds=None))
-
-
-@cache
-def _library() -> tuple[Callable[..., Any], Callable[..., Any], list[Any]]:
-    """math-verify's two functions, and what is read: the box alone, and no broken LaTeX mended."""
-    try:
-        import math_verify as library  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ConfigError(MISSING) from None
-    for name in ("math_verify", "latex2sympy2_extended"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # they log whole answers
-    normal = library.LatexNormalizationConfig(basic_latex=True, units=True, boxed="all")
-    latex = library.LatexExtractionConfig(boxed_match_priority=0, normalization_config=normal)
-    return library.parse, library.verify, [latex]

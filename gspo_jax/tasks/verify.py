@@ -20,7 +20,8 @@ _INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]*)?|\.[0-9]+)"
 _NUMBER = re.compile(rf"([+-]?)({_DECIMAL})(?:/({_DECIMAL}))?")
 _FRAC = re.compile(rf"([+-]?)\\frac\{{(-?{_DECIMAL})\}}\{{({_DECIMAL})\}}")
-_BARE_FRAC = re.compile(r"\\frac(?:([0-9])|\{([^{}]*)\})(?:([0-9])|\{([^{}]*)\})")
+_BARE_FRAC = re.compile(r"\\frac\s*(?:([0-9])|\{([^{}]*)\})\s*(?:([0-9])|\{([^{}]*)\})")
+_BARE_ROOT = re.compile(r"\\sqrt\s*([0-9A-Za-z])")
 _SPACING = re.compile(r"\\[,;:! ]|~|\s+")
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}")
 _WITH_UNIT = re.compile(
@@ -138,6 +139,11 @@ def unwrapped(answer: str) -> str:
     return _TEXT.sub(r"\1", _SPACING.sub(" ", answer).replace("$", "")).strip()
 
 
+def braced(answer: str) -> str:
+    """``\\frac43`` and ``\\sqrt2`` with the braces that TeX does not need there."""
+    return _BARE_ROOT.sub(r"\\sqrt{\1}", _BARE_FRAC.sub(r"\\frac{\1\2}{\3\4}", answer))
+
+
 def after_reasoning(text: str) -> str:
     """What follows the last ``</think>``; nothing, if the reasoning never ends."""
     text = text.rpartition("</think>")[2]
@@ -196,7 +202,7 @@ def _measure(answer: str) -> tuple[Fraction | str, Unit | None]:
     text = _SPACING.sub("", answer.replace("\u2212", "-"))
     text = re.sub(r"\\[dt]frac", r"\\frac", re.sub(r"\\(left|right)(?![A-Za-z])", "", text))
     text = text.replace("{,}", ",")  # a comma without the space that TeX puts after one
-    text = _BARE_FRAC.sub(r"\\frac{\1\2}{\3\4}", text)  # \frac43
+    text = braced(text)
     dollars = "\\$" in text
     text = text.strip("$").removesuffix(".").replace("\\$", "").replace("$", "")
     text = _VARIABLE.sub("", text, count=1) if _VARIABLE.match(text) else text
