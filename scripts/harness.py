@@ -8,6 +8,7 @@ Prints every metric with n and a 95 % interval, and writes lm-eval's own results
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,13 @@ def rows(results: dict[str, Any]) -> list[tuple[str, str, float, float, float, i
         for name, value in values.items():
             metric = name.partition(",")[0]
             error = values.get(name.replace(",", "_stderr,", 1))
-            if isinstance(value, bool) or not isinstance(value, int | float) or error is None:
+            if "," not in name or "_stderr," in name or not isinstance(value, int | float):
                 continue
             if metric in ("acc", "acc_norm", "exact_match") and n:
                 low, high = wilson(round(value * n), n)
             elif isinstance(error, int | float):
                 low, high = value - Z95 * error, value + Z95 * error
-            else:  # "N/A"
+            else:  # lm-eval has none for some metrics
                 low, high = float("nan"), float("nan")
             found.append((task, name.replace(",none", ""), float(value), low, high, n))
     return found
@@ -89,7 +90,8 @@ def main(argv: list[str] | None = None) -> int:
         print(text, file=sys.stderr)
         return code
     for task, metric, value, low, high, n in rows(results):
-        print(f"{task}  {metric}  {value:.4f} [{low:.4f}, {high:.4f}]  n={n}")
+        interval = "no interval" if math.isnan(low) else f"[{low:.4f}, {high:.4f}]"
+        print(f"{task}  {metric}  {value:.4f} {interval}  n={n}")
     if arguments.output:
         arguments.output.write_text(json.dumps(results, indent=1, default=str), encoding="utf-8")
     return 0

@@ -144,7 +144,7 @@ def test_a_bomb_scores_0_by_the_deadline_and_what_follows_is_scored(monkeypatch)
 
 @needs_math_verify
 @pytest.mark.faults
-def test_row_29_no_bomb_and_row_30_no_code_gets_through(judge, tmp_path, monkeypatch):
+def test_no_bomb_and_no_code_gets_through(judge, tmp_path, monkeypatch):
     canary = tmp_path / "canary"
     gold = r"2\sqrt{3}"
     boxes = list(BOMBS.values()) + [code.replace("CANARY", str(canary)) for code in CODE]
