@@ -139,7 +139,8 @@ def gym_reward() -> Callable[..., list[float | None]]:
         rows = zip(prompts, completions, strict=True)
         given = [one_box(own_words(*row)) or "" for row in rows]
         given = ["" if len(text) > LONGEST else text for text in given]
-        scores = [float(same(text, gold)) for text, gold in zip(given, answer, strict=True)]
+        scores: list[float | None] = []
+        scores += [float(same(text, gold)) for text, gold in zip(given, answer, strict=True)]
         given = [_ARROW.sub("→", unwrapped(text)) for text in given]
         left = [b for b, name in enumerate(dataset) if name in JUDGED and not scores[b]]
         asked = [b for b in left if given[b] and FORM.get(dataset[b], _ANY).fullmatch(given[b])]

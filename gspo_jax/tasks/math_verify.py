@@ -68,9 +68,8 @@ def math_verify_apart() -> Callable[..., list[float | None]]:
                 text = rf"\boxed{{{verdict.answer}}}"
                 left.append((b, text, Problem(str(b), "", str(gold))))
         if left:
-            places, texts, problems = zip(*left, strict=True)
-            found, lost = ask(problems, texts)
-            for b, value in zip(places, found, strict=True):
+            found, lost = ask([problem for *_, problem in left], [text for _, text, _ in left])
+            for (b, *_), value in zip(left, found, strict=True):
                 scores[b] = value
             if log_metric is not None:
                 log_metric("math_verify/lost", lost)
