@@ -19,19 +19,19 @@ LAYERS = [
     {"losses", "models.attention", "models.linear", "models.cache", "models.files", "optim"}
     | {"models.rope", "signatures", "tasks.draw", "tasks.mixture", "tasks.sources"}
     | {"checkpoint", "metrics", "figures", "page"},
-    {"models.config", "tasks.data", "tasks.math", "tasks.zebra", "tasks.reasoning", "tokenizer"}
+    {"models.config", "tasks.math", "tasks.zebra", "tasks.reasoning", "tokenizer"}
     | {"tasks.countdown", "tasks.knights", "rewards"},
     {"models.moe", "models.remat", "workers", "report", "comparison"},
-    {"models.qwen", "reward_worker"},
-    {"models.hf"},
+    {"models.qwen", "reward_worker", "tasks.gym", "tasks.math_verify"},
+    {"models.hf", "tasks.data", "tasks.latex", "tasks.gym_judge"},
     {"tasks.published"},
     {"models", "tasks", "generate"},
     {"settings", "rollout", "objective", "microbatch"},
-    {"update"},
+    {"update", "continuations"},
     {"checks", "critic"},
     {"config"},
     {"policy", "model_card", "experiment"},
-    {"evaluate", "memory", "costs", "resume", "export", "state", "saved", "compare"},
+    {"evaluate", "memory", "costs", "resume", "export", "state", "saved", "compare", "harness"},
     {"run", "sweep", "benchmark"},
     {"train"},
     {"sft", "programs", "replay"},
