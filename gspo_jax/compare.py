@@ -21,7 +21,6 @@ from gspo_jax.config import load_config
 from gspo_jax.errors import ConfigError, DataError
 from gspo_jax.experiment import Experiment, Outcome, expand
 from gspo_jax.losses import LOSSES
-from gspo_jax.metrics import environment
 
 GAE: dict[str, Any] = {"algo.advantage.name": "gae", "algo.critic.kind": "separate"}
 ADVANTAGE = {"dr_grpo": {"algo.advantage.name": "group_centred"}, "ppo": GAE}
@@ -97,7 +96,7 @@ def found(
         "metric": metric,
         "seeds": list(dict.fromkeys(outcome.trial.seed for outcome in outcomes)),
         "problems": int(first.after.get("eval/n", 0)),
-        "environment": machine(),
+        "environment": machine(outcomes),
         "seconds": sum(outcome.seconds for outcome in outcomes),
         "variants": {name: _variant(name, outcomes) for name in names},
         "summary": summary,
@@ -130,11 +129,19 @@ def _variant(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """Where the runs were made: versions, commit, machine."""
-    about = environment()
-    named = ("python", "versions", "commit", "platform", "cpus", "variables")
-    return {name: about[name] for name in named} | {"processor": _processor()}
+def machine(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Where the runs were made: versions, commits, machine."""
+    about = next((o.environment for o in outcomes if o.environment), {})
+    commits = dict.fromkeys(str(o.environment["commit"]) for o in outcomes if o.environment)
+    versions = {"python": about.get("python"), **about.get("versions", {})}
+    variables = (f"{name}={value}" for name, value in about.get("variables", {}).items())
+    return {
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "commit": ", ".join(commits),
+        "platform": about.get("platform"),
+        "processor": f"{about.get('cpus')} x {_processor()}",
+        **({"variables": text} if (text := " ".join(variables)) else {}),
+    }
 
 
 def _processor() -> str:

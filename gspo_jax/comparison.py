@@ -35,7 +35,7 @@ Found = Mapping[str, Any]
 Curves = dict[str, list[Rows]]  # label -> the rows of each of its runs
 
 GRID = 200  # points of a curve over seeds
-TOKENS = "tokens sampled"
+TOKENS = "tokens, prompts included"
 TRAINING = {  # metric -> title, unit
     "reward": ("Training reward", "mean of a step"),
     "clip_frac": ("Clipped", "share of tokens"),
@@ -253,7 +253,7 @@ def circumstances(found: Found, missing: Sequence[str]) -> list[Block]:
 
 
 def curve_panels(found: Found, runs: Curves) -> list[Panel]:
-    """Held-out accuracy and what training recorded, against the tokens sampled."""
+    """Held-out accuracy and what training recorded, against the tokens, prompts included."""
     panels = []
     metric = str(found["metric"])
     accuracy = {label: accuracy_curve(rows, metric) for label, rows in runs.items()}

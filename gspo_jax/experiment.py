@@ -76,6 +76,7 @@ class Outcome(NamedTuple):
         before, after: the evaluations at step 0 and at the last step.
         tokens: sampled in training, of responses alone.
         seconds: from the start of its process to the last line that it wrote.
+        environment: its env.json: versions, commit and machine.
     """
 
     trial: Trial
@@ -85,6 +86,7 @@ class Outcome(NamedTuple):
     tokens: int
     updates: int
     seconds: float
+    environment: dict[str, Any]
 
 
 # ------------------------------------------------------------------------------ what to run
@@ -348,6 +350,7 @@ def outcome(directory: Path, trial: Trial) -> Outcome:
         round(sum(lengths) * rollouts),
         max((row.get("updates", 0) for row in rows.values()), default=0),
         seconds,
+        env,
     )
 
 

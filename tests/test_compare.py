@@ -12,6 +12,7 @@ from gspo_jax.experiment import Experiment, Outcome, Trial
 from gspo_jax.sweep import best, ranked
 
 METRIC = "eval/avg@8"
+ENV = {"python": "3.11.7", "versions": {"jax": "0.10.2"}, "commit": "abc", "cpus": 2}
 
 
 def ran(variant, seed, value, *, chosen=None, trouble=""):
@@ -19,7 +20,7 @@ def ran(variant, seed, value, *, chosen=None, trouble=""):
         variant, chosen or {}, seed, f"{variant}-seed{seed}", ["run.steps=3", f"run.seed={seed}"]
     )
     after = {} if trouble else {METRIC: value, f"{METRIC}_low": value - 0.1, "eval/n": 64}
-    return Outcome(trial, trouble, {METRIC: 0.25}, after, 1000, 12, 60.0)
+    return Outcome(trial, trouble, {METRIC: 0.25}, after, 1000, 12, 60.0, ENV)
 
 
 def of(outcomes, against="grpo"):
@@ -54,6 +55,8 @@ def test_variants_are_paired_by_seed():
     assert result["seeds"] == [1, 2, 3] and result["problems"] == 64
     assert result["command"] == "gspo-jax compare 'a file.yaml'"
     assert result["variants"]["gspo"]["settings"] == ["run.steps=3"]
+    assert result["environment"]["versions"] == "python 3.11.7, jax 0.10.2"
+    assert result["environment"]["commit"] == "abc"
     assert list(result["paired"]) == ["gspo"] and result["notes"] == ["a note"]
 
 
