@@ -1,4 +1,4 @@
-"""gspo-jax demo | train | sft | eval | plan | export | replay | report
+"""gspo-jax demo | train | sft | eval | plan | export | replay | report | monitor
 
 Settings are `section.key=value`, over a YAML file if one is named. Exit codes: 0 finished,
 1 unexpected, 2 usage or configuration, 3 data or model directory, 4 numerical failure, 5 out of
@@ -184,6 +184,23 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def monitor(arguments: argparse.Namespace) -> int:
+    """Runs while they go: a page for this machine's browser, or a view in the terminal."""
+    runs = [Path(run) for run in arguments.runs or ["runs"]]
+    if arguments.terminal:
+        from gspo_jax.terminal import show
+
+        show(runs)
+        return 0
+    import webbrowser
+
+    from gspo_jax.monitor import serve
+
+    opened = webbrowser.open if arguments.open else None
+    serve(runs, host=arguments.host, port=arguments.port, opened=opened)
+    return 0
+
+
 def _train(config: "Config") -> "Result":
     from gspo_jax.train import train
 
@@ -276,6 +293,7 @@ def _parser() -> argparse.ArgumentParser:
         "export": (export, "a run's newest checkpoint as a Hugging Face directory"),
         "replay": (replay, "compute one recorded step of a run again, and compare"),
         "report": (report, "a page of what runs recorded, with figures"),
+        "monitor": (monitor, "runs while they go: a live page, or a view in the terminal"),
     }
     for name, (command, text) in described.items():
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
@@ -292,6 +310,8 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--out", metavar="DIR", help="default: RUN/plots, or report/ beside several runs"
             )
+        elif name == "monitor":
+            _add_monitor(sub)
         else:
             _add_settings(sub, name)
         if name in ("demo", "train", "sft"):
@@ -322,6 +342,16 @@ def _add_settings(sub: argparse.ArgumentParser, name: str) -> None:
     sub.add_argument(
         "--dry-run", action="store_true", help="check model, data and rewards, touch nothing"
     )
+
+
+def _add_monitor(sub: argparse.ArgumentParser) -> None:
+    runs = "run directories, or a directory of them: its newest; default: runs"
+    sub.add_argument("runs", metavar="RUN", nargs="*", help=runs)
+    sub.add_argument("--port", type=int, default=8765, metavar="N", help="8765, or the next free")
+    host = "127.0.0.1; another serves to the network, with a token"
+    sub.add_argument("--host", default="127.0.0.1", metavar="NAME", help=host)
+    sub.add_argument("--terminal", action="store_true", help="show them here instead")
+    sub.add_argument("--open", action="store_true", help="open the page in a browser")
 
 
 def _add_processes(sub: argparse.ArgumentParser) -> None:

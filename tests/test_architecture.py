@@ -17,11 +17,11 @@ LAYERS = [
     | {"sharding", "chat_template", "tasks.task", "tasks.zebra_score", "integrity", "run_files"},
     {"losses", "models.attention", "models.linear", "models.cache", "models.files", "optim"}
     | {"models.rope", "signatures", "tasks.draw", "tasks.mixture", "tasks.sources"}
-    | {"checkpoint", "metrics", "figures", "page"},
+    | {"checkpoint", "metrics", "figures", "page", "follow", "advice"},
     {"models.config", "tasks.data", "tasks.math", "tasks.zebra", "tasks.reasoning", "tokenizer"}
     | {"tasks.countdown", "tasks.knights", "rewards"},
-    {"models.moe", "models.remat", "workers", "report", "comparison"},
-    {"models.qwen", "reward_worker"},
+    {"models.moe", "models.remat", "workers", "report", "comparison", "snapshot"},
+    {"models.qwen", "reward_worker", "monitor", "terminal"},
     {"models.hf"},
     {"tasks.published"},
     {"models", "tasks", "generate"},
@@ -42,6 +42,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PURE = {"losses", "penalties", "mismatch", "advantages", "logps", "quant", "masked"}
 FILES_ONLY = {"report", "comparison", "page", "figures", "run_files", "metrics", "console"}
 FILES_ONLY |= {"jsonl", "errors", "cli", "integrity"}
+FILES_ONLY |= {"monitor", "terminal", "snapshot", "advice", "follow"}
 
 
 def module_name(path: Path) -> str:
