@@ -8,7 +8,6 @@ covers lines that are appended, replaced, cut off by a resume, rotated or delete
 """
 
 import hashlib
-import io
 import os
 import time
 from collections import deque
@@ -149,7 +148,7 @@ class Follower:
             start, self._offset = self._offset, self._offset + len(line)
             was_skipping, self._skipping = self._skipping, not is_whole
             if is_whole and not was_skipping:
-                record = next(jsonl.records(io.BytesIO(line)), None)
+                record = jsonl.record(line)
                 if record is not None and 0 <= record["step"] < 2**53:
                     self._take(record)
                     step = record["step"]

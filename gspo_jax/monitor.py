@@ -86,9 +86,13 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    server: Server
     server_version, sys_version = "gspo-jax", ""
     timeout = 10  # seconds for a request to arrive
+
+    @property
+    def page(self) -> Server:
+        assert isinstance(self.server, Server)
+        return self.server
 
     def parse_request(self) -> bool:
         if not super().parse_request():
@@ -103,19 +107,19 @@ class Handler(BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         if refusal := self._refusal(query):
             self._say(*refusal)
-        elif self.server.token and "token=" in query:
+        elif self.page.token and "token=" in query:
             # Into a cookie, and out of the address: that is seen, kept and passed on.
-            cookie = f"{self._cookie()}={self.server.token}; HttpOnly; SameSite=Lax; Path=/"
+            cookie = f"{self._cookie()}={self.page.token}; HttpOnly; SameSite=Lax; Path=/"
             self._say(HTTPStatus.SEE_OTHER, "", Location="/", **{"Set-Cookie": cookie})
         elif path == "/data":
             self._send_data()
         elif path in FILES:
-            self._send(HTTPStatus.OK, self.server.files[path], FILES[path][1])
+            self._send(HTTPStatus.OK, self.page.files[path], FILES[path][1])
         else:
             self._say(HTTPStatus.NOT_FOUND, "There is no such page; the monitor is at /.")
 
     def _send_data(self) -> None:
-        body = self.server.data()
+        body = self.page.data()
         tag = f'"{hashlib.blake2b(body, digest_size=12).hexdigest()}"'
         if self.headers.get("If-None-Match") == tag:
             self._send(HTTPStatus.NOT_MODIFIED, b"", "application/json", ETag=tag)
@@ -127,13 +131,13 @@ class Handler(BaseHTTPRequestHandler):
             self.headers.get("Sec-Fetch-Mode") != "navigate"
         ):
             return HTTPStatus.FORBIDDEN, "Asked for by another site."
-        if not self.server.token:
+        if not self.page.token:
             if is_local(self.headers.get("Host", "")):
                 return None
             return HTTPStatus.MISDIRECTED_REQUEST, (
                 "Answers only as localhost or 127.0.0.1; for other names start it with --host."
             )
-        known = self.server.token.encode()
+        known = self.page.token.encode()
         if any(secrets.compare_digest(given.encode(), known) for given in self._given(query)):
             return None
         return HTTPStatus.FORBIDDEN, (
@@ -148,7 +152,7 @@ class Handler(BaseHTTPRequestHandler):
         return [part.removeprefix(f"{n}=") for n, part in pairs if part.startswith(f"{n}=")]
 
     def _cookie(self) -> str:
-        return f"gspo_monitor_{self.server.port}"  # cookies do not tell ports apart
+        return f"gspo_monitor_{self.page.port}"  # cookies do not tell ports apart
 
     def _drain(self) -> None:
         """Read what a refused request brought, or the refusal would not arrive."""
@@ -206,9 +210,9 @@ def serve(
         )
     url = address(host, server.port, token)
     say(f"monitor: {url}   (Ctrl-C ends it; the runs do not mind)")
-    if opened:
-        opened(url)
     try:
+        if opened:
+            opened(url)
         server.serve_forever(poll_interval=0.2)
     except KeyboardInterrupt:
         say("")
@@ -220,7 +224,8 @@ def bind(watch: Watch, host: str, port: int, *, token: str = "") -> Server:
     """A server on the port, or on the next that is free."""
     if not 0 <= port < 2**16:
         raise ConfigError(f"--port {port}: a port is 0 (any) to 65535.")
-    for candidate in range(port, min(port + PORTS_TRIED, 2**16)):
+    candidates = range(port, min(port + PORTS_TRIED, 2**16))
+    for candidate in candidates:
         try:
             return Server(watch, host, candidate, token=token)
         except PermissionError:
@@ -230,7 +235,7 @@ def bind(watch: Watch, host: str, port: int, *, token: str = "") -> Server:
                 raise ConfigError(
                     f"--host {host}: {error}; take 127.0.0.1, or 0.0.0.0 for all of this machine's."
                 ) from None
-    raise ConfigError(f"ports {port} to {candidate} are all taken; choose another by --port.")
+    raise ConfigError(f"ports {port} to {candidates[-1]} are all taken; choose another by --port.")
 
 
 def address(host: str, port: int, token: str = "") -> str:

@@ -68,7 +68,7 @@ def of_run(follower: Follower, name: str, now: float, points: int) -> dict[str, 
         "phases": phases(last),
         "by_update": last.get("clip_frac_by_update", []),
         "advice": [
-            {"kind": a.kind, "text": a.text}
+            {"kind": a.kind, "text": page.shown(a.text)}
             for a in advise(recent, first=follower.begun, state=state, age=age)
         ],
         "warnings": [page.shown(line, most=1000) for line in follower.rest.warnings][
@@ -80,11 +80,14 @@ def of_run(follower: Follower, name: str, now: float, points: int) -> dict[str, 
 
 
 def names(followers: Sequence[Follower]) -> list[str]:
-    """The directories' names; where two are called alike, their paths."""
+    """The directories' names, each once; where two are called alike, their paths."""
     short = [follower.rest.name for follower in followers]
     full = [str(follower.path) for follower in followers]
-    pairs = zip(short, full, strict=True)
-    return [page.shown(s if short.count(s) == 1 else f, most=200) for s, f in pairs]
+    found: list[str] = []
+    for own, path in zip(short, full, strict=True):
+        name = page.shown(own if short.count(own) == 1 else path, most=200)
+        found.append(name if name not in found else f"{name} ({len(found) + 1})")
+    return found
 
 
 def state_of(follower: Follower) -> str:
@@ -103,7 +106,7 @@ def changed(status: Mapping[str, Any]) -> float | None:
         return None
 
 
-def eta(recent: Rows, step: int | None, of: int | None) -> float | None:
+def eta(recent: Rows, step: int | None, of: int | None) -> int | float | None:
     """Seconds to the last step, each like the median of the newest 20."""
     times = [row["step_time"] for row in recent[-20:] if "step_time" in row]
     if not times or step is None or of is None or step >= of:

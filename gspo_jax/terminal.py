@@ -109,7 +109,7 @@ def curves(runs: Sequence[Mapping[str, Any]], width: int) -> Table | None:
     return table if table.row_count else None
 
 
-def sparkline(values: Sequence[float], width: int) -> str:
+def sparkline(values: Sequence[int | float], width: int) -> str:
     """The means of `width` equal stretches as blocks; the least is ▁, the largest █."""
     count = min(width, len(values))
     cuts = [k * len(values) // count for k in range(count + 1)]
@@ -156,7 +156,7 @@ def _look(watch: Watch) -> list[Mapping[str, Any]]:
     return snapshot(watch.look(), time.time())["runs"]
 
 
-def _number(value: float | None, form: str = "") -> str:
+def _number(value: int | float | None, form: str = "") -> str:
     return "–" if value is None else format(value, form)
 
 
