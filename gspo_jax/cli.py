@@ -1,4 +1,4 @@
-"""gspo-jax demo | train | sft | eval | plan | export | replay | report | monitor
+"""gspo-jax demo | train | sft | eval | plan | export | replay | report | monitor | doctor
 
 Settings are `section.key=value`, over a YAML file if one is named. Exit codes: 0 finished,
 1 unexpected, 2 usage or configuration, 3 data or model directory, 4 numerical failure, 5 out of
@@ -201,6 +201,13 @@ def monitor(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def doctor(arguments: argparse.Namespace) -> int:
+    """This installation, and what is wrong with it; exit code 2 if something is."""
+    from gspo_jax.doctor import doctor
+
+    return doctor()
+
+
 def _train(config: "Config") -> "Result":
     from gspo_jax.train import train
 
@@ -294,6 +301,7 @@ def _parser() -> argparse.ArgumentParser:
         "replay": (replay, "compute one recorded step of a run again, and compare"),
         "report": (report, "a page of what runs recorded, with figures"),
         "monitor": (monitor, "runs while they go: a live page, or a view in the terminal"),
+        "doctor": (doctor, "what is installed here, and what is wrong with it"),
     }
     for name, (command, text) in described.items():
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
@@ -312,7 +320,7 @@ def _parser() -> argparse.ArgumentParser:
             )
         elif name == "monitor":
             _add_monitor(sub)
-        else:
+        elif name != "doctor":
             _add_settings(sub, name)
         if name in ("demo", "train", "sft"):
             _add_processes(sub)

@@ -34,7 +34,7 @@ LAYERS = [
     {"run"},
     {"train"},
     {"sft", "programs", "replay"},
-    {"plan", "shardings"},
+    {"plan", "shardings", "doctor"},
     {"story"},
     {"cli"},
 ]

@@ -1,10 +1,7 @@
 """A run is read on while it is written, whatever happens to its files."""
 
-import json
 import os
-import resource
 import time
-import tracemalloc
 
 import pytest
 from monitor_cases import append, lines, make_run, measured, row
@@ -131,35 +128,6 @@ def test_only_numbers_are_kept_and_few_names(run):
     follow(follower)
     last = follower.recent[-1]
     assert not {"reward", "entropy", "other", "kl"} & set(last) and len(last) < 50
-
-
-def held(count, path):
-    """Bytes that following a file of `count` steps takes at most."""
-    with path.open("w") as file:
-        for k in range(1, count + 1):
-            file.write(json.dumps(row(k, **(measured(0.5) if k % 100 == 0 else {}))) + "\n")
-    tracemalloc.start()
-    follower = Follower(path.parent)
-    while follower.behind or not follower.recent:
-        follower.advance(time.monotonic() + 5.0)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert follower.recent[-1]["step"] == count
-    return peak
-
-
-def test_memory_does_not_grow_with_the_file(tmp_path):
-    """1000 + 1000 rows at most, of some 20 numbers."""
-    assert held(6000, tmp_path / "metrics.jsonl") < 6e6
-
-
-@pytest.mark.faults
-def test_row_51_a_million_steps_are_followed_in_bounded_memory(tmp_path):
-    began = time.process_time()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert held(10**6, tmp_path / "metrics.jsonl") < 8e6
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000  # kB
-    assert time.process_time() - began < 200
 
 
 # ------------------------------------------------------------------------- several runs

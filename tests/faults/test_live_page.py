@@ -1,4 +1,4 @@
-"""Rows 49 and 50: what the live page shows of hostile text, and to whom it answers at all."""
+"""Rows 49 to 51: the live page and hostile text, the network, and files that are torn."""
 
 import http.client
 import json
@@ -7,15 +7,17 @@ import re
 import shutil
 import subprocess
 import threading
+import time
+import tracemalloc
 from html.parser import HTMLParser
 
 import pytest
-from monitor_cases import make_run, row
+from monitor_cases import lines, make_run, measured, row
 
-from faults.test_logs import HOSTILE
-from gspo_jax.follow import Watch
+from faults.test_logs import GARBAGE, HOSTILE
+from gspo_jax.follow import Follower, Watch
 from gspo_jax.monitor import bind, serve
-from gspo_jax.snapshot import MOST_TEXT
+from gspo_jax.snapshot import MOST_TEXT, snapshot
 
 OVERRIDES = "".join(map(chr, [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F]))
 
@@ -183,3 +185,50 @@ def test_row_50_to_the_network_only_with_a_warning_and_a_token(hostile):
         made.shutdown()
         made.server_close()
         thread.join()
+
+
+# ------------------------------------------------------------------ 51: files that are torn
+
+
+def steps(follower):
+    follower.advance(time.monotonic() + 30.0)
+    return {found["step"] for found in follower.rows}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_row_51_the_monitor_skips_garbage_that_comes_while_it_looks(tmp_path, name):
+    run = make_run(tmp_path / "run", [row(1), row(2)])
+    follower = Follower(run)
+    assert steps(follower) == {1, 2}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f"{GARBAGE[name]}\n{lines([row(9)])}")
+    assert steps(follower) - {7} == {1, 2, 9}
+    json.dumps(snapshot([follower], time.time()), allow_nan=False)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_row_51_the_monitor_follows_a_file_that_is_rotated_or_deleted(tmp_path, rotated):
+    run = make_run(tmp_path / "run", [row(1), row(2)])
+    follower = Follower(run)
+    assert steps(follower) == {1, 2}
+    path = run / "metrics.jsonl"
+    path.rename(run / "metrics.jsonl.1") if rotated else path.unlink()
+    assert steps(follower) == set()
+    path.write_text(lines([row(3), row(4), row(5)]))
+    assert steps(follower) == {3, 4, 5}
+
+
+@pytest.mark.parametrize("count", [4000, pytest.param(10**6, marks=pytest.mark.faults)])
+def test_row_51_the_monitor_follows_a_million_steps_in_bounded_memory(tmp_path, count):
+    """At most 1000 + 1000 rows of some 20 numbers: 2 MB, whatever the length."""
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for k in range(1, count + 1):
+            file.write(lines([row(k, **(measured(0.5) if k % 100 == 0 else {}))]))
+    tracemalloc.start()
+    follower = Follower(tmp_path)
+    while not follower.recent or follower.behind:
+        follower.advance(time.monotonic() + 5.0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert follower.recent[-1]["step"] == count and len(follower.rows) <= 2002
+    assert peak < 8e6, peak
