@@ -242,7 +242,7 @@ def _is_run(path: Path) -> bool:
     return any((path / name).is_file() for name in SIGNS)
 
 
-def _changed(path: Path) -> float:
+def _changed(path: Path) -> int:
     return max((_stat(path / name)[0] for name in SIGNS), default=0)
 
 

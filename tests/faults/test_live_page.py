@@ -8,13 +8,13 @@ import shutil
 import subprocess
 import threading
 import time
-import tracemalloc
 from html.parser import HTMLParser
 
 import pytest
-from monitor_cases import lines, make_run, measured, row
+from monitor_cases import lines, make_run, row
 
-from faults.test_logs import GARBAGE, HOSTILE
+from faults.test_logs import GARBAGE, HOSTILE, many_rows
+from faults.tools import python
 from gspo_jax.follow import Follower, Watch
 from gspo_jax.monitor import bind, serve
 from gspo_jax.snapshot import MOST_TEXT, snapshot
@@ -75,7 +75,7 @@ def test_row_49_text_of_a_model_reaches_the_page_as_a_plain_inert_string(tmp_pat
     made = bind(Watch([run]), "127.0.0.1", 0)
     body = made.data()
     made.server_close()
-    assert body.isascii() and len(body) < 20_000
+    assert body.isascii() and len(body) < 100_000
     found = texts(json.loads(body))
     assert all(c.isprintable() or c == "\n" for t in found for c in t)
     assert not any(c in t for t in found for c in OVERRIDES)
@@ -116,7 +116,7 @@ def test_row_49_in_a_browser_all_of_it_is_text(server, tmp_path):
     tags = [tag for tag, _ in elements.found]
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title and title[1].startswith("2/100 "), done.stderr[-2000:]
-    assert tags.count("canvas") >= 4 and tags.count("pre") >= 32
+    assert tags.count("canvas") == 3 and tags.count("pre") >= 32
     assert tags.count("script") == 2 and not {"img", "iframe", "object", "style"} & set(tags)
     assert not [name for _, named in elements.found for name in named if name.startswith("on")]
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in done.stdout
@@ -174,7 +174,7 @@ def test_row_50_to_the_network_only_with_a_warning_and_a_token(hostile):
         raise KeyboardInterrupt
 
     serve([hostile], host="0.0.0.0", port=0, say=lines.append, opened=stop)
-    assert "warning: --host 0.0.0.0" in lines[0] and re.search(r"\?token=[\w-]{20,}", lines[-1])
+    assert "warning: --host 0.0.0.0" in lines[0] and re.search(r"\?token=[\w-]{20,}", lines[1])
     made = bind(Watch([hostile]), "127.0.0.1", 0, token="secret")
     thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -218,17 +218,30 @@ def test_row_51_the_monitor_follows_a_file_that_is_rotated_or_deleted(tmp_path, 
     assert steps(follower) == {3, 4, 5}
 
 
-@pytest.mark.parametrize("count", [4000, pytest.param(10**6, marks=pytest.mark.faults)])
+READER = """
+import json, sys, time
+from pathlib import Path
+from gspo_jax.follow import Follower
+def peak():
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(status["VmHWM"].split()[0]) / 2**10
+before, began = peak(), time.process_time()
+follower = Follower(Path(sys.argv[1]))
+while not follower.recent or follower.behind:
+    follower.advance(time.monotonic() + 1)
+rows = follower.rows
+print(json.dumps([len(rows), rows[0]["step"], rows[-1]["step"], peak() - before,
+                  time.process_time() - began]))
+"""
+
+
+@pytest.mark.parametrize("count", [5000, pytest.param(10**6, marks=pytest.mark.faults)])
 def test_row_51_the_monitor_follows_a_million_steps_in_bounded_memory(tmp_path, count):
-    """At most 1000 + 1000 rows of some 20 numbers: 2 MB, whatever the length."""
-    with (tmp_path / "metrics.jsonl").open("w") as file:
-        for k in range(1, count + 1):
-            file.write(lines([row(k, **(measured(0.5) if k % 100 == 0 else {}))]))
-    tracemalloc.start()
-    follower = Follower(tmp_path)
-    while not follower.recent or follower.behind:
-        follower.advance(time.monotonic() + 5.0)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert follower.recent[-1]["step"] == count and len(follower.rows) <= 2002
-    assert peak < 8e6, peak
+    """Of rows of half a kilobyte it holds some thousand, and of those a few numbers."""
+    many_rows(tmp_path / "metrics.jsonl", count)
+    done = python(READER, tmp_path, timeout=900)
+    assert done.returncode == 0, done.stderr
+    held, first, last, grown, seconds = json.loads(done.stdout)
+    assert 500 <= held <= 2002 and (first, last) == (1, count)
+    assert grown < 20, grown  # MB
+    assert seconds < 30 + count / 5000  # of this process alone
