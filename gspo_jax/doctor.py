@@ -218,9 +218,8 @@ def compile_cache(env: Mapping[str, str]) -> Finding:
 
 def hub(env: Mapping[str, str]) -> list[Finding]:
     """Where models and data sets come from."""
-    home = Path(
-        env.get("HF_HOME") or Path(env.get("HOME", "~")).expanduser() / ".cache/huggingface"
-    )
+    caches = Path(env.get("XDG_CACHE_HOME") or Path(env.get("HOME", "~")).expanduser() / ".cache")
+    home = Path(env.get("HF_HOME") or caches / "huggingface")
     token_file = Path(env.get("HF_TOKEN_PATH") or home / "token")
     has_token = bool(env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN"))
     has_token = has_token or (os.access(token_file, os.R_OK) and token_file.stat().st_size > 0)

@@ -91,11 +91,13 @@ def names(followers: Sequence[Follower]) -> list[str]:
 
 
 def state_of(follower: Follower) -> str:
-    """That of status.json; waiting without one, gone without the directory."""
+    """That of status.json; without one unknown, or waiting for a first step; gone if all is."""
     if not follower.is_there:
         return "gone"
     state = follower.rest.status.get("state")
-    return page.shown(state, most=20) if isinstance(state, str) else "waiting"
+    if isinstance(state, str):
+        return page.shown(state, most=20)
+    return "unknown" if follower.recent else "waiting"
 
 
 def changed(status: Mapping[str, Any]) -> float | None:

@@ -68,7 +68,7 @@ def test_what_is_missing_or_foreign_is_left_out(tmp_path):
     (odd / "samples.jsonl").write_text('{"step": 3}\n{"step": 3, "prompt": 5, "reward": "x"}\n[')
     waiting, strange = of(empty, odd)
     assert (waiting["state"], waiting["step"], waiting["y"]) == ("waiting", None, {})
-    assert (strange["state"], strange["step"], strange["of"]) == ("waiting", 3, None)
+    assert (strange["state"], strange["step"], strange["of"]) == ("unknown", 3, None)
     assert strange["samples"][0]["prompt"] == "5" and strange["samples"][0]["reward"] is None
 
 
