@@ -66,3 +66,14 @@ def add_processes(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
     group.add_argument("--processes", type=int, metavar="N", help="how many there are")
     group.add_argument("--process", type=int, metavar="I", help="the number of this one, from 0")
+
+
+def add_monitor(sub: argparse.ArgumentParser) -> None:
+    """What to watch, and where to show it."""
+    runs = "run directories, or a directory of them: its newest; default: runs"
+    sub.add_argument("runs", metavar="RUN", nargs="*", help=runs)
+    sub.add_argument("--port", type=int, default=8765, metavar="N", help="8765, or the next free")
+    host = "127.0.0.1; another serves to the network, with a token"
+    sub.add_argument("--host", default="127.0.0.1", metavar="NAME", help=host)
+    sub.add_argument("--terminal", action="store_true", help="show them here instead")
+    sub.add_argument("--open", action="store_true", help="open the page in a browser")

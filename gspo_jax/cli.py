@@ -1,4 +1,5 @@
-"""gspo-jax demo | train | sft | eval | compare | sweep | plan | export | replay | report
+"""gspo-jax demo | train | sft | eval | compare | sweep | plan | export | replay | report | monitor
+| doctor
 
 Settings are `section.key=value`, over a YAML file if one is named. Exit codes: 0 finished,
 1 unexpected, 2 usage or configuration, 3 data or model directory, 4 numerical failure, 5 out of
@@ -18,7 +19,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gspo_jax.arguments import add_benchmarks, add_experiment, add_processes, add_settings
+from gspo_jax.arguments import (
+    add_benchmarks,
+    add_experiment,
+    add_monitor,
+    add_processes,
+    add_settings,
+)
 from gspo_jax.errors import (
     INTERRUPTED,
     UNEXPECTED,
@@ -261,6 +268,30 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def monitor(arguments: argparse.Namespace) -> int:
+    """Runs while they go: a page for this machine's browser, or a view in the terminal."""
+    runs = [Path(run) for run in arguments.runs or ["runs"]]
+    if arguments.terminal:
+        from gspo_jax.terminal import show
+
+        show(runs)
+        return 0
+    import webbrowser
+
+    from gspo_jax.monitor import serve
+
+    opened = webbrowser.open if arguments.open else None
+    serve(runs, host=arguments.host, port=arguments.port, opened=opened)
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """This installation, and what is wrong with it; exit code 2 if something is."""
+    from gspo_jax.doctor import doctor
+
+    return doctor()
+
+
 def _train(config: "Config") -> "Result":
     from gspo_jax.train import train
 
@@ -358,6 +389,8 @@ def _parser() -> argparse.ArgumentParser:
         "export": (export, "a run's newest checkpoint as a Hugging Face directory"),
         "replay": (replay, "compute one recorded step of a run again, and compare"),
         "report": (report, "a page of what runs recorded, with figures"),
+        "monitor": (monitor, "runs while they go: a live page, or a view in the terminal"),
+        "doctor": (doctor, "what is installed here, and what is wrong with it"),
     }
     for name, (command, text) in described.items():
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
@@ -376,7 +409,9 @@ def _parser() -> argparse.ArgumentParser:
             )
         elif name in ("compare", "sweep"):
             add_experiment(sub, name)
-        else:
+        elif name == "monitor":
+            add_monitor(sub)
+        elif name != "doctor":
             add_settings(sub, name)
         if name in ("demo", "train", "sft"):
             add_processes(sub)

@@ -8,7 +8,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeGuard, TypeVar
 
@@ -68,12 +68,16 @@ def read_run(path: Path, *, most: int = MOST_ROWS, samples: int = 6) -> Run:
     """
     path = Path(path)
     rows = read_metrics(path, most=most)
-    home = path.parent if path.suffix == ".jsonl" else path
+    return replace(read_rest(path.parent if path.suffix == ".jsonl" else path, samples), rows=rows)
+
+
+def read_rest(home: Path, samples: int = 6) -> Run:
+    """The run of a directory but for its metrics: `rows` is empty."""
     text = _text(home / "config.yaml")
     newest = _opened(home / "samples.jsonl", lambda file: _newest(file, samples))
     return Run(
         path=home,
-        rows=rows,
+        rows=[],
         status=_object(home / "status.json"),
         env=_object(home / "env.json"),
         config_text=text,
@@ -255,7 +259,7 @@ def _last_lines(file: BinaryIO) -> list[str]:
 
 
 @dataclass
-class _Sieve:
+class Sieve:
     """At most `most` rows by step: those of every `stride`-th step, which doubles when needed."""
 
     most: int
@@ -272,7 +276,7 @@ class _Sieve:
 
 def _thinned(rows: Iterable[dict[str, Any]], most: int) -> dict[int, dict[str, Any]]:
     """Rows by step, thinned in one pass; the first and the last step stay."""
-    every, evaluated = _Sieve(most), _Sieve(most)
+    every, evaluated = Sieve(most), Sieve(most)
     first: dict[str, Any] | None = None
     last: dict[str, Any] | None = None
     for row in rows:

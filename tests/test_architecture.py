@@ -18,11 +18,11 @@ LAYERS = [
     | {"sharding", "chat_template", "tasks.task", "tasks.zebra_score", "integrity", "run_files"},
     {"losses", "models.attention", "models.linear", "models.cache", "models.files", "optim"}
     | {"models.rope", "signatures", "tasks.draw", "tasks.mixture", "tasks.sources"}
-    | {"checkpoint", "metrics", "figures", "page"},
+    | {"checkpoint", "metrics", "figures", "page", "follow", "advice"},
     {"models.config", "tasks.math", "tasks.zebra", "tasks.reasoning", "tokenizer"}
     | {"tasks.countdown", "tasks.knights", "rewards"},
-    {"models.moe", "models.remat", "workers", "report", "comparison"},
-    {"models.qwen", "reward_worker", "tasks.gym", "tasks.math_verify"},
+    {"models.moe", "models.remat", "workers", "report", "comparison", "snapshot"},
+    {"models.qwen", "reward_worker", "monitor", "terminal", "tasks.gym", "tasks.math_verify"},
     {"models.hf", "tasks.data", "tasks.latex", "tasks.gym_judge"},
     {"tasks.published"},
     {"models", "tasks", "generate"},
@@ -35,7 +35,7 @@ LAYERS = [
     {"run", "sweep", "benchmark"},
     {"train"},
     {"sft", "programs", "replay"},
-    {"plan", "shardings"},
+    {"plan", "shardings", "doctor"},
     {"story"},
     {"cli"},
     {"__main__"},
@@ -44,6 +44,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PURE = {"losses", "penalties", "mismatch", "advantages", "logps", "quant", "masked"}
 FILES_ONLY = {"report", "comparison", "page", "figures", "run_files", "metrics", "console"}
 FILES_ONLY |= {"jsonl", "errors", "cli", "integrity", "statistics", "summary", "arguments"}
+FILES_ONLY |= {"monitor", "terminal", "snapshot", "advice", "follow"}
 
 
 def module_name(path: Path) -> str:

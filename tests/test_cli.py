@@ -134,11 +134,21 @@ def test_help_comes_without_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "train", "sft", "eval", "plan", "export", "report"):
+    for command in (
+        "demo",
+        "train",
+        "sft",
+        "eval",
+        "plan",
+        "export",
+        "report",
+        "monitor",
+        "doctor",
+    ):
         assert f"    {command} " in done.stdout
 
 
-@pytest.mark.parametrize("name", ["train.py", "export_hf.py"])
+@pytest.mark.parametrize("name", ["train.py", "export_hf.py", "monitor.py"])
 def test_scripts_are_the_commands(name):
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / name), "--help"],
@@ -146,7 +156,7 @@ def test_scripts_are_the_commands(name):
         text=True,
         timeout=60,
     )
-    command = {"train.py": "train", "export_hf.py": "export"}[name]
+    command = {"train.py": "train", "export_hf.py": "export", "monitor.py": "monitor"}[name]
     assert done.returncode == 0 and done.stdout.startswith(f"usage: gspo-jax {command} ")
 
 

@@ -147,7 +147,7 @@ def test_row_49_cutting_comes_before_looking():
 
 
 def test_row_50_a_run_listens_on_no_port(tiny_dir, tmp_path):
-    """There is no page to be exposed yet; this says that nothing else listens either."""
+    """The page is a program of its own (test_live_page.py); nothing else listens or calls."""
     heard, listening = [], [True]
 
     def listen(event, args):
