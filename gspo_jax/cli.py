@@ -19,13 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gspo_jax.arguments import (
-    add_benchmarks,
-    add_experiment,
-    add_monitor,
-    add_processes,
-    add_settings,
-)
+from gspo_jax import arguments as usage
 from gspo_jax.errors import (
     INTERRUPTED,
     UNEXPECTED,
@@ -408,15 +402,15 @@ def _parser() -> argparse.ArgumentParser:
                 "--out", metavar="DIR", help="default: RUN/plots, or report/ beside several runs"
             )
         elif name in ("compare", "sweep"):
-            add_experiment(sub, name)
+            usage.add_experiment(sub, name)
         elif name == "monitor":
-            add_monitor(sub)
+            usage.add_monitor(sub)
         elif name != "doctor":
-            add_settings(sub, name)
+            usage.add_settings(sub, name)
         if name in ("demo", "train", "sft"):
-            add_processes(sub)
+            usage.add_processes(sub)
         if name == "eval":
-            add_benchmarks(sub)
+            usage.add_benchmarks(sub)
         if name in ("train", "sft"):
             sub.add_argument("--resume", metavar="PATH", help="a checkpoint; run.resume=PATH")
         if name == "plan":
