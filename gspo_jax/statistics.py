@@ -1,12 +1,13 @@
 """Scores as numbers that can be trusted: shares, means, pass@k, votes and differences, with 95 %
-intervals over problems. Arrays and plain Python; no JAX.
+intervals over problems; and means over seeds. Arrays and plain Python; no JAX.
 
-Samples of one problem are not independent, so n is always a number of problems.
+Samples of one problem are not independent, so n is a number of problems, or of seeds.
 """
 
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -147,3 +148,31 @@ def majority(answers: Sequence[str | None]) -> str | None:
     """The most frequent answer; of equally frequent ones the first; None where there is none."""
     given = [answer for answer in answers if answer is not None]
     return Counter(given).most_common(1)[0][0] if given else None
+
+
+# -------------------------------------------------------------------------------- over seeds
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, float]:
+    """Mean, 95 % interval and n."""
+    mean, low, high = t_interval(values)
+    return {"mean": mean, "low": low, "high": high, "n": len(values)}
+
+
+def t_interval(values: Sequence[float] | Float[np.ndarray, " n"]) -> tuple[float, float, float]:
+    """(mean, low, high): Student's 95 % interval of the mean; infinitely wide for one value."""
+    x = np.asarray(values, float)
+    n, mean = len(x), float(np.mean(x))
+    half = float(stdtrit(n - 1, 0.975) * x.std(ddof=1) / np.sqrt(n)) if n > 1 else np.inf
+    return mean, mean - half, mean + half
+
+
+def sign_flip(differences: Sequence[float]) -> float:
+    """Two-sided p that the mean is 0, if each difference could as well have the other sign.
+
+    Exact, over all 2^n choices of signs; so 5 pairs give 0.0625 at the least.
+    """
+    x = np.asarray(differences, float)
+    signs = np.array(list(product((1, -1), repeat=len(x))))
+    # Rounding must not part sums that are equal.
+    return float(np.mean(np.abs(signs @ x) >= abs(x.sum()) * (1 - 1e-9)))

@@ -1,6 +1,6 @@
 """Estimates against published values, enumeration and simulation."""
 
-from itertools import combinations
+from itertools import combinations, product
 from math import inf
 
 import numpy as np
@@ -14,6 +14,8 @@ from gspo_jax.statistics import (
     majority,
     mean_interval,
     pass_at_k,
+    sign_flip,
+    t_interval,
     wilson,
 )
 
@@ -174,3 +176,20 @@ def test_pass_at_k_of_right_and_wrong_is_the_formula_of_the_paper():
 )
 def test_the_majority(answers, wanted):
     assert majority(answers) == wanted
+
+
+def test_the_interval_is_students():
+    # 1 ... 5: mean 3, sd sqrt(2.5); t(0.975, 4) = 2.776445 in the tables.
+    mean, low, high = t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    half = 2.776445 * np.sqrt(2.5 / 5)
+    np.testing.assert_allclose([mean, low, high], [3, 3 - half, 3 + half], rtol=1e-6)
+    assert t_interval([7.0]) == (7, -np.inf, np.inf)
+
+
+def test_the_sign_flip_test_is_exact():
+    assert sign_flip([1.0, 2.0, 3.0]) == 2 / 8  # only +++ and --- are as far from 0
+    assert sign_flip([0.1, 0.2, 0.3]) == 2 / 8  # in floats 0.1 + 0.2 is not 0.3
+    x = [0.3, -0.1, 0.25, 0.07, -0.02]
+    far = [abs(np.dot(s, x)) >= abs(sum(x)) - 1e-12 for s in product((1, -1), repeat=5)]
+    assert sign_flip(x) == np.mean(far)
+    assert sign_flip([0.0, 0.0]) == 1
