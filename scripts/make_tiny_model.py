@@ -1,6 +1,6 @@
 """Write a model directory without weights: tokenizer, chat template and a tiny Qwen2's config.
 
-    python scripts/make_tiny_model.py CONFIG.yaml [section.key=value ...]
+    python scripts/make_tiny_model.py CONFIG.yaml [section.key=value ...] [--phrases N]
     python scripts/make_tiny_model.py demo [OUT_DIR]
 
 The first reads the training problems of the config's task and writes to its `model.path`; `gspo-jax
@@ -8,13 +8,16 @@ sft` with the same config then draws the weights and trains them. The second wri
 has in gspo_jax/assets/demo.
 
 The tokenizer is a byte-level BPE in Qwen2's layout: the 256 bytes, merges that make single tokens
-of the task's words, and three special tokens at the end. Digits, and the signs between them, are
-always tokens of their own. The output is the same on every run.
+of the task's words (and with --phrases of what returns in most of its texts, which makes these
+several times shorter), and three special tokens at the end. Digits are always tokens of their own.
+The output is the same on every run.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import (
@@ -55,8 +58,10 @@ QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+DIGITS = r"\p{N}"  # where the texts of a task are cut: phrases may be of many words
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 ENOUGH = 2000  # training problems that show all words of a task
+SOME = 300  # of these problems, to find its phrases
 MULTIPLE = 8  # of this is the model's vocabulary, so that an 8-way split of it needs no padding
 
 CHAT_TEMPLATE = """\
@@ -85,7 +90,7 @@ def task_texts(config: Config) -> Iterator[str]:
         yield f"{problem.prompt}\n{problem.columns.get('completion', '')}"
 
 
-def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A tokenizer of at most `vocab_size` entries; fewer where every word is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -106,7 +111,47 @@ def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def configs(tokenizer: Tokenizer, *, positions: int, mlp: int) -> dict[str, dict]:
+def with_phrases(tokenizer: Tokenizer, texts: list[str], often: float) -> Tokenizer:
+    """The same with further merges, of whole words, for what comes together `often` times per text.
+
+    No digit is joined to anything. Word merges rank before these, so that a phrase never takes a part of a word.
+    """
+    content = json.loads(tokenizer.to_str())
+    vocab, merges = content["model"]["vocab"], content["model"]["merges"]
+    rows = [tokenizer.encode(text).tokens for text in texts]
+    while True:
+        counts = Counter(pair for row in rows for pair in pairwise(row))
+        pairs = [(n, pair) for pair, n in counts.items() if not any(map(has_digit, pair))]
+        count, pair = max(pairs)
+        if count < often * len(texts):
+            break
+        vocab.setdefault("".join(pair), len(vocab))
+        merges.append(list(pair))
+        rows = [joined(row, pair) for row in rows]
+    ids = {token: id_ for id_, token in enumerate([t for t in vocab if t not in SPECIAL] + SPECIAL)}
+    content["model"]["vocab"] = ids
+    for added in content["added_tokens"]:
+        added["id"] = ids[added["content"]]
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": DIGITS}
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def has_digit(token: str) -> bool:
+    return any(c.isdigit() for c in token)
+
+
+def joined(row: list[str], pair: tuple[str, str]) -> list[str]:
+    """`row` with every such pair, from the left, as one."""
+    out: list[str] = []
+    for token in row:
+        if out and (out[-1], token) == pair:
+            out[-1] += token
+        else:
+            out.append(token)
+    return out
+
+
+def configs(tokenizer: Tokenizer, *, positions: int, mlp: int, kind: str) -> dict[str, dict]:
     """The JSON files beside tokenizer.json, as transformers would write them."""
     pad, _, eos = (tokenizer.token_to_id(s) for s in SPECIAL)
     return {
@@ -158,21 +203,20 @@ def configs(tokenizer: Tokenizer, *, positions: int, mlp: int) -> dict[str, dict
             "eos_token": "<|im_end|>",
             "model_max_length": positions,
             "pad_token": "<|endoftext|>",
-            "tokenizer_class": "Qwen2Tokenizer",
+            "tokenizer_class": kind,
             "unk_token": None,
         },
     }
 
 
 def write(
-    out: Path, texts: Iterator[str], *, vocab_size: int, positions: int, mlp: int
+    out: Path, tokenizer: Tokenizer, *, positions: int, mlp: int, kind: str = "Qwen2Tokenizer"
 ) -> None:
     """Everything but weights, into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train(texts, vocab_size)
     tokenizer.save(str(out / "tokenizer.json"))
     (out / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    for name, content in configs(tokenizer, positions=positions, mlp=mlp).items():
+    for name, content in configs(tokenizer, positions=positions, mlp=mlp, kind=kind).items():
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
     print(f"{out}: {tokenizer.get_vocab_size()} tokens")
 
@@ -181,10 +225,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("config", metavar="CONFIG.yaml", help='or "demo"')
     parser.add_argument("rest", nargs="*", metavar="section.key=value", help="or OUT_DIR")
+    parser.add_argument(
+        "--phrases",
+        type=float,
+        metavar="N",
+        help="join words that come together N times per problem: fewer, longer tokens",
+    )
     given = parser.parse_args()
     if given.config == "demo":
         out = Path(given.rest[0]) if given.rest else DEMO
-        write(out, demo_words(), vocab_size=296, positions=256, mlp=512)
+        write(out, train(demo_words(), 296), positions=256, mlp=512)
         return
     try:
         config = load_config(given.config, given.rest)
@@ -194,8 +244,13 @@ def main() -> None:
                 "directory to write, and init=random, for the weights that are not there."
             )
         longest = config.task.max_prompt_length + config.rollout.max_completion_length
-        out, texts = Path(config.model.path), task_texts(config)
-        write(out, texts, vocab_size=2048, positions=longest, mlp=256)
+        texts = list(task_texts(config))
+        tokenizer, kind = train(texts, 2048), "Qwen2Tokenizer"
+        if given.phrases:
+            tokenizer = with_phrases(tokenizer, texts[:SOME], given.phrases)
+            # transformers would put Qwen2's own cuts between words back into its Qwen2Tokenizer.
+            kind = "PreTrainedTokenizerFast"
+        write(Path(config.model.path), tokenizer, positions=longest, mlp=256, kind=kind)
     except ConfigError as error:
         raise SystemExit(str(error)) from None
 

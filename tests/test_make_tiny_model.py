@@ -25,19 +25,19 @@ def run(monkeypatch, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("task", "words"),
+    ("task", "extra", "words"),
     [
-        ("zebra", ["solution", " immediately", " Farid", "Farid", " bicycle", "bicycle"]),
-        ("reasoning", ["\\boxed", " differs", " Yusuf", " stickers", "assistant"]),
+        ("zebra", ["--phrases", "0.35"], ["solution", '": {"Name": "', " Farid", "Farid", "roses"]),
+        ("reasoning", [], ["\\boxed", " differs", " Yusuf", " stickers", "assistant"]),
     ],
 )
 def test_the_committed_configs_fit_the_directory_that_their_script_makes(
-    tmp_path, monkeypatch, task, words
+    tmp_path, monkeypatch, task, extra, words
 ):
     sizes = "task.options.sizes={train: 1500, val: 20, test: 20}"
     overrides = [f"model.path={tmp_path}", sizes]
     cold, trained = ROOT / "configs" / f"{task}_cold_start.yaml", ROOT / "configs" / f"{task}.yaml"
-    run(monkeypatch, cold, *overrides)
+    run(monkeypatch, cold, *overrides, *extra)
     tokenizer, shape = load_tokenizer(tmp_path), read_config(tmp_path)
     assert all(len(tokenizer.encode(word)) == 1 for word in words)
     assert tokenizer.encode("47") == tokenizer.encode("4") + tokenizer.encode("7")
