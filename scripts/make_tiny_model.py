@@ -112,9 +112,9 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def with_phrases(tokenizer: Tokenizer, texts: list[str], often: float) -> Tokenizer:
-    """The same with further merges, of whole words, for what comes together `often` times per text.
+    """The same with further merges, of whole words that come together `often` times per text.
 
-    No digit is joined to anything. Word merges rank before these, so that a phrase never takes a part of a word.
+    No digit is joined to anything. Word merges rank first, so that no phrase takes part of a word.
     """
     content = json.loads(tokenizer.to_str())
     vocab, merges = content["model"]["vocab"], content["model"]["merges"]

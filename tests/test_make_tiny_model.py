@@ -28,15 +28,20 @@ def run(monkeypatch, *arguments):
     ("task", "extra", "words"),
     [
         ("zebra", ["--phrases", "0.35"], ["solution", '": {"Name": "', " Farid", "Farid", "roses"]),
-        ("reasoning", [], ["\\boxed", " differs", " Yusuf", " stickers", "assistant"]),
+        (
+            "reasoning",
+            ["--phrases", "0.1"],
+            ["\\boxed", " differs", " Yusuf", " stickers", "assistant"],
+        ),
     ],
 )
 def test_the_committed_configs_fit_the_directory_that_their_script_makes(
     tmp_path, monkeypatch, task, extra, words
 ):
-    sizes = "task.options.sizes={train: 1500, val: 20, test: 20}"
+    sizes = "task.options.sizes={train: 600, val: 20, test: 20}"
     overrides = [f"model.path={tmp_path}", sizes]
     cold, trained = ROOT / "configs" / f"{task}_cold_start.yaml", ROOT / "configs" / f"{task}.yaml"
+    monkeypatch.setattr(make_tiny_model, "SOME", 80)
     run(monkeypatch, cold, *overrides, *extra)
     tokenizer, shape = load_tokenizer(tmp_path), read_config(tmp_path)
     assert all(len(tokenizer.encode(word)) == 1 for word in words)
@@ -50,7 +55,7 @@ def test_the_committed_configs_fit_the_directory_that_their_script_makes(
         limit = config.rollout.max_completion_length
         assert problems.longest + limit <= shape.max_position_embeddings
         width = problems.longest + limit
-        solutions(problems.get("train", range(1500)), tokenizer, config, width)  # all of them fit
+        solutions(problems.get("train", range(600)), tokenizer, config, width)  # all of them fit
 
 
 def test_the_trained_config_starts_from_the_cold_starts_export_and_asks_other_problems():
