@@ -196,7 +196,7 @@ class _Running:
 
     def _how_it_ended(self) -> str:
         try:
-            code = self.process.wait(GRACE)
+            code = self.process.wait(5 * GRACE)
         except subprocess.TimeoutExpired:
             return "closed its pipe"
         if code >= 0:
