@@ -16,7 +16,8 @@ test: $(VENV)/installed-test
 faults: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 -m faults
 
-# What can only be checked beside torch: transformers' own logits and greedy tokens.
+# What can only be checked beside others: transformers' own logits and greedy tokens, what lm-eval
+# is told, reasoning-gym's problems.
 parity: $(VENV)/installed-parity
 	$(BIN)/python -m pytest -n 2 -m parity
 

@@ -1,4 +1,5 @@
-"""gspo-jax demo | train | sft | eval | compare | sweep | plan | export | replay | report
+"""gspo-jax demo | train | sft | eval | compare | sweep | plan | export | replay | report | monitor
+| doctor
 
 Settings are `section.key=value`, over a YAML file if one is named. Exit codes: 0 finished,
 1 unexpected, 2 usage or configuration, 3 data or model directory, 4 numerical failure, 5 out of
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gspo_jax import arguments as usage
 from gspo_jax.errors import (
     INTERRUPTED,
     UNEXPECTED,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from gspo_jax.run import Result
 
 IS_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+IS_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,7 +81,7 @@ def explain(error: Exception) -> tuple[int, str]:
         return OutOfMemory.exit_code, (
             f"out of memory{f' (allocating {wanted[1]})' if wanted else ''}; lower "
             "algo.microbatch (responses at a time in the update) or "
-            "rollout.max_completion_length (the cache and activations of each)."
+            "rollout.max_completion_length (the cache and activations of each); in eval eval.batch."
         )
     kind = type(error).__name__
     return UNEXPECTED, f"unexpected {kind}: {text[:300]} (--debug shows where)"
@@ -120,23 +123,45 @@ def sft(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Accuracy of a model directory; for a run's export/, measured as that run measured."""
+    """Accuracy of model directories; a run's export/ is measured as that run measured."""
     from gspo_jax import story
 
-    path = Path(arguments.config or "")
-    if arguments.config and path.is_dir():
-        own = path.resolve().parent / "config.yaml"
-        arguments.config = str(own) if own.is_file() else None
-        model = [f"model.path={path}", "model.init=pretrained"]
-        arguments.overrides = [*model, *arguments.overrides]
-    elif arguments.config and not path.exists():
-        raise DataError(f"{path}: no such model directory or config file.")
+    models = arguments.models
+    for path in models:
+        if not Path(path).exists() and path != "demo" and not IS_HUB_ID.fullmatch(path):
+            raise DataError(f"{path}: no such model directory or config file.")
+    configs = [Path(path).resolve().parent / "config.yaml" for path in reversed(models)]
+    if not arguments.config:
+        arguments.config = next((str(path) for path in configs if path.is_file()), None)
+    if models:
+        own = [f"model.path={models[-1]}", "model.init=pretrained"]
+        arguments.overrides = [*own, *arguments.overrides]
+    if arguments.benchmarks or arguments.out or len(models) > 1:
+        return _benchmark(arguments)
     if (config := _resolve(arguments)) is None:
         return 0
     from gspo_jax.evaluate import evaluate_path
 
     story.show(story.comparison({config.model.path: evaluate_path(config)}))
     return 0
+
+
+def _benchmark(arguments: argparse.Namespace) -> int:
+    """Several models, or several benchmarks; exit code 3 if one of these could not be had."""
+    from gspo_jax import benchmark, story
+
+    asked = benchmark.named(arguments.benchmarks) if arguments.benchmarks else None
+    if asked:  # all problems, however long; settings of the config's own task do not apply
+        everything = [f"eval.problems={benchmark.ALL}", f"task.max_prompt_length={benchmark.ALL}"]
+        arguments.overrides = [*everything, *arguments.overrides]
+    if (config := _resolve(arguments)) is None:
+        return 0
+    out = Path(arguments.out or "runs/eval")
+    results = benchmark.run(config, arguments.models or [config.model.path], asked, out, _say_error)
+    if results["scores"]:
+        story.show(story.benchmarks(results))
+        story.show(f"\npage      {out / 'results.md'}\nresponses {out}", wrap=False)
+    return DataError.exit_code if results["missing"] else 0
 
 
 def compare(arguments: argparse.Namespace) -> int:
@@ -156,7 +181,7 @@ def compare(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         story.show(story.planned(made))
         return 0
-    from gspo_jax.page import comparison_page
+    from gspo_jax.comparison import comparison_page
 
     out = Path(arguments.out or experiment.default_directory(made, "compare", config))
     outcomes = experiment.run_trials(made, out, jobs=arguments.jobs, say=story.show)
@@ -229,12 +254,36 @@ def replay(arguments: argparse.Namespace) -> int:
 
 
 def report(arguments: argparse.Namespace) -> int:
-    """plots/ of each run."""
-    from gspo_jax.report import dynamics
+    """A page of one run, or of several beside each other."""
+    from gspo_jax.report import report
 
-    for run in arguments.runs:
-        print(dynamics(Path(run)))
+    out = Path(arguments.out) if arguments.out else None
+    print(report([Path(run) for run in arguments.runs], out))
     return 0
+
+
+def monitor(arguments: argparse.Namespace) -> int:
+    """Runs while they go: a page for this machine's browser, or a view in the terminal."""
+    runs = [Path(run) for run in arguments.runs or ["runs"]]
+    if arguments.terminal:
+        from gspo_jax.terminal import show
+
+        show(runs)
+        return 0
+    import webbrowser
+
+    from gspo_jax.monitor import serve
+
+    opened = webbrowser.open if arguments.open else None
+    serve(runs, host=arguments.host, port=arguments.port, opened=opened)
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """This installation, and what is wrong with it; exit code 2 if something is."""
+    from gspo_jax.doctor import doctor
+
+    return doctor()
 
 
 def _train(config: "Config") -> "Result":
@@ -305,6 +354,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if getattr(arguments, "resume", None):
         arguments.overrides.append(f"run.resume={arguments.resume}")
     files = [text for text in given if not IS_OVERRIDE.match(text)]
+    if arguments.command is evaluate:
+        arguments.models = [text for text in files if not text.endswith((".yaml", ".yml"))]
+        files = [text for text in files if text not in arguments.models]
     files += [arguments.config] if arguments.config else []
     if len(files) > 1:
         parser.error(f"one config file at most, not {' and '.join(files)}")
@@ -324,13 +376,15 @@ def _parser() -> argparse.ArgumentParser:
         "demo": (demo, "a tiny model learns arithmetic in minutes, on a CPU"),
         "train": (train, "GSPO (or a relative of it) as a config says"),
         "sft": (sft, "supervised training on worked solutions"),
-        "eval": (evaluate, "held-out accuracy of a model directory"),
+        "eval": (evaluate, "held-out accuracy of models, on benchmarks too"),
         "compare": (compare, "losses, or other variants, under one harness"),
         "sweep": (sweep, "every trial of an experiment file, ranked"),
         "plan": (plan, "memory per device and cost of a step, without weights"),
         "export": (export, "a run's newest checkpoint as a Hugging Face directory"),
         "replay": (replay, "compute one recorded step of a run again, and compare"),
-        "report": (report, "draw a run's metrics into its plots/"),
+        "report": (report, "a page of what runs recorded, with figures"),
+        "monitor": (monitor, "runs while they go: a live page, or a view in the terminal"),
+        "doctor": (doctor, "what is installed here, and what is wrong with it"),
     }
     for name, (command, text) in described.items():
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
@@ -344,12 +398,19 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--step", type=int, required=True, metavar="K", help="1 or more")
         elif name == "report":
             sub.add_argument("runs", metavar="RUN", nargs="+", help="run directories")
+            sub.add_argument(
+                "--out", metavar="DIR", help="default: RUN/plots, or report/ beside several runs"
+            )
         elif name in ("compare", "sweep"):
-            _add_experiment(sub, name)
-        else:
-            _add_settings(sub, name)
+            usage.add_experiment(sub, name)
+        elif name == "monitor":
+            usage.add_monitor(sub)
+        elif name != "doctor":
+            usage.add_settings(sub, name)
         if name in ("demo", "train", "sft"):
-            _add_processes(sub)
+            usage.add_processes(sub)
+        if name == "eval":
+            usage.add_benchmarks(sub)
         if name in ("train", "sft"):
             sub.add_argument("--resume", metavar="PATH", help="a checkpoint; run.resume=PATH")
         if name == "plan":
@@ -361,54 +422,6 @@ def _parser() -> argparse.ArgumentParser:
                 "--shardings", action="store_true", help="where every array of a step lives"
             )
     return parser
-
-
-def _add_settings(sub: argparse.ArgumentParser, name: str) -> None:
-    what = {"demo": "", "eval": "a YAML file, or a model directory; "}.get(name, "a YAML file; ")
-    sub.add_argument(
-        "settings",
-        metavar="section.key=value" if name == "demo" else "CONFIG.yaml section.key=value",
-        nargs="*",
-        help=f"{what}settings over it, like rollout.group_size=16",
-    )
-    sub.add_argument("--config", metavar="CONFIG.yaml", help="the YAML file, by option")
-    sub.add_argument("--print-config", action="store_true", help="print all settings and stop")
-    sub.add_argument(
-        "--dry-run", action="store_true", help="check model, data and rewards, touch nothing"
-    )
-
-
-def _add_experiment(sub: argparse.ArgumentParser, name: str) -> None:
-    what = "an experiment" if name == "sweep" else "an experiment, or a config to compare losses by"
-    sub.add_argument(
-        "settings",
-        metavar="FILE.yaml section.key=value",
-        nargs="*",
-        help=f"{what}; settings of all its runs",
-    )
-    sub.set_defaults(config=None)
-    sub.add_argument("--jobs", type=_count, default=1, metavar="N", help="runs at a time")
-    sub.add_argument("--out", metavar="DIR", help="of its runs; default: runs/NAME")
-    sub.add_argument("--dry-run", action="store_true", help="list its runs, touch nothing")
-    if name == "compare":
-        sub.add_argument(
-            "--losses", default="gspo,grpo,ppo", metavar="A,B", help="default: %(default)s"
-        )
-        sub.add_argument("--seeds", type=_count, default=3, metavar="N", help="default: 3")
-        sub.add_argument("--against", metavar="A", help="what the others are compared with")
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: wanted a whole number from 1")
-    return int(text)
-
-
-def _add_processes(sub: argparse.ArgumentParser) -> None:
-    group = sub.add_argument_group("several processes (srun, mpirun and the like need none of it)")
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
-    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    group.add_argument("--process", type=int, metavar="I", help="the number of this one, from 0")
 
 
 def _hush() -> None:

@@ -1,12 +1,11 @@
 """Losses under one harness: the same start, problems, rewards, budget and evaluation.
 
-    gspo-jax compare configs/compare.yaml              variants, each with settings of its own
+    gspo-jax compare configs/experiments/losses.yaml   variants, each with settings of its own
     gspo-jax compare configs/demo.yaml --losses gspo,grpo,ppo --seeds 5
 
 Trials with one seed see the same problems in the same order, so variants are compared in pairs.
 """
 
-import itertools
 import platform
 import shlex
 from collections.abc import Sequence
@@ -14,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
-from scipy.special import stdtrit
 
 from gspo_jax.config import load_config
 from gspo_jax.errors import ConfigError, DataError
 from gspo_jax.experiment import Experiment, Outcome, expand
 from gspo_jax.losses import LOSSES
-from gspo_jax.metrics import environment
+from gspo_jax.statistics import over_seeds, sign_flip, t_interval
 
 GAE: dict[str, Any] = {"algo.advantage.name": "gae", "algo.critic.kind": "separate"}
 ADVANTAGE = {"dr_grpo": {"algo.advantage.name": "group_centred"}, "ppo": GAE}
@@ -97,7 +94,7 @@ def found(
         "metric": metric,
         "seeds": list(dict.fromkeys(outcome.trial.seed for outcome in outcomes)),
         "problems": int(first.after.get("eval/n", 0)),
-        "environment": machine(),
+        "environment": machine(outcomes),
         "seconds": sum(outcome.seconds for outcome in outcomes),
         "variants": {name: _variant(name, outcomes) for name in names},
         "summary": summary,
@@ -130,11 +127,19 @@ def _variant(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """Where the runs were made: versions, commit, machine."""
-    about = environment()
-    named = ("python", "versions", "commit", "platform", "cpus", "variables")
-    return {name: about[name] for name in named} | {"processor": _processor()}
+def machine(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Where the runs were made: versions, commits, machine."""
+    about = next((o.environment for o in outcomes if o.environment), {})
+    commits = dict.fromkeys(str(o.environment["commit"]) for o in outcomes if o.environment)
+    versions = {"python": about.get("python"), **about.get("versions", {})}
+    variables = (f"{name}={value}" for name, value in about.get("variables", {}).items())
+    return {
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "commit": ", ".join(commits),
+        "platform": about.get("platform"),
+        "processor": f"{about.get('cpus')} x {_processor()}",
+        **({"variables": text} if (text := " ".join(variables)) else {}),
+    }
 
 
 def _processor() -> str:
@@ -144,31 +149,3 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-# -------------------------------------------------------------------------------- over seeds
-
-
-def over_seeds(values: Sequence[float]) -> dict[str, float]:
-    """Mean, 95 % interval and n."""
-    mean, low, high = t_interval(values)
-    return {"mean": mean, "low": low, "high": high, "n": len(values)}
-
-
-def t_interval(values: Sequence[float] | Float[np.ndarray, " n"]) -> tuple[float, float, float]:
-    """(mean, low, high): Student's 95 % interval of the mean; infinitely wide for one value."""
-    x = np.asarray(values, float)
-    n, mean = len(x), float(np.mean(x))
-    half = float(stdtrit(n - 1, 0.975) * x.std(ddof=1) / np.sqrt(n)) if n > 1 else np.inf
-    return mean, mean - half, mean + half
-
-
-def sign_flip(differences: Sequence[float]) -> float:
-    """Two-sided p that the mean is 0, if each difference could as well have the other sign.
-
-    Exact, over all 2^n choices of signs; so 5 pairs give 0.0625 at the least.
-    """
-    x = np.asarray(differences, float)
-    signs = np.array(list(itertools.product((1, -1), repeat=len(x))))
-    # Rounding must not part sums that are equal.
-    return float(np.mean(np.abs(signs @ x) >= abs(x.sum()) * (1 - 1e-9)))

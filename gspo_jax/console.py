@@ -10,11 +10,13 @@ import statistics
 import time
 import unicodedata
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
@@ -172,6 +174,35 @@ def advice(metrics: Mapping[str, Any]) -> dict[str, str]:
     if (metrics.get("skipped_spikes") or 0) > 0:
         out["spikes"] = "an update was skipped because of its long gradient (run.spike_sigmas)."
     return out
+
+
+@contextmanager
+def progress(label: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, or without a terminal a line for every tenth; takes how many have come.
+
+    Args:
+        label: what it is the progress of.
+        done: of `total`, before this.
+    """
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    quiet = not console.is_terminal
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet)
+    began, before, told = time.monotonic(), done, done * 10 // total
+
+    def advance(count: int) -> None:
+        nonlocal done, told
+        done += count
+        bar.update(shown, completed=done)
+        if quiet and done * 10 // total > told:
+            told = done * 10 // total
+            eta = (time.monotonic() - began) / (done - before) * (total - done)
+            text = f"{label}: {done} of {total} responses, eta {clock(eta)}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    with bar:
+        shown = bar.add_task(label, total=total, completed=done)
+        yield advance
 
 
 def one_line(text: Any, width: int) -> str:

@@ -1,11 +1,17 @@
-"""Accuracy on held-out problems: greedy and avg@k, each with n and a 95 % interval."""
+"""Accuracy on held-out problems: greedy, avg@k, pass@k and maj@k, with n and 95 % intervals.
 
-import math
-from collections.abc import Callable, Sequence
+responses     one record per response, batch by batch
+summary       records -> metrics, from memory or from saved files
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Key, PyTree
 
 from gspo_jax.batch import Problem
 from gspo_jax.config import Config
@@ -13,10 +19,10 @@ from gspo_jax.errors import DataError
 from gspo_jax.generate import PureModel
 from gspo_jax.policy import Policy, Problems, load_policy, load_problems
 from gspo_jax.rollout import Scorer, encode_prompts, sample_completions, score_together
+from gspo_jax.statistics import estimate
+from gspo_jax.summary import Record, measures
 from gspo_jax.tasks.task import boxed_in
 from gspo_jax.tokenizer import Tokenizer
-
-Z95 = 1.959964
 
 
 def evaluate(
@@ -35,55 +41,105 @@ def evaluate(
     """Score greedy and sampled completions of every problem.
 
     Args:
-        samples: completions per problem for avg@k; 0 skips them.
+        samples: completions per problem for avg@k, pass@k and maj@k; 0 skips them.
         temperature: of the samples.
         key: drives the samples; the same key gives the same ones at any `batch`.
         batch: prompts at a time.
         answer_in: the answer that is read out of a response, as `Task.answer_in`.
 
     Returns:
-        `eval/greedy` and `eval/avg@k` with `_low` and `_high` (95 %), `eval/n` problems, and over
-        all completions the shares `eval/truncated` and `eval/no_answer` (none that `answer_in`
-        reads) and `eval/mean_length` in tokens. A completion that was not scored counts as 0.
+        `eval/greedy`, `eval/avg@k`, `eval/pass@k` and `eval/maj@k` with `_low` and `_high` (95 %),
+        `eval/n` problems, and over the samples (without any, the greedy completions) the shares
+        `eval/truncated`, `eval/no_answer` (none that `answer_in` reads) and `eval/not_scored`
+        (which count as 0), and `eval/mean_length` in tokens.
     """
-
-    def run(temperature: float, group: int):
-        scores, truncated, blank, lengths = [], [], [], []
-        for start in range(0, len(problems), batch):
-            part = list(problems[start : start + batch])
-            completions, texts = sample_completions(
-                model,
-                tokenizer,
-                encode_prompts(tokenizer, part),
-                key=key,
-                group_size=group,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                first_prompt=start,
-            )
-            rows = zip(completions.tokens, completions.mask, strict=True)
-            ids = [row[m].tolist() for row, m in rows]
-            reward = score_together(scorer, part, texts, ids)[1]
-            scores.append(np.nan_to_num(reward).reshape(len(part), group))
-            truncated.append(completions.truncated)
-            asked = [problem for problem in part for _ in range(group)]
-            blank.append([answer_in(*row) is None for row in zip(asked, texts, strict=True)])
-            lengths.append(completions.mask.sum(1))
-        return np.concatenate(scores), *map(np.concatenate, (truncated, blank, lengths))
-
-    greedy, *of_greedy = run(0.0, 1)
-    result = _with_interval("eval/greedy", greedy)
-    others = of_greedy
-    if samples:
-        sampled, *others = run(temperature, samples)
-        result |= _with_interval(f"eval/avg@{samples}", sampled)
-    truncated, blank, lengths = others
+    run = partial(
+        responses,
+        model,
+        tokenizer,
+        problems,
+        scorer,
+        max_new_tokens=max_new_tokens,
+        key=key,
+        batch=batch,
+        answer_in=answer_in,
+    )
+    drawn = run(samples=samples, temperature=temperature) if samples else ()
+    found = measures(chain.from_iterable(chain(run(), drawn)))
+    result: dict[str, float] = {}
+    for kind in ("greedy", *(f"{kind}@{samples}" for kind in ("avg", "pass", "maj"))):
+        if kind in found:
+            value, low, high, _ = estimate(*found[kind])
+            result |= {f"eval/{kind}": value, f"eval/{kind}_low": low, f"eval/{kind}_high": high}
+    of = f"avg@{samples}" if samples else "greedy"
+    names = {
+        "truncated": "truncated",
+        "no_answer": "no answer",
+        "not_scored": "not scored",
+        "mean_length": "tokens",
+    }
     return result | {
         "eval/n": len(problems),
-        "eval/truncated": float(np.mean(truncated)),
-        "eval/no_answer": float(np.mean(blank)),
-        "eval/mean_length": float(np.mean(lengths)),
+        **{f"eval/{k}": float(found[f"{of}/{what}"].values.mean()) for k, what in names.items()},
     }
+
+
+def responses(
+    model: PureModel,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    scorer: Scorer,
+    *,
+    max_new_tokens: int,
+    key: Key[Array, ""],
+    samples: int = 0,
+    temperature: float = 0.0,
+    batch: int = 64,
+    answer_in: Callable[[Problem, str], str | None] = boxed_in,
+    start: int = 0,
+) -> Iterator[list[Record]]:
+    """The records of `summary`, of one batch of problems after the other.
+
+    Args:
+        samples: responses per problem, which are numbered from 1; 0 is the greedy one, number 0.
+        temperature: of the samples.
+        start: the problem to begin with, a multiple of `batch`. What follows is what would have
+            followed the problems before it.
+    """
+    group, first = max(samples, 1), min(samples, 1)
+    for begin in range(start, len(problems), batch):
+        part = list(problems[begin : begin + batch])
+        completions, texts = sample_completions(
+            model,
+            tokenizer,
+            encode_prompts(tokenizer, part),
+            key=key,
+            group_size=group,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature if samples else 0.0,
+            first_prompt=begin,
+        )
+        ids = [row[m].tolist() for row, m in zip(completions.tokens, completions.mask, strict=True)]
+        reward = score_together(scorer, part, texts, ids)[1]
+        yield [
+            _record(
+                part[b // group],
+                text,
+                answer_in,
+                index=begin + b // group,
+                sample=first + b % group,
+                score=float(reward[b]) if np.isfinite(reward[b]) else None,
+                tokens=len(ids[b]),
+                truncated=bool(completions.truncated[b]),
+            )
+            for b, text in enumerate(texts)
+        ]
+
+
+def _record(
+    problem: Problem, text: str, answer_in: Callable[[Problem, str], str | None], **rest: Any
+) -> Record:
+    return {"id": problem.id, **rest, "answer": answer_in(problem, text), "text": text}
 
 
 def evaluate_policy(
@@ -102,8 +158,7 @@ def evaluate_policy(
         samples=e.samples,
         temperature=e.temperature,
         max_new_tokens=config.rollout.max_completion_length,
-        # Steps are numbered from 1: key 0 is free, and the same at every evaluation.
-        key=jax.random.fold_in(jax.random.key(config.run.seed), 0),
+        key=evaluation_key(config),
         batch=e.batch,
         answer_in=problems.task.answer_in,
     )
@@ -122,23 +177,6 @@ def evaluate_path(config: Config) -> dict[str, float]:
     return result
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """95 % score interval of a proportion (Wilson, 1927); it stays inside [0, 1]."""
-    p, z2 = successes / n, Z95**2
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
-
-
-def mean_interval(scores: Float[np.ndarray, "N K"]) -> tuple[float, float]:
-    """95 % interval of the mean over problems: samples of one problem are not independent."""
-    per_problem = scores.mean(1)
-    n = len(per_problem)
-    half = Z95 * per_problem.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
-    return float(per_problem.mean() - half), float(per_problem.mean() + half)
-
-
-def _with_interval(name: str, scores: Float[np.ndarray, "N K"]) -> dict[str, float]:
-    binary = scores.shape[1] == 1 and np.isin(scores, (0, 1)).all()
-    low, high = wilson(int(scores.sum()), len(scores)) if binary else mean_interval(scores)
-    return {name: float(scores.mean()), f"{name}_low": low, f"{name}_high": high}
+def evaluation_key(config: Config) -> Key[Array, ""]:
+    """Of the samples: steps are numbered from 1, so 0 is free, and the same at every evaluation."""
+    return jax.random.fold_in(jax.random.key(config.run.seed), 0)

@@ -76,6 +76,7 @@ class Outcome(NamedTuple):
         before, after: the evaluations at step 0 and at the last step.
         tokens: sampled in training, of responses alone.
         seconds: from the start of its process to the last line that it wrote.
+        environment: its env.json: versions, commit and machine.
     """
 
     trial: Trial
@@ -85,6 +86,7 @@ class Outcome(NamedTuple):
     tokens: int
     updates: int
     seconds: float
+    environment: dict[str, Any]
 
 
 # ------------------------------------------------------------------------------ what to run
@@ -151,7 +153,7 @@ def expand(
         for name, settings in variants.items():
             own = {key: value for key, value in settings.items() if key != "grid"}
             for chosen in combinations({**(grid or {}), **settings.get("grid", {})}):
-                folder = "-".join([name, *_told(chosen), f"seed{seed}"])
+                folder = "-".join([name, *told(chosen), f"seed{seed}"])
                 texts = [*overrides, *as_overrides(own), *as_overrides(chosen), f"run.seed={seed}"]
                 trial = Trial(name, chosen, seed, folder, [*texts, f"run.name={folder}"])
                 try:
@@ -191,8 +193,8 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", value
 
 
-def _told(chosen: Mapping[str, Any]) -> list[str]:
-    """Choices as parts of a folder's name: "learning_rate=3e-05"."""
+def told(chosen: Mapping[str, Any]) -> list[str]:
+    """Choices by the last part of their names, fit for a folder: "learning_rate=3e-05"."""
     texts = (f"{name.rpartition('.')[2]}={value}" for name, value in _flat(chosen))
     return ["".join(c if c.isalnum() or c in "=._+-" else "_" for c in text) for text in texts]
 
@@ -348,6 +350,7 @@ def outcome(directory: Path, trial: Trial) -> Outcome:
         round(sum(lengths) * rollouts),
         max((row.get("updates", 0) for row in rows.values()), default=0),
         seconds,
+        env,
     )
 
 

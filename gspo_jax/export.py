@@ -14,7 +14,7 @@ from gspo_jax.errors import DataError
 from gspo_jax.model_card import model_card, stated
 from gspo_jax.models.hf import save_model
 from gspo_jax.policy import Policy
-from gspo_jax.report import read_metrics
+from gspo_jax.run_files import read_metrics
 from gspo_jax.tokenizer import token_ids
 
 

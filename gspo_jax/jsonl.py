@@ -14,23 +14,36 @@ MAX_LINE = 2**26  # bytes; what is longer is no record of ours (a stretch of zer
 
 def records(file: BinaryIO) -> Iterator[dict[str, Any]]:
     """The objects with a whole number "step", in the order of their lines."""
-    for line in _lines(file):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and type(record.get("step")) is int:
-            yield record
+    return (found for line in _lines(file) if (found := record(line)) is not None)
 
 
-def append(file: BinaryIO, record: dict[str, Any]) -> None:
+def objects(file: BinaryIO) -> Iterator[dict[str, Any]]:
+    """All that is an object, in the order of the lines."""
+    return (found for line in _lines(file) if (found := _object(line)) is not None)
+
+
+def record(line: bytes) -> dict[str, Any] | None:
+    """The object of a line, if it is one with a whole number "step"."""
+    found = _object(line)
+    return found if found is not None and type(found.get("step")) is int else None
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def append(file: BinaryIO, row: dict[str, Any]) -> None:
     """Append to an unbuffered file the whole line or, where that fails, nothing of it.
 
     Raises:
         OSError: the disk is full, or the file no longer there to be written.
     """
     end = os.fstat(file.fileno()).st_size
-    left = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
+    left = memoryview(json.dumps(row, allow_nan=False).encode() + b"\n")
     try:
         while left:
             left = left[file.write(left) :]

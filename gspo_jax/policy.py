@@ -152,18 +152,22 @@ def param_shardings(params: PyTree, mesh: Mesh) -> PyTree:
     )
 
 
-def load_problems(config: Config, tokenizer: Tokenizer, *, train: bool = True) -> Problems:
+def load_problems(
+    config: Config, tokenizer: Tokenizer, *, train: bool = True, task: Task | None = None
+) -> Problems:
     """The task's problems with prompts of at most `task.max_prompt_length` tokens.
 
     Args:
         train: there must be training problems, which benchmarks do not have.
+        task: the one that `config.task` describes, where it has been loaded before.
 
     Raises:
         DataError: a prompt is longer and `task.long_prompts` is "refuse", no training problem is
             left, or a reward function fails on the first of them.
     """
     c = config.task
-    task = load_task(c.name, seed=c.seed, fields=c.fields, **{"path": c.path, **c.options})
+    if task is None:
+        task = load_task(c.name, seed=c.seed, fields=c.fields, **{"path": c.path, **c.options})
     functions: dict = {task.name: task.reward}  # ours: pure and bounded, called where it is
     if c.rewards:
         functions = load_remote(c.rewards, seconds=c.reward_timeout, memory=c.reward_memory)

@@ -1,79 +1,77 @@
-"""The picture of a run: metrics.jsonl -> plots/dynamics.png. Reads files alone; no JAX.
+"""What a run's files say, as one page and its figures. Reads files alone; no JAX.
 
-Six panels against the number of optimizer updates: reward with held-out accuracy, clipped share,
-importance ratio, entropy, response length, gradient norm.
+    gspo-jax report RUN        RUN/plots/report.html, dynamics.png, dynamics.svg
+    gspo-jax report RUN RUN    report/ beside them: the curves overlaid, a table, what differs
+
+run_files.py reads, figures.py draws, page.py writes; here is what is said.
 """
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
-
-matplotlib.use("Agg")  # a file, whatever the machine's display
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-from gspo_jax import jsonl
+from gspo_jax import figures, page
+from gspo_jax.console import clock
 from gspo_jax.errors import DataError, StorageError
+from gspo_jax.figures import MOST_POINTS, draw
+from gspo_jax.page import Block, Code, Details, Heading, Items, Picture, Table, Text
+from gspo_jax.run_files import (
+    Rows,
+    Run,
+    accuracies,
+    change,
+    is_number,
+    read_metrics,
+    read_run,
+)
 
-Rows = list[dict[str, Any]]
-Numbers = list[int | float]
-
-MOST_ROWS = 20_000  # held in memory
-MOST_POINTS = 2000  # of a curve; longer runs are thinned, a picture has no more columns
-LARGEST = 1e100  # of a number that is drawn; beyond, axes overflow
-SAMPLED = re.compile(r"eval/avg@(\d+)")
-BLUE, ORANGE, GREEN, RED, GREY = "#2f6db3", "#d9772b", "#3a8f4f", "#c0392b", "#6b7280"
-STYLE: dict[Any, Any] = {
-    "axes.edgecolor": "#9aa1ab",
-    "axes.grid": True,
-    "axes.labelcolor": "#374151",
-    "axes.labelsize": 9.5,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "figure.constrained_layout.use": True,
-    "figure.facecolor": "white",
-    "font.size": 9.5,
-    "grid.color": "#e5e7eb",
-    "grid.linewidth": 0.8,
-    "legend.fontsize": 8.5,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-    "xtick.color": "#6b7280",
-    "ytick.color": "#6b7280",
+PAGE_POINTS = 500  # of a curve in the page
+SHARES = {  # of an evaluation, besides its accuracies
+    "eval/truncated": "cut at the length limit",
+    "eval/no_answer": "without an answer",
 }
+PHASES = {
+    "time/generate": "sampling",
+    "time/reward": "scoring",
+    "time/advantage": "advantages",
+    "time/old_logp": "log-probabilities before the update",
+    "time/update": "updates: gradients",
+    "time/optimizer": "updates: optimizer",
+    "time/host": "everything else",
+}
+HOW = (
+    "The faint line is each step, the strong one the mean over a window of a twentieth of the run; "
+    "its band is the 95 % interval of that mean, the steps taken as independent. Points with bars "
+    "are held-out accuracies."
+)
 
 
-def read_metrics(run: Path, *, most: int = MOST_ROWS) -> Rows:
-    """The steps of a run directory (or of a metrics.jsonl), in order; the latest line of each.
-
-    A line that was torn by a crash, or is still being written, is left out.
+def report(runs: Sequence[Path], out: Path | None = None) -> Path:
+    """The page of one run, or of several side by side, with its figures.
 
     Args:
-        most: rows to hold, and as many more with evaluations: of a longer run every 2nd, 4th, ...
-            step, but always the first and the last.
+        runs: run directories (or their metrics.jsonl).
+        out: where to write; by default plots/ of the only run, or report/ beside several.
+
+    Returns:
+        The page, report.html.
 
     Raises:
-        DataError: there is no metrics.jsonl, or nothing in it.
+        DataError: a run has no metrics.
+        StorageError: the page cannot be written.
     """
-    path = run if run.suffix == ".jsonl" else run / "metrics.jsonl"
-    try:
-        with path.open("rb") as file:
-            rows = _thinned(jsonl.records(file), most)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; give a run directory, like runs/x.") from None
-    if not rows:
-        raise DataError(f"{path}: holds no step yet.")
-    return [rows[step] for step in sorted(rows)]
+    read = {}
+    for path in runs:
+        run = read_run(Path(path), most=2 * MOST_POINTS)
+        read.setdefault(run.path.resolve(), run)
+    found = list(read.values())
+    if len(found) == 1:
+        return _one(found[0], out or found[0].path / "plots")
+    shared = Path(os.path.commonpath([run.path.resolve().parent for run in found]))
+    return _several(found, out or shared / "report")
 
 
 def dynamics(run: Path, say: Callable[[str], None] | None = None) -> Path:
@@ -98,190 +96,289 @@ def dynamics(run: Path, say: Callable[[str], None] | None = None) -> Path:
     return path
 
 
-def draw(rows: Rows, path: Path, *, title: str = "") -> Path:
-    """Draw the six panels into `path` (its ending says the format), replacing it at once.
-
-    Raises:
-        StorageError: the disk is full, or the directory not writable.
-    """
-    rows = [{**row, "updates": _updates(row)} for row in rows]
-    thin = rows[:: -(-len(rows) // MOST_POINTS)]
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 3, figsize=(13, 6.6), dpi=120)
-        try:
-            _reward(axes[0, 0], thin, [row for row in rows if "eval/greedy" in row])
-            _clipping(axes[0, 1], thin)
-            _ratio(axes[0, 2], thin)
-            _curve(axes[1, 0], thin, "entropy", "Entropy", "nats per token")
-            _length(axes[1, 1], thin)
-            _curve(axes[1, 2], thin, "grad_norm", "Gradient norm", "before clipping")
-            for axis in axes.flat:
-                _finish(axis, rows[-1]["updates"])
-            if title:
-                head = figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
-                head.set_parse_math(False)  # a name with dollar signs is no formula
-            _replace(path, figure)
-        finally:
-            plt.close(figure)
-    return path
+# ------------------------------------------------------------------------------------ pages
 
 
-def _replace(path: Path, figure: Figure) -> None:
-    part = path.with_name(f".part.{path.name}")
+def _one(run: Run, out: Path) -> Path:
+    for ending in ("png", "svg"):
+        draw(run.rows, out / f"dynamics.{ending}", title=run.name)
+    panels = figures.run_panels(run.rows, points=PAGE_POINTS)
+    names = ", ".join(panel.title.lower() for panel in panels)
+    picture = Picture(
+        "dynamics", f"Dynamics of {run.name}: {names}", list(map(figures.svg, panels))
+    )
+    blocks = [
+        Text(state(run)),
+        *outcome(run),
+        Heading("Dynamics"),
+        picture,
+        Text(HOW, "note"),
+        Heading("What was run"),
+        what(run),
+        *_rest(run),
+    ]
+    return page.write(out / "report.html", page.html(run.name, blocks))
+
+
+def _several(runs: Sequence[Run], out: Path) -> Path:
+    labels = _labels(runs)
+    named = dict(zip(labels, runs, strict=True))
+    rows = {label: run.rows for label, run in named.items()}
+    panels = figures.overlaid_panels(rows, points=PAGE_POINTS)
+    if held_out := _held_out(rows):
+        panels.insert(0, held_out)
+    for ending in ("png", "svg"):
+        figures.write(panels, out / f"dynamics.{ending}", title=f"{len(runs)} runs")
+    names = ", ".join(panel.title.lower() for panel in panels)
+    title = f"{len(runs)} runs: {', '.join(labels)}"
+    blocks = [
+        *_overview(named),
+        Heading("Dynamics"),
+        Picture("dynamics", f"The runs overlaid: {names}", list(map(figures.svg, panels))),
+        Text("Each line is the mean over a window of a twentieth of its run.", "note"),
+        Heading("What differs"),
+        _differing(named),
+        Heading("Each run"),
+        *(
+            Details(label, [Text(state(run)), *outcome(run), what(run), *_rest(run)])
+            for label, run in named.items()
+        ),
+    ]
+    return page.write(out / "report.html", page.html(title[:200], blocks))
+
+
+def _rest(run: Run) -> list[Block]:
+    """What a reader looks up: timings, warnings, samples, the configuration."""
+    return [*timings(run), *warned(run), *sampled(run), *configured(run)]
+
+
+# ------------------------------------------------------------------------------- of one run
+
+
+def state(run: Run) -> str:
+    """finished, step 100 of 100, 1:19 after its last start on 2026-11-23 at 02:08 UTC."""
+    done, of = run.status.get("step", run.rows[-1]["step"]), run.status.get("of")
+    text = f"{run.status.get('state', 'state unknown')}, step {done}"
+    text += f" of {of}" if of is not None else ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(part)
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise StorageError(f"{path}: cannot be written ({error.strerror}).") from error
-
-
-# ----------------------------------------------------------------------------------- panels
-
-
-def _reward(axis: Axes, rows: Rows, evaluated: Rows) -> None:
-    x, y = _series(rows, "reward")
-    axis.plot(x, y, color=BLUE, lw=0.9, alpha=0.35)
-    axis.plot(x, _smooth(y), color=BLUE, label="training reward")
-    names = {name for row in evaluated for name in row if SAMPLED.fullmatch(name)}
-    for name, color, marker in [
-        *((name, ORANGE, "o") for name in sorted(names)),
-        ("eval/greedy", GREEN, "s"),
-    ]:
-        x, y = _series(evaluated, name)
-        low, high = _series(evaluated, f"{name}_low")[1], _series(evaluated, f"{name}_high")[1]
-        reach = None
-        if len(low) == len(high) == len(y):
-            below = [max(v - a, 0) for v, a in zip(y, low, strict=True)]
-            reach = [below, [max(b - v, 0) for v, b in zip(y, high, strict=True)]]
-        label = f"held-out {name.removeprefix('eval/')}"
-        axis.errorbar(
-            x, y, reach, color=color, marker=marker, ms=5.5, lw=1, ls=":", capsize=3, label=label
+        begun, last = (
+            datetime.fromisoformat(t) for t in (run.env["started"], run.status["updated"])
         )
-    axis.set(title="Reward", ylabel="mean; accuracy with 95 % interval")
+        text += f", {clock(max((last - begun).total_seconds(), 0))} after its last start"
+        text += f" on {begun:%Y-%m-%d at %H:%M} UTC"
+    except (KeyError, TypeError, ValueError):
+        pass  # one of the files is missing, or not ours
+    return f"{text}."
 
 
-def _clipping(axis: Axes, rows: Rows) -> None:
-    for name, color, label in [
-        ("clip_frac_high", ORANGE, "above 1 + ε_high"),
-        ("clip_frac_low", BLUE, "below 1 - ε_low"),
-    ]:
-        x, y = _series(rows, name)
-        axis.plot(x, y, color=color, lw=0.9, alpha=0.3)
-        axis.plot(x, _smooth(y), color=color, label=label)
-    axis.set(title="Clipped", ylabel="share of tokens")
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.set_ylim(bottom=0)
+def outcome(run: Run) -> list[Block]:
+    """Accuracy of the first and the last evaluation, with n, intervals and the change."""
+    measured = evaluations(run.rows)
+    if not measured:
+        return [Text("No held-out evaluation with an interval is recorded.", "note")]
+    first, last = measured[0], measured[-1]
+    columns = [first] if first is last else [first, last]
+    head = ["held-out", *(f"step {row['step']}, n = {row['eval/n']:,.0f}" for row in columns)]
+    names = [name for name in accuracies(last) if name in accuracies(first)]
+    rows = [
+        [
+            f"{name.removeprefix('eval/')} accuracy",
+            *(page.percent(accuracies(row)[name]) for row in columns),
+            page.points(change(accuracies(first)[name], accuracies(last)[name])),
+        ]
+        for name in names
+    ]
+    for name, label in SHARES.items():
+        if all(is_number(row.get(name)) for row in columns):
+            rows.append([label, *(f"{row[name]:.1%}".replace("%", " %") for row in columns), ""])
+    if all(is_number(row.get("eval/mean_length")) for row in columns):
+        lengths = [f"{row['eval/mean_length']:.1f}" for row in columns]
+        rows.append(["mean length, tokens", *lengths, ""])
+    note = "In brackets: 95 % intervals; n is the number of problems."
+    if len(columns) == 2:
+        head.append("change, points")
+        note += (
+            " The change is taken as that of independent samples; on the same problems its true "
+        )
+        note += "interval is narrower."
+    return [
+        Heading("Result"),
+        Table(head, [row[: len(head)] for row in rows]),
+        Text(note, "note"),
+    ]
 
 
-def _ratio(axis: Axes, rows: Rows) -> None:
-    x, low = _series(rows, "ratio_q05")
-    _, high = _series(rows, "ratio_q95")
-    if len(low) == len(high):
-        axis.fill_between(x, low, high, color=BLUE, alpha=0.18, lw=0, label="5 % to 95 %")
-    x, middle = _series(rows, "ratio_q50")
-    axis.plot(x, middle, color=BLUE, label="median")
-    axis.axhline(1, color=GREY, lw=0.8)
-    axis.ticklabel_format(axis="y", useOffset=False)
-    axis.set(title="Importance ratio", ylabel="π_θ / π_old")
-    axis.margins(y=0.25)  # room for the legend
+def evaluations(rows: Rows) -> Rows:
+    """The rows with an accuracy that has n and an interval."""
+    return [row for row in rows if accuracies(row)]
 
 
-def _length(axis: Axes, rows: Rows) -> None:
-    x, low = _series(rows, "completions/min_length")
-    _, high = _series(rows, "completions/max_length")
-    if len(low) == len(high):
-        axis.fill_between(x, low, high, color=BLUE, alpha=0.12, lw=0, label="shortest to longest")
-    x, mean = _series(rows, "completions/mean_length")
-    axis.plot(x, mean, color=BLUE, label="mean")
-    axis.set(title="Response length", ylabel="tokens")
-    axis.set_ylim(0, 1.4 * max([*high, *mean], default=1))  # room for the legend
-    x, cut = _series(rows, "completions/clipped_ratio")
-    if any(cut):
-        other = axis.twinx()
-        other.plot(x, cut, color=RED, lw=1)
-        axis.plot([], [], color=RED, lw=1, label="cut at the limit (right)")
-        other.set_ylim(0, max(0.1, 1.4 * max(cut)))
-        other.yaxis.set_major_formatter(PercentFormatter(1.0))
-        other.grid(visible=False)
-        other.spines["right"].set_visible(True)
+def what(run: Run) -> Table:
+    """Loss, model, task, sizes, devices, versions, commit: as far as the files say."""
+    get, env = run.config.get, run.env
+    loss = get("algo.loss.name") or get("algo.loss") or ""
+    own = [
+        f"{key.rpartition('.')[2]} {value}"
+        for key, value in run.config.items()
+        if key.startswith("algo.loss.") and key != "algo.loss.name"
+    ]
+    sizes = [f"{get(key)} {label}" for key, label in SIZES.items() if get(key, "1") != "1"]
+    devices, versions = env.get("devices"), env.get("versions")
+    command = env.get("command")
+    rows = [
+        ("loss", ", ".join([loss, *own]) if loss else ""),
+        ("advantage", get("algo.advantage.name", "")),
+        ("model", get("model.path", "")),
+        ("task", next((get(k, "") for k in TASK if get(k, "null") != "null"), "")),
+        ("each step", ", ".join(sizes)),
+        ("steps", get("run.steps", "")),
+        ("seed", get("run.seed", "")),
+        ("tokens", page.number(run.rows[-1].get("num_tokens"))),
+        ("devices", _counted(devices) if isinstance(devices, list) else ""),
+        ("versions", _pairs(versions) if isinstance(versions, Mapping) else ""),
+        ("python", str(env.get("python", ""))),
+        ("platform", str(env.get("platform", ""))),
+        ("commit", str(env.get("commit") or "")),
+        ("command", " ".join(map(str, command)) if isinstance(command, list) else ""),
+    ]
+    return Table([], [[name, text] for name, text in rows if text and text != page.NONE], left=2)
 
 
-def _curve(axis: Axes, rows: Rows, name: str, title: str, unit: str) -> None:
-    x, y = _series(rows, name)
-    axis.plot(x, y, color=BLUE, lw=0.9, alpha=0.35)
-    axis.plot(x, _smooth(y), color=BLUE)
-    axis.set(title=title, ylabel=unit)
-    axis.set_ylim(bottom=0)
+SIZES = {
+    "rollout.prompts": "prompts",
+    "rollout.group_size": "responses to each",
+    "algo.minibatches": "minibatches",
+    "algo.epochs": "epochs over them",
+}
+TASK = ("task.name", "task.path")
 
 
-def _finish(axis: Axes, updates: int) -> None:
-    axis.set_xlabel("optimizer updates")
-    axis.set_xlim(-0.02 * updates, max(1.02 * updates, 1))
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    has_data = axis.collections or any(np.size(line.get_xdata()) for line in axis.lines)
-    if not has_data:
-        axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", color=GREY)
-    elif axis.get_legend_handles_labels()[1]:
-        axis.legend(loc="best")
+def _counted(devices: Sequence[Any]) -> str:
+    """["cpu:0", "cpu:1"] -> "2: cpu:0, cpu:1"; a few of many."""
+    named = ", ".join(map(str, devices[:8]))
+    return f"{len(devices)}: {named}{', ...' if len(devices) > 8 else ''}"
 
 
-# ----------------------------------------------------------------------------------- numbers
+def _pairs(found: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in found.items() if value)
 
 
-@dataclass
-class _Sieve:
-    """At most `most` rows by step: those of every `stride`-th step, which doubles when needed."""
-
-    most: int
-    stride: int = 1
-    rows: dict[int, dict[str, Any]] = field(default_factory=dict)
-
-    def add(self, row: dict[str, Any]) -> None:
-        if row["step"] % self.stride == 0:
-            self.rows[row["step"]] = row
-        while len(self.rows) > self.most:
-            self.stride *= 2
-            self.rows = {s: row for s, row in self.rows.items() if s % self.stride == 0}
-
-
-def _thinned(rows: Iterable[dict[str, Any]], most: int) -> dict[int, dict[str, Any]]:
-    """Rows by step, thinned in one pass; the first and the last step stay."""
-    every, evaluated = _Sieve(most), _Sieve(most)
-    first: dict[str, Any] | None = None
-    last: dict[str, Any] | None = None
-    for row in rows:
-        if not 0 <= row["step"] < 2**53:  # no step, but a flipped bit
-            continue
-        every.add(row)
-        if any(name.startswith("eval/") for name in row):
-            evaluated.add(row)
-        first = row if first is None or row["step"] <= first["step"] else first
-        last = row if last is None or row["step"] >= last["step"] else last
-    ends = {row["step"]: row for row in (first, last) if row is not None}
-    return evaluated.rows | every.rows | ends
+def timings(run: Run) -> list[Block]:
+    """The phases of a step: the median of each, and its share of all the time."""
+    rows = [row for row in run.rows if is_number(row.get("step_time"))]
+    total = sum(row["step_time"] for row in rows)
+    if total <= 0:
+        return []
+    cells = []
+    for name, label in {"step_time": "a step", **PHASES}.items():
+        values = [row[name] for row in rows if is_number(row.get(name))]
+        if values:
+            middle = statistics.median(values)
+            cells.append([label, f"{middle:.4f}", f"{100 * sum(values) / total:.1f} %"])
+    compiled = sum(row["compile_time"] for row in rows if is_number(row.get("compile_time")))
+    return [
+        Heading("Time"),
+        Table(["", "seconds, median", "share"], cells),
+        Text(f"Compilation is not counted as step time; it took {compiled:.1f} s.", "note"),
+    ]
 
 
-def _updates(row: Mapping[str, Any]) -> int | float:
-    """Where a row stands on the axis: the updates so far; its step where they are not recorded."""
-    updates = row.get("updates")
-    return updates if updates and _is_number(updates) else row["step"]
+def warned(run: Run) -> list[Block]:
+    """warnings.log, its newest lines."""
+    if not run.warnings:
+        return []
+    return [Heading("Warnings"), Code("\n".join(run.warnings))]
 
 
-def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[Numbers, Numbers]:
-    """Updates and values of a metric, where it has one."""
-    points = [(row["updates"], row[name]) for row in rows if _is_number(row.get(name))]
-    return [x for x, _ in points], [y for _, y in points]
+def sampled(run: Run) -> list[Block]:
+    """The newest samples: prompt, response, gold answer, reward, advantage."""
+    if not run.samples:
+        return []
+    blocks: list[Block] = [Heading("Newest samples")]
+    for row in run.samples:
+        gold = f", gold answer {_words(row['answer'])}" if row.get("answer") is not None else ""
+        scored = f"reward {page.number(row.get('reward'))}"
+        scored += f", advantage {page.number(row.get('advantage'), 3)}"
+        blocks.append(Text(f"Step {row['step']}: {scored}{gold[:300]}", "note"))
+        blocks.append(Code(f"{_words(row.get('prompt'))}\n→ {_words(row.get('completion'))}"))
+    return blocks
 
 
-def _is_number(value: Any) -> bool:
-    # False for NaN as well.
-    return type(value) in (int, float) and -LARGEST < value < LARGEST
+def _words(value: Any, most: int = 4000) -> str:
+    """A text, or the messages of a chat, cut after so many characters."""
+    if isinstance(value, list):
+        said = [m for m in value if isinstance(m, dict)]
+        value = "\n".join(f"{m.get('role')}: {m.get('content')}" for m in said)
+    return page.shown(str(value), lines=True, most=most)
 
 
-def _smooth(y: Numbers) -> Numbers:
-    """The mean over a window of a twentieth of the curve, centred, shorter at the ends."""
-    half = len(y) // 40
-    windows = (y[max(i - half, 0) : i + half + 1] for i in range(len(y)))
-    return [sum(window) / len(window) for window in windows]
+def configured(run: Run) -> list[Block]:
+    """config.yaml as it stands, folded away."""
+    if not run.config_text:
+        return []
+    return [Heading("Configuration"), Details("config.yaml", [Code(run.config_text)])]
+
+
+# ------------------------------------------------------------------------------ of several
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """Their names; where two are called alike, their paths."""
+    names = [run.name for run in runs]
+    return [run.name if names.count(run.name) == 1 else str(run.path) for run in runs]
+
+
+def _overview(runs: Mapping[str, Run]) -> list[Block]:
+    """A row per run: state, size, and its last accuracies with n and interval."""
+    last = {label: (evaluations(run.rows) or [{}])[-1] for label, run in runs.items()}
+    first = {label: (evaluations(run.rows) or [{}])[0] for label, run in runs.items()}
+    names = list(dict.fromkeys(name for row in last.values() for name in accuracies(row)))
+    head = ["run", "state", "steps", "tokens", "n"]
+    head += [text for name in names for text in (name.removeprefix("eval/"), "change, points")]
+    rows = []
+    for label, run in runs.items():
+        now, then = accuracies(last[label]), accuracies(first[label])
+        done = [str(run.status.get("state", page.NONE)), page.number(run.rows[-1]["step"])]
+        cells = [label, *done, page.number(run.rows[-1].get("num_tokens"))]
+        cells.append(page.number(last[label].get("eval/n")))
+        for name in names:
+            is_both = name in now and name in then and first[label] is not last[label]
+            cells.append(page.percent(now.get(name)))
+            cells.append(page.points(change(then[name], now[name])) if is_both else page.NONE)
+        rows.append(cells)
+    note = (
+        "The last held-out accuracy of each run, over n problems, and its change since the first; "
+        "in brackets 95 % intervals (of the change: as if of independent samples)."
+    )
+    return [Heading("Result"), Table(head, rows, left=2), Text(note, "note")]
+
+
+def _held_out(runs: Mapping[str, Rows]) -> figures.Panel | None:
+    """The accuracy that most evaluations have, one curve per run."""
+    found = {label: evaluations(rows) for label, rows in runs.items()}
+    every = [name for rows in found.values() for row in rows for name in accuracies(row)]
+    if not every:
+        return None
+    name = max(sorted(set(every)), key=every.count)
+    curves = {label: figures.accuracy_curve(rows, name) for label, rows in runs.items()}
+    n = figures.counted([row for rows in found.values() for row in rows])
+    unit = f"{name.removeprefix('eval/')} ± 95 %, n = {n}"
+    return figures.overlay("Held-out accuracy", unit, curves)
+
+
+def _differing(runs: Mapping[str, Run]) -> Block:
+    """The settings that are not the same in all runs, and the commits."""
+    found = {
+        label: {**run.config, "commit": str(run.env.get("commit"))[:12]}
+        for label, run in runs.items()
+    }
+    names = dict.fromkeys(name for config in found.values() for name in config)
+    names = [name for name in names if name not in ("run.name", "run.dir")]
+    rows = []
+    for name in names:
+        values = [config.get(name, page.NONE) for config in found.values()]
+        if len(set(values)) > 1:
+            rows.append([name, *(value[:200] for value in values)])
+    if not rows:
+        return Items(["No setting differs."])
+    return Table(["setting", *found], rows, left=1 + len(found))

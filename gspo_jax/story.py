@@ -11,16 +11,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gspo_jax import summary
 from gspo_jax.config import Config, load_config
-from gspo_jax.experiment import Experiment
+from gspo_jax.experiment import Experiment, told
 from gspo_jax.replay import Replayed
 from gspo_jax.run import Result
+from gspo_jax.statistics import independent_difference
 
 ROWS = {  # metric -> what people call it
     "eval/greedy": "greedy accuracy",
-    "eval/truncated": "cut at the length limit",
+    "eval/truncated": "cut at the limit",
     "eval/no_answer": "without an answer",
-    "eval/mean_length": "mean length, tokens",
+    "eval/mean_length": "length in tokens",
 }
 
 
@@ -87,24 +89,37 @@ def program() -> str:
 
 def comparison(columns: Mapping[str, Mapping[str, float]]) -> Table:
     """Evaluations side by side, with 95 % intervals, and their change where there are two."""
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))  # 80 characters are enough
     counts = {int(metrics["eval/n"]) for metrics in columns.values()}
-    table.add_column(Text(f"{'/'.join(map(str, sorted(counts)))} held-out problems"))
+    table.add_column(Text(f"{'/'.join(map(str, sorted(counts)))} held out"))
     for name in columns:
         table.add_column(Text(name), justify="right")
     if len(columns) == 2:
         table.add_column("change", justify="right")
     sampled = {n: f"{n.removeprefix('eval/')} accuracy" for n in _sampled(columns)}
     for metric, label in {"eval/greedy": ROWS["eval/greedy"], **sampled, **ROWS}.items():
-        values = [metrics[metric] for metrics in columns.values() if metric in metrics]
-        if len(values) < len(columns):
+        if any(metric not in metrics for metrics in columns.values()):
             continue
         is_share = metric != "eval/mean_length"
         cells = [_cell(metrics, metric, is_share) for metrics in columns.values()]
-        if len(values) == 2:
-            by = values[1] - values[0]
-            cells.append(f"{100 * by:+.1f} points" if is_share else f"{by:+.1f}")
+        if len(cells) == 2:
+            before, after = columns.values()
+            cells.append(_change(before, after, metric, is_share))
         table.add_row(label, *cells)
+    return table
+
+
+def benchmarks(results: Mapping[str, Any]) -> Table:
+    """Models on benchmarks: `summary.rows` for a terminal, n in the title of each benchmark."""
+    (_, _, _, *models), *body = summary.rows(results)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    for name in models:
+        table.add_column(Text(name), justify="right")
+    for title, metric, n, *cells in body:
+        if title:
+            table.add_row(Text(f"{title}, n {n}", style="bold"))
+        table.add_row(*map(Text, [metric, *cells]))
     return table
 
 
@@ -158,7 +173,7 @@ def swept(metric: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column(Text(metric.removeprefix("eval/")), justify="right")
     table.add_column("seeds, problems", justify="right")
     for row in rows:
-        chosen = ", ".join(f"{name}={value}" for name, value in row["chosen"].items())
+        chosen = "  ".join(told(row["chosen"]))
         value = Text(row["trouble"]) if row["mean"] is None else _share(row["mean"], row)
         n = f"{row['n']}, {row['problems']}"
         table.add_row(Text(row["variant"]), Text(chosen), value, n)
@@ -182,14 +197,30 @@ def show(what: Any, *, wrap: bool = True) -> None:
 
 
 def _sampled(columns: Mapping[str, Mapping[str, float]]) -> list[str]:
-    names = [name for metrics in columns.values() for name in metrics if "avg@" in name]
+    kinds = ("eval/avg@", "eval/pass@", "eval/maj@")
+    names = [name for metrics in columns.values() for name in metrics if name.startswith(kinds)]
     return [name for name in dict.fromkeys(names) if not name.endswith(("_low", "_high"))]
+
+
+def _change(
+    before: Mapping[str, float], after: Mapping[str, float], name: str, is_share: bool
+) -> str:
+    """The difference; its interval takes the two as independent, which is on the safe side."""
+    by = after[name] - before[name]
+    if not is_share:
+        return f"{by:+.1f}"
+    ends = [m.get(f"{name}{end}") for m in (before, after) for end in ("_low", "_high")]
+    if None in ends:
+        return f"{100 * by:+.1f}"
+    old, new = ((m[name], m[f"{name}_low"], m[f"{name}_high"]) for m in (before, after))
+    low, high = independent_difference(old, new)
+    return f"{100 * by:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def _cell(metrics: Mapping[str, float], name: str, is_share: bool) -> str:
     if not is_share:
         return f"{metrics[name]:.1f}"
     text = f"{metrics[name]:.1%}"
-    if f"{name}_low" in metrics:
+    if metrics.get(f"{name}_low") is not None:
         text += f" [{100 * metrics[f'{name}_low']:.1f}, {100 * metrics[f'{name}_high']:.1f}]"
     return text

@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from gspo_jax.compare import over_seeds
 from gspo_jax.experiment import Experiment, Outcome
+from gspo_jax.statistics import over_seeds
 
 
 def ranked(experiment: Experiment, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:

@@ -21,10 +21,11 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from gspo_jax.batch import Problem
 from gspo_jax.errors import ConfigError, DataError
 from gspo_jax.rewards import Answer, Failure, unused
 from gspo_jax.signatures import Batch
@@ -33,7 +34,7 @@ from gspo_jax.stopping import raise_if_asked
 SLICE = 0.1  # seconds between two looks at the clock and at a wish to stop
 GRACE = 1.0  # seconds for an answer to come through, beyond the limit of the call
 START_SECONDS = 600.0  # for importing the module, which may load a model
-LOSSES = 3  # children that one function may lose in one rollout; what is left then fails too
+LOSSES = 3  # children that a function of the user's may lose in one rollout
 BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from gspo_jax.reward_worker import main; main(*map(int, sys.argv[2:]))"
@@ -195,7 +196,7 @@ class _Running:
 
     def _how_it_ended(self) -> str:
         try:
-            code = self.process.wait(GRACE)
+            code = self.process.wait(5 * GRACE)
         except subprocess.TimeoutExpired:
             return "closed its pipe"
         if code >= 0:
@@ -222,10 +223,14 @@ class Remote:
         number: its place among the child's specs.
         seconds: how long one call may take. A function that takes the whole batch is called once
             per rollout, one that takes a single response once for each.
+        losses: children that it may lose in one rollout; what is left then fails too.
     """
 
-    def __init__(self, child: Child, number: int, loaded: Loaded, seconds: float):
+    def __init__(
+        self, child: Child, number: int, loaded: Loaded, seconds: float, *, losses: int = LOSSES
+    ):
         self.child, self.number, self.loaded, self.seconds = child, number, loaded, seconds
+        self.losses = losses
 
     def answers_of_child(self, name: str, batch: Batch) -> Iterator[Answer]:
         """As `rewards.answers`, in the order in which they come; logs into `batch`."""
@@ -243,9 +248,31 @@ class Remote:
                     yield answer
             except Lost as error:
                 lost += 1
-                count = 1 if self.loaded.one_by_one and lost < LOSSES else len(left)
+                count = 1 if self.loaded.one_by_one and lost < self.losses else len(left)
                 yield Answer(left[:count], [0.0] * count, Failure(str(error)))
                 left = left[count:]
+
+
+def judge(
+    spec: str, *, seconds: float, memory: int, losses: int
+) -> Callable[[Sequence[Problem], Sequence[str]], tuple[list[float], int]]:
+    """A function of this library that scores one response, in a child that starts when needed.
+
+    Returns:
+        (problems, texts) -> the score of each, 0 where the child was lost, and how many those are.
+    """
+    name = spec.rpartition(":")[2]
+    remote = Remote(Child([spec], memory=memory), 0, Loaded(name, True), seconds, losses=losses)
+
+    def ask(problems: Sequence[Problem], texts: Sequence[str]) -> tuple[list[float], int]:
+        scores, lost = dict.fromkeys(range(len(texts)), 0.0), 0
+        batch = Batch.of(problems, texts, [[]] * len(texts), None)
+        for rows, values, failure in remote.answers_of_child(name, batch):
+            scores |= zip(rows, values, strict=True)
+            lost += len(rows) if failure else 0
+        return list(scores.values()), lost
+
+    return ask
 
 
 def load_remote(specs: Sequence[str], *, seconds: float, memory: float = 0.0) -> dict[str, Remote]:

@@ -20,8 +20,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from gspo_jax.figures import BLUE, GREEN, GREY, ORANGE, RED, STYLE
 from gspo_jax.losses import LOSSES, RATIO, kl
-from gspo_jax.report import BLUE, GREEN, GREY, ORANGE, RED, STYLE
 
 OUT = Path(__file__).parent.parent / "docs" / "images"
 SVG: dict[Any, Any] = {

@@ -10,38 +10,41 @@ import gspo_jax
 PACKAGE = Path(gspo_jax.__file__).parent
 
 LAYERS = [
-    {"errors", "batch", "masked", "console", "sandbox", "stopping", "tasks.units"}
+    {"errors", "batch", "masked", "console", "sandbox", "stopping", "tasks.units", "statistics"}
+    | {"arguments"}
     | {"tasks.zebra_words", "tasks.zebra_solve"},
-    {"distributed", "jsonl", "tasks.verify"},
+    {"distributed", "jsonl", "tasks.verify", "summary"},
     {"models.fields", "models.init", "penalties", "mismatch", "advantages", "logps", "quant"}
-    | {"sharding", "chat_template", "tasks.task", "tasks.zebra_score", "integrity"},
+    | {"sharding", "chat_template", "tasks.task", "tasks.zebra_score", "integrity", "run_files"},
     {"losses", "models.attention", "models.linear", "models.cache", "models.files", "optim"}
-    | {"models.rope", "signatures", "tasks.draw", "tasks.mixture", "tasks.sources", "report"}
-    | {"checkpoint", "metrics"},
-    {"models.config", "tasks.data", "tasks.math", "tasks.zebra", "tasks.reasoning", "tokenizer"}
+    | {"models.rope", "signatures", "tasks.draw", "tasks.mixture", "tasks.sources"}
+    | {"checkpoint", "metrics", "figures", "page", "follow", "advice"},
+    {"models.config", "tasks.math", "tasks.zebra", "tasks.reasoning", "tokenizer"}
     | {"tasks.countdown", "tasks.knights", "rewards"},
-    {"models.moe", "models.remat", "workers"},
-    {"models.qwen", "reward_worker"},
-    {"models.hf"},
+    {"models.moe", "models.remat", "workers", "report", "comparison", "snapshot"},
+    {"models.qwen", "reward_worker", "monitor", "terminal", "tasks.gym", "tasks.math_verify"},
+    {"models.hf", "tasks.data", "tasks.latex", "tasks.gym_judge"},
     {"tasks.published"},
     {"models", "tasks", "generate"},
     {"settings", "rollout", "objective", "microbatch"},
-    {"update"},
+    {"update", "continuations"},
     {"checks", "critic"},
     {"config"},
     {"policy", "model_card", "experiment"},
-    {"evaluate", "memory", "costs", "resume", "export", "state"} | {"compare"},
-    {"run", "sweep"},
+    {"evaluate", "memory", "costs", "resume", "export", "state", "saved", "compare", "harness"},
+    {"run", "sweep", "benchmark"},
     {"train"},
     {"sft", "programs", "replay", "trainer"},
-    {"plan", "shardings"},
+    {"plan", "shardings", "doctor"},
     {"story"},
     {"cli"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PURE = {"losses", "penalties", "mismatch", "advantages", "logps", "quant", "masked"}
-FILES_ONLY = {"report", "metrics", "console", "jsonl", "errors", "cli", "integrity"}
+FILES_ONLY = {"report", "comparison", "page", "figures", "run_files", "metrics", "console"}
+FILES_ONLY |= {"jsonl", "errors", "cli", "integrity", "statistics", "summary", "arguments"}
+FILES_ONLY |= {"monitor", "terminal", "snapshot", "advice", "follow"}
 
 
 def module_name(path: Path) -> str:

@@ -1,5 +1,6 @@
 """The command line: what is parsed, what is printed, and with which exit code it ends."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import gspo_jax.benchmark
 import gspo_jax.evaluate
 import gspo_jax.run
 import gspo_jax.sft
@@ -36,6 +38,7 @@ BEFORE = {
     "eval/mean_length": 20.0,
 }
 AFTER = BEFORE | {"eval/avg@8": 0.725, "eval/greedy": 0.75, "eval/mean_length": 18.5}
+AFTER |= {"eval/avg@8_low": 0.70, "eval/avg@8_high": 0.748}
 
 
 @pytest.fixture
@@ -131,11 +134,21 @@ def test_help_comes_without_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "train", "sft", "eval", "plan", "export", "report"):
+    for command in (
+        "demo",
+        "train",
+        "sft",
+        "eval",
+        "plan",
+        "export",
+        "report",
+        "monitor",
+        "doctor",
+    ):
         assert f"    {command} " in done.stdout
 
 
-@pytest.mark.parametrize("name", ["train.py", "export_hf.py"])
+@pytest.mark.parametrize("name", ["train.py", "export_hf.py", "monitor.py"])
 def test_scripts_are_the_commands(name):
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / name), "--help"],
@@ -143,7 +156,7 @@ def test_scripts_are_the_commands(name):
         text=True,
         timeout=60,
     )
-    command = {"train.py": "train", "export_hf.py": "export"}[name]
+    command = {"train.py": "train", "export_hf.py": "export", "monitor.py": "monitor"}[name]
     assert done.returncode == 0 and done.stdout.startswith(f"usage: gspo-jax {command} ")
 
 
@@ -271,10 +284,11 @@ def test_the_demo_is_its_config_with_a_story_around_it(trained, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "The loss reads about 0 all the while" in out
     assert "is wider than the paper's 0.0003/0.0004" in out
-    # 72.5 - 30 = 42.5 points, intervals beside the values
-    assert "avg@8 accuracy 30.0% [28.0, 32.0] 72.5% [28.0, 32.0] +42.5 points" in out
-    assert "512 held-out problems before after change" in out
-    assert "mean length, tokens 20.0 18.5 -1.5" in out
+    # 72.5 - 30 = 42.5 points, intervals beside the values; for the change the ends' distances from
+    # the values add in squares: hypot(2, 2.5) below, hypot(2.3, 2) above
+    assert "avg@8 accuracy 30.0% [28.0, 32.0] 72.5% [70.0, 74.8] +42.5 [+39.3, +45.5]" in out
+    assert "512 held out before after change" in out
+    assert "length in tokens 20.0 18.5 -1.5" in out
     assert out.count(" gspo-jax ") == 3  # what to try next
 
 
@@ -317,7 +331,7 @@ def test_eval_measures_an_export_as_its_run_did(monkeypatch, capsys, tmp_path):
     (config,) = seen
     assert (config.model.path, config.model.init) == (str(export), "pretrained")
     assert (config.rollout.max_completion_length, config.eval.samples) == (32, 4)
-    assert "72.5% [28.0, 32.0]" in capsys.readouterr().out
+    assert "72.5% [70.0, 74.8]" in capsys.readouterr().out
 
 
 def test_eval_of_a_plain_directory_takes_the_defaults(monkeypatch, tmp_path):
@@ -330,6 +344,53 @@ def test_eval_of_a_plain_directory_takes_the_defaults(monkeypatch, tmp_path):
     assert main(["eval", str(tmp_path / "nope")]) == 3
 
 
+@pytest.fixture
+def measured(monkeypatch):
+    """Puts a stand-in for `benchmark.run` in place, and collects what it is called with."""
+    calls = []
+
+    def run(config, models, asked, out, say):
+        calls.append((config, models, asked, str(out)))
+        return {"scores": {}, "missing": {}}
+
+    monkeypatch.setattr(gspo_jax.benchmark, "run", run)
+    return calls
+
+
+def test_eval_of_several_models_asks_them_the_task_of_the_last_run(measured, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "export").mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text(f"task: {{max_prompt_length: 3{ord(name)}}}\n")
+    models = ["demo", str(tmp_path / "a" / "export"), str(tmp_path / "b" / "export")]
+    assert main(["eval", *models, "eval.samples=2"]) == 0
+    ((config, names, asked, out),) = measured
+    assert (names, asked, out) == (models, None, "runs/eval")
+    assert (config.task.max_prompt_length, config.eval.samples) == (398, 2)
+
+
+def test_eval_on_benchmarks_asks_all_problems_of_any_length_or_as_many_as_set(measured):
+    line = ["eval", "demo", "--benchmarks", "custom,math", "--out", "x"]
+    assert main(line) == 0 and main([*line, "eval.problems=9", "task.max_prompt_length=99"]) == 0
+    (all_of_them, _, asked, out), (few, *_) = measured
+    assert (list(asked), out) == (["custom", "math"], "x")
+    assert (all_of_them.eval.problems, few.eval.problems) == (gspo_jax.benchmark.ALL, 9)
+    assert (all_of_them.task.max_prompt_length, few.task.max_prompt_length) == (10**9, 99)
+    assert main(["eval", "demo", "--benchmarks", "math,zebar"]) == 2
+
+
+def test_the_benchmark_script_is_eval_with_short_names(measured, tmp_path):
+    spec = importlib.util.spec_from_file_location("script", ROOT / "scripts" / "benchmark.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    line = ["--model_path", str(tmp_path), "--base", "demo", "--samples", "0", "--limit", "7"]
+    line += ["mesh.data=1", "--max_new_tokens", "9", "--out", "y"]
+    assert main(script.command(line)) == 0
+    ((config, names, asked, out),) = measured
+    assert (names, list(asked), out) == (["demo", str(tmp_path)], ["zebra", "math", "custom"], "y")
+    assert (config.eval.samples, config.eval.problems, config.mesh.data) == (0, 7, 1)
+    assert config.rollout.max_completion_length == 9
+
+
 def test_export_goes_beside_the_run_or_where_it_is_told(monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(gspo_jax.run, "export", lambda run, out: calls.append((run, out)) or out)
@@ -338,13 +399,14 @@ def test_export_goes_beside_the_run_or_where_it_is_told(monkeypatch, capsys):
     assert capsys.readouterr().out.split() == ["runs/x/export", "out"]
 
 
-def test_report_draws_every_run_that_it_is_given(capsys, tmp_path):
+def test_report_writes_one_page_of_all_runs_that_it_is_given(capsys, tmp_path):
     runs = [tmp_path / name for name in ("a", "b")]
     for run in runs:
         run.mkdir()
         (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "reward": 0.5}) + "\n")
     assert main(["report", *map(str, runs)]) == 0
-    pictures = [run / "plots" / "dynamics.png" for run in runs]
-    assert capsys.readouterr().out.split() == [str(p) for p in pictures]
-    assert all(p.is_file() for p in pictures)
+    assert main(["report", str(runs[0]), "--out", str(tmp_path / "x")]) == 0
+    pages = [tmp_path / "report" / "report.html", tmp_path / "x" / "report.html"]
+    assert capsys.readouterr().out.split() == [str(p) for p in pages]
+    assert all(p.is_file() for p in pages)
     assert main(["report", str(tmp_path / "nope")]) == 3

@@ -31,7 +31,7 @@ def test_every_task_has_its_row_and_every_made_up_one_its_example():
     table = PAGE.split("\n\n")[2]
     assert table.startswith("| `task.name`")
     assert set(re.findall(r"`([a-z0-9-]+)`[,\]]", table)) == set(TASKS)
-    assert len(SHOWN) == len(set(TASKS) - set(PUBLISHED) - {"mixture"})
+    assert len(SHOWN) == len(set(TASKS) - set(PUBLISHED) - {"mixture", "gym"})
     for name, spec in PUBLISHED.items():
         row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |"))
         assert spec.hub in row and all(hub.partition(":")[0] in row for hub in spec.also)
@@ -47,12 +47,21 @@ def test_options_on_the_page_exist():
         assert named <= taken | columns
 
 
-def test_the_mixture_on_the_page_is_a_config(tmp_path):
-    (text,) = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.M | re.S)
-    path = tmp_path / "mixture.yaml"
-    path.write_text(text)
-    assert load_config(path).task.options == yaml.safe_load(text)["task"]["options"]
+def test_the_tasks_in_yaml_on_the_page_are_configs(tmp_path):
+    texts = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.M | re.S)
+    assert [yaml.safe_load(text)["task"]["name"] for text in texts] == ["gym", "mixture"]
+    for text in texts:
+        path = tmp_path / "task.yaml"
+        path.write_text(text)
+        assert load_config(path).task.options == yaml.safe_load(text)["task"]["options"]
+
+
+def test_the_curriculum_and_the_checker_on_the_page_are_settings():
     assert load_config(None, ["task.curriculum={easy: 0, medium: 0.3, hard: 0.6}"]).task.curriculum
+    checker = "task.options.checker=math-verify"
+    assert checker in PAGE
+    for where in ("task.name=math500", "task.path=rows.jsonl"):
+        assert load_config(None, [where, checker]).task.options == {"checker": "math-verify"}
 
 
 def test_links_and_anchors_lead_somewhere():

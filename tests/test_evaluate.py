@@ -1,30 +1,14 @@
 """Scores carry n and an interval, and truncated or blank answers are counted."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
 
 from gspo_jax.batch import Problem
-from gspo_jax.evaluate import evaluate, mean_interval, wilson
+from gspo_jax.evaluate import evaluate, responses
 from gspo_jax.tokenizer import load_tokenizer
-
-
-@pytest.mark.parametrize(
-    ("successes", "n", "low", "high"),
-    # Independent values: Newcombe (1998), Table I, and the closed form at 0 of n: z²/(n + z²).
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)],
-)
-def test_wilson_interval_against_published_values(successes, n, low, high):
-    assert wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
-
-
-def test_samples_of_one_problem_do_not_count_as_independent():
-    """Four problems, each always right or always wrong: n is 4, however many samples."""
-    once = np.array([[1.0], [0.0], [1.0], [1.0]])
-    often = np.repeat(once, 100, axis=1)
-    assert mean_interval(often) == pytest.approx(mean_interval(once))
-    # mean 0.75, sample deviation 0.5, half width 1.96 * 0.5 / 2 = 0.49
-    assert mean_interval(once) == pytest.approx((0.26, 1.24), abs=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +21,12 @@ def measure(tiny_dir):
     problems = [Problem(str(i), f"Say {i}") for i in range(5)]
 
     def by_length(problems, texts, ids):
-        reward = np.array([len(i) % 2 for i in ids], np.float32)
+        reward = np.array([len(i) % 2 if len(i) > 1 else np.nan for i in ids], np.float32)
         return {"odd": reward}, reward, {}
 
-    def run(**options):
-        return evaluate(
-            view,
-            tokenizer,
-            problems,
-            by_length,
-            temperature=1.0,
-            max_new_tokens=6,
-            key=jax.random.key(3),
-            **options,
-        )
+    def run(function=evaluate, **options):
+        asked = partial(function, view, tokenizer, problems, by_length)
+        return asked(temperature=1.0, max_new_tokens=6, key=jax.random.key(3), **options)
 
     return run
 
@@ -65,9 +41,37 @@ def test_a_model_that_rambles_is_reported_as_truncated_and_without_answer(measur
     assert result["eval/truncated"] > 0.5
     assert result["eval/no_answer"] == 1.0
     assert 0 < result["eval/mean_length"] <= 6
-    for name in ("eval/greedy", "eval/avg@2"):
+    for name in ("eval/greedy", "eval/avg@2", "eval/pass@2", "eval/maj@2"):
         assert result[f"{name}_low"] <= result[name] <= result[f"{name}_high"]
+    assert result["eval/maj@2"] == 0  # nobody could vote
+    assert result["eval/pass@2"] >= result["eval/avg@2"]
 
 
 def test_without_samples_only_greedy_is_measured(measure):
-    assert not any("avg@" in name for name in measure(samples=0, batch=5))
+    names = set(measure(samples=0, batch=5))
+    shares = ("eval/truncated", "eval/no_answer", "eval/not_scored", "eval/mean_length")
+    assert names == {"eval/n", "eval/greedy", "eval/greedy_low", "eval/greedy_high", *shares}
+
+
+def test_a_record_says_what_was_answered_and_how_it_was_scored(measure):
+    made = list(measure(responses, samples=2, batch=2, answer_in=lambda p, text: text[:1] or None))
+    assert [len(rows) for rows in made] == [4, 4, 2]
+    everything = [record for rows in made for record in rows]
+    assert [(r["index"], r["sample"]) for r in everything] == [
+        (i, s) for i in range(5) for s in (1, 2)
+    ]
+    for r in everything:
+        assert r["id"] == str(r["index"]) and r["answer"] == (r["text"][:1] or None)
+        assert r["score"] == (r["tokens"] % 2 if r["tokens"] > 1 else None)
+        assert r["truncated"] <= (r["tokens"] == 6)
+    (greedy,) = measure(responses, samples=0, batch=5)
+    assert [r["sample"] for r in greedy] == [0] * 5
+    result = measure(samples=2, batch=2)
+    assert result["eval/avg@2"] == pytest.approx(np.mean([r["score"] or 0 for r in everything]))
+    assert result["eval/not_scored"] == np.mean([r["score"] is None for r in everything])
+    assert result["eval/mean_length"] == np.mean([r["tokens"] for r in everything])
+
+
+def test_what_is_begun_later_is_the_rest_of_the_same(measure):
+    whole, rest = (list(measure(responses, samples=2, batch=2, start=n)) for n in (0, 2))
+    assert rest == whole[1:]

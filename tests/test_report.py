@@ -1,164 +1,222 @@
-"""The picture of a run, from its metrics.jsonl."""
+"""The page of a run says what its files say, whatever they say."""
 
 import json
 import subprocess
 import sys
 
 import pytest
-from matplotlib import pyplot as plt
+from page_cases import HOSTILE, ROWS, Tables, check_inert, measured
 from PIL import Image
 
-from gspo_jax import report
-from gspo_jax.errors import DataError
-from gspo_jax.report import draw, dynamics, read_metrics
+from gspo_jax import figures
+from gspo_jax.errors import DataError, StorageError
+from gspo_jax.report import dynamics, report
+
+CONFIG = """
+model: {{path: {model}}}
+task: {{name: arithmetic, path: null}}
+rollout: {{prompts: 16, group_size: 8}}
+algo:
+  loss: {{name: {loss}, clip_low: 0.003}}
+  minibatches: 4
+run: {{steps: 10, seed: {seed}}}
+"""
+TIMES = {"step_time": 2.0, "time/generate": 0.5, "time/update": 1.5, "compile_time": 3.0}
 
 
-def row(step, **more):
-    return {
-        "step": step,
-        "updates": 4 * step,
-        "reward": 0.3 + 0.01 * step,
-        "clip_frac_low": 0.1,
-        "clip_frac_high": 0.15,
-        "ratio_q05": 0.99,
-        "ratio_q50": 1.0,
-        "ratio_q95": 1.02,
-        "entropy": 0.5,
-        "completions/mean_length": 18.0,
-        "completions/min_length": 12,
-        "completions/max_length": 30,
-        "completions/clipped_ratio": 0.02,
-        "grad_norm": 0.8,
-        **more,
+def write_run(home, *, loss="gspo", seed=0, model="demo", last=0.7, tail=""):
+    home.mkdir(parents=True)
+    rows = [*ROWS[:-1], {**ROWS[-1], **measured(last), "num_tokens": 586_282}]
+    rows = [{**r, **TIMES} if r["step"] else r for r in rows]
+    (home / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + tail)
+    config = CONFIG.format(loss=loss, seed=seed, model=json.dumps(model))
+    (home / "config.yaml").write_text(config)
+    status = {"state": "finished", "step": 10, "of": 10, "updated": "2026-11-23T02:09:51+00:00"}
+    (home / "status.json").write_text(json.dumps(status))
+    env = {
+        "command": ["gspo-jax", "train", model],
+        "started": "2026-11-23T02:08:32+00:00",
+        "versions": {"jax": "0.10.2", "flax": "0.12.8"},
+        "commit": "608e4aa2",
+        "devices": ["cpu:0", "cpu:1"],
     }
+    (home / "env.json").write_text(json.dumps(env))
+    samples = [
+        {"step": 9, "prompt": "old", "completion": "old", "reward": 0.0},
+        *(
+            {
+                "step": 10,
+                "prompt": [{"role": "user", "content": f"{k}: {model}"}],
+                "completion": model,
+                "answer": model,
+                "reward": None if k else 0.25,
+                "advantage": -1.5,
+            }
+            for k in range(6)
+        ),
+    ]
+    (home / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples) + tail)
+    (home / "warnings.log").write_text(f"2026-11-23 a reward failed\n{model}\n")
+    return home
 
 
-def measured(greedy):
-    return {
-        "eval/greedy": greedy,
-        "eval/greedy_low": greedy - 0.03,
-        "eval/greedy_high": greedy + 0.05,
-        "eval/avg@8": greedy - 0.1,
-        "eval/avg@8_low": greedy - 0.12,
-        "eval/avg@8_high": greedy - 0.09,
-    }
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
 
 
-ROWS = [{"step": 0, **measured(0.4)}, *map(row, range(1, 10)), row(10, **measured(0.7))]
+@pytest.fixture(scope="module")
+def hostile_run(home):
+    return write_run(home / "a<b>'\"&", model=HOSTILE, tail='{"step": 11, "rew')
 
 
-def write(run, rows, tail=""):
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + tail)
-    return run
+@pytest.fixture(scope="module")
+def page(hostile_run):
+    """As the command writes it, which needs no JAX."""
+    code = (
+        "import sys; from gspo_jax.cli import main\n"
+        "code = main(['report', sys.argv[1]])\n"
+        "import gspo_jax.comparison\n"
+        "sys.exit(code or ('jax' in sys.modules) * 9)"
+    )
+    call = [sys.executable, "-c", code, str(hostile_run)]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    path = hostile_run / "plots" / "report.html"
+    assert done.stdout.strip() == str(path)
+    return path.read_text()
 
 
-@pytest.fixture
-def panels(monkeypatch):
-    """Draws rows and returns the axes by their titles."""
-    drawn = []
-    monkeypatch.setattr(report.plt, "close", drawn.append)
-
-    def of(rows, tmp_path):
-        draw(rows, tmp_path / "x.png")
-        return {axis.get_title("left"): axis for axis in drawn[-1].axes}
-
-    yield of
-    monkeypatch.undo()
-    plt.close("all")
+@pytest.fixture(scope="module")
+def of_two(home):
+    runs = [write_run(home / "gspo"), write_run(home / "grpo", loss="grpo", seed=1, last=0.5)]
+    with pytest.MonkeyPatch.context() as patch:  # that takes a second, and is tested elsewhere
+        patch.setattr(figures, "write", lambda panels, path, title: path)
+        path = report(runs)
+    assert path == home / "report" / "report.html"
+    return path.read_text()
 
 
-def line(axis, label):
-    (found,) = (x for x in axis.get_lines() if x.get_label() == label)
-    return list(found.get_xdata()), list(found.get_ydata())
+def test_everything_that_came_from_a_model_or_a_path_is_inert(page):
+    found = check_inert(page)
+    # config, command, samples (prompt, response, gold answer), warnings: as text.
+    assert found.text.count("<img src=x onerror=alert(1)>") >= 10
+    assert "a<b>'\"&" in found.text
 
 
-def test_a_run_becomes_a_picture_of_six_labelled_panels(tmp_path, panels):
-    axes = panels(ROWS, tmp_path)
-    titles = {"Reward", "Clipped", "Importance ratio", "Entropy", "Response length"}
-    assert set(axes) - {""} == titles | {"Gradient norm"}  # "" is the second scale of a panel
-    for title in set(axes) - {""}:
-        assert axes[title].get_xlabel() == "optimizer updates"
-        assert axes[title].get_ylabel()
+def test_the_result_has_n_and_intervals_and_the_numbers_of_the_file(page):
+    table = next(t for t in Tables(page).tables if t[0][0] == "held-out")
+    assert table[0] == ["held-out", "step 0, n = 64", "step 10, n = 64", "change, points"]
+    rows = {cells[0]: cells[1:] for cells in table}
+    # ROWS: greedy 0.4 then 0.7, from 0.03 below to 0.05 above
+    # low: 30 - √(3² + 5²) = 24.2; high: 30 + √(5² + 3²) = 35.8
+    assert rows["greedy accuracy"] == [
+        "40.0 % [37.0, 45.0]",
+        "70.0 % [67.0, 75.0]",
+        "+30.0 [+24.2, +35.8]",
+    ]
+    assert set(rows) == {"held-out", "greedy accuracy", "avg@8 accuracy"}
 
 
-def test_curves_lie_at_their_number_of_updates(tmp_path, panels):
-    axes = panels(ROWS, tmp_path)
-    x, y = line(axes["Clipped"], "above 1 + ε_high")
-    assert x == [4 * step for step in range(1, 11)]
-    assert y == pytest.approx([0.15] * 10)
-    assert line(axes["Importance ratio"], "median")[1] == [1.0] * 10
+def test_the_page_says_what_was_run_and_how_it_ended(page):
+    text = check_inert(page).text
+    assert "finished, step 10 of 10, 1:19 after its last start on 2026-11-23 at 02:08 UTC." in text
+    (what,) = (dict(t) for t in Tables(page).tables if t[0][0] == "loss")
+    assert what["loss"] == "gspo, clip_low 0.003"
+    assert what["task"] == "arithmetic"
+    assert what["each step"] == "16 prompts, 8 responses to each, 4 minibatches"
+    assert what["tokens"] == "586,282" and what["seed"] == "0"
+    assert what["devices"] == "2: cpu:0, cpu:1"
+    assert what["versions"] == "jax 0.10.2, flax 0.12.8" and what["commit"] == "608e4aa2"
 
 
-def test_evaluations_are_points_with_their_intervals(tmp_path, panels):
-    axis = panels(ROWS, tmp_path)["Reward"]
-    by_label = {container.get_label(): container for container in axis.containers}
-    assert set(by_label) == {"held-out avg@8", "held-out greedy"}
-    points, _, (bars,) = by_label["held-out greedy"]
-    assert list(points.get_xdata()) == [0, 40] and list(points.get_ydata()) == [0.4, 0.7]
-    # from greedy - 0.03 to greedy + 0.05
-    assert bars.get_segments()[1][:, 1] == pytest.approx([0.67, 0.75])
+def test_the_page_says_where_the_time_went(page):
+    (table,) = (t for t in Tables(page).tables if t[0][1] == "seconds, median")
+    assert table[1:] == [
+        ["a step", "2.0000", "100.0 %"],
+        ["sampling", "0.5000", "25.0 %"],
+        ["updates: gradients", "1.5000", "75.0 %"],
+    ]
+    assert "it took 30.0 s" in page  # ten steps of 3 s
 
 
-def test_a_run_without_updates_recorded_is_drawn_against_its_steps(tmp_path, panels):
-    rows = [{"step": s, "loss": 1.0 / s, "entropy": 0.5, "grad_norm": 1.0} for s in range(1, 6)]
-    axes = panels(rows, tmp_path)
-    assert list(axes["Gradient norm"].get_lines()[0].get_xdata()) == [1, 2, 3, 4, 5]
-    assert [text.get_text() for text in axes["Clipped"].texts] == ["not recorded"]
+def test_the_newest_samples_stand_with_reward_and_advantage(page):
+    text = check_inert(page).text
+    assert "Step 10: reward 0.25, advantage -1.5" in text
+    assert "Step 10: reward –, advantage -1.5" in text  # not scored
+    assert "user: 3: </script>" in text and "Step 9" not in text
 
 
-def test_torn_lines_and_foreign_ones_are_left_out(tmp_path):
-    run = write(tmp_path / "run", ROWS, tail='[1]\n{"no": "step"}\n\x00\n{"step": 11, "rew')
-    assert [r["step"] for r in read_metrics(run)] == list(range(11))
-
-
-def test_a_step_that_stands_twice_counts_once_with_its_last_line(tmp_path):
-    run = write(tmp_path / "run", [row(1, reward=0.5), row(2), row(1, reward=0.75)])
-    assert [(r["step"], r["reward"]) for r in read_metrics(run)] == [(1, 0.75), (2, 0.32)]
-
-
-def test_null_values_leave_gaps_and_no_error(tmp_path):
-    run = write(tmp_path / "run", [row(1), row(2, ratio_q95=None, grad_norm=None), row(3)])
-    assert dynamics(run).is_file()
-
-
-def test_the_picture_is_replaced_whole_and_large_enough_to_read(tmp_path):
-    run = write(tmp_path / "run", ROWS)
-    path = dynamics(run)
-    assert path == run / "plots" / "dynamics.png"
-    assert dynamics(run / "metrics.jsonl") == path  # either may be named
-    assert [p.name for p in path.parent.iterdir()] == ["dynamics.png"]
-    with Image.open(path) as image:
+def test_the_figure_has_every_panel_inline_and_as_files(page, hostile_run):
+    assert page.count('role="img"') == 9
+    assert sorted(p.name for p in (hostile_run / "plots").iterdir()) == [
+        "dynamics.png",
+        "dynamics.svg",
+        "report.html",
+    ]
+    with Image.open(hostile_run / "plots" / "dynamics.png") as image:
         assert image.width >= 1200 and image.height >= 600
 
 
-def test_a_long_run_is_thinned_and_keeps_every_evaluation(tmp_path, panels, monkeypatch):
-    monkeypatch.setattr(report, "MOST_POINTS", 100)
-    rows = [row(s, **(measured(0.5) if s % 333 == 0 else {})) for s in range(1, 1001)]
-    axes = panels(rows, tmp_path)
-    assert len(axes["Entropy"].get_lines()[0].get_xdata()) == 100
-    assert len(axes["Reward"].containers[0][0].get_xdata()) == 3
+def test_a_run_of_metrics_alone_has_a_page(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "reward": NaN, "eval/greedy": 0.5, "step_time": NaN, "clip_frac": "x"}\n'
+    )
+    text = report([tmp_path / "metrics.jsonl"], tmp_path / "out").read_text()
+    assert "state unknown, step 1." in text
+    # An accuracy without n and interval is not shown.
+    assert "No held-out evaluation with an interval" in text and "50.0" not in text
+    assert sorted(p.name for p in (tmp_path / "out").iterdir())[0] == "dynamics.png"
 
 
-@pytest.mark.parametrize("content", [None, "", '{"step": 1, "re'])
-def test_a_run_without_metrics_is_told_in_one_line(tmp_path, content):
-    if content is not None:
-        (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises(
-        DataError, match=r"metrics\.jsonl: (holds no step yet|No such file)"
-    ) as error:
+def test_several_runs_stand_in_one_table_with_n_and_intervals(of_two):
+    check_inert(of_two)
+    table = next(t for t in Tables(of_two).tables if t[0][0] == "run")
+    assert table[0][:5] == ["run", "state", "steps", "tokens", "n"]
+    at = table[0].index("greedy")
+    cells = {row[0]: row[at : at + 2] for row in table[1:]}
+    assert cells == {
+        "gspo": ["70.0 % [67.0, 75.0]", "+30.0 [+24.2, +35.8]"],
+        "grpo": ["50.0 % [47.0, 55.0]", "+10.0 [+4.2, +15.8]"],
+    }
+    assert [row[4] for row in table[1:]] == ["64", "64"]
+
+
+def test_several_runs_are_told_apart_by_their_settings(of_two):
+    table = next(t for t in Tables(of_two).tables if t[0][0] == "setting")
+    assert table == [
+        ["setting", "gspo", "grpo"],
+        ["algo.loss.name", "gspo", "grpo"],
+        ["run.seed", "0", "1"],
+    ]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(home, of_two, monkeypatch, tmp_path):
+    monkeypatch.setattr(figures, "svg", lambda panel: "<svg/>")
+    monkeypatch.setattr(figures, "write", lambda panels, path, title: path)
+    other = write_run(tmp_path / "gspo")
+    text = report([home / "gspo", other, home / "gspo"], tmp_path / "out").read_text()
+    table = next(t for t in Tables(text).tables if t[0][0] == "run")
+    assert [cells[0] for cells in table[1:]] == [str(home / "gspo"), str(other)]
+
+
+def test_the_picture_is_replaced_whole(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+    path = dynamics(tmp_path)
+    assert path == tmp_path / "plots" / "dynamics.png"
+    assert dynamics(tmp_path / "metrics.jsonl") == path  # either may be named
+    assert [p.name for p in path.parent.iterdir()] == ["dynamics.png"]
+
+
+def test_a_run_that_cannot_be_drawn_is_an_error_or_a_warning(tmp_path):
+    with pytest.raises(DataError, match="No such file"):
         dynamics(tmp_path)
-    assert "\n" not in str(error.value)
+    said = []
+    dynamics(tmp_path, said.append)
+    assert len(said) == 1 and said[0].startswith("warning: ")
 
 
-def test_drawing_never_imports_jax(tmp_path):
-    run = write(tmp_path / "run", ROWS)
-    code = (
-        "import sys; from gspo_jax.cli import main; code = main(['report', sys.argv[1]])\n"
-        "sys.exit(code or ('jax' in sys.modules) * 9)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(run)], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(run / "plots" / "dynamics.png")
+def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path, hostile_run):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be written"):
+        report([hostile_run], tmp_path / "file" / "out")

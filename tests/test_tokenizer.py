@@ -17,7 +17,7 @@ from gspo_jax.tasks import load_task
 from gspo_jax.tokenizer import load_tokenizer
 
 DEMO = Path(gspo_jax.__file__).parent / "assets" / "demo"
-SCRIPT = Path(__file__).parents[1] / "scripts" / "train_demo_tokenizer.py"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "make_tiny_model.py"
 PAD, START, END = 293, 294, 295  # of the demo
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -59,10 +59,10 @@ def test_the_demo_directory_is_consistent(demo):
 
 
 def test_the_demo_tokenizer_is_what_its_recipe_makes(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("train_demo_tokenizer", SCRIPT)
+    spec = importlib.util.spec_from_file_location("make_tiny_model", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    monkeypatch.setattr(sys, "argv", ["", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["", "demo", str(tmp_path)])
     script.main()
     made = json.loads((tmp_path / "tokenizer.json").read_text())
     ours = json.loads((DEMO / "tokenizer.json").read_text())

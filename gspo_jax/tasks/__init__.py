@@ -9,6 +9,7 @@ from gspo_jax.errors import ConfigError
 from gspo_jax.tasks.countdown import countdown_numbers
 from gspo_jax.tasks.data import user_data
 from gspo_jax.tasks.draw import chosen_sizes
+from gspo_jax.tasks.gym import reasoning_gym
 from gspo_jax.tasks.knights import knights_and_knaves
 from gspo_jax.tasks.math import arithmetic
 from gspo_jax.tasks.mixture import Part, mix, parsed_parts
@@ -87,6 +88,7 @@ def mixture_of(
 TASKS: dict[str, Callable[..., Task]] = {
     "arithmetic": arithmetic,
     "countdown": countdown_numbers,
+    "gym": reasoning_gym,
     "knights": knights_and_knaves,
     "mixture": mixture_of,
     "reasoning": reasoning_mix,

@@ -19,9 +19,10 @@ from typing import Any
 
 from gspo_jax.batch import Problem
 from gspo_jax.errors import DataError
+from gspo_jax.tasks.math_verify import reward_of
 from gspo_jax.tasks.sources import SPLIT_NAMES, BadRows, Row, described, read_rows
 from gspo_jax.tasks.task import SPLITS, Task, fingerprint, fraction
-from gspo_jax.tasks.verify import MAX_ANSWER, accuracy, boxed
+from gspo_jax.tasks.verify import MAX_ANSWER, boxed
 
 PROMPT = ("prompt", "messages", "question", "problem", "puzzle")
 ANSWER = ("answer", "solution", "ground_truth", "reward_model.ground_truth")
@@ -36,6 +37,7 @@ def user_data(
     fields: dict[str, str] | None = None,
     max_bad_rows: int = 0,
     split: str | None = None,
+    checker: str = "exact",
 ) -> Task:
     """The task in a data file, a dataset directory, or a dataset of the Hugging Face hub.
 
@@ -53,10 +55,13 @@ def user_data(
             any other; a dotted name reaches into objects. An empty "answer" means there is none.
         max_bad_rows: rows with errors that may be left out; they are counted in a warning.
         split: "train", "val" or "test": what all rows are, whatever the data says.
+        checker: "exact", or "math-verify" for answers that are formulas; see `math_verify`.
 
     Raises:
+        ConfigError: an unknown checker, or one that is not installed.
         DataError: the first error beyond `max_bad_rows`, as file:line:column: what is wrong.
     """
+    reward = reward_of(checker)
     if split is not None and split not in SPLITS:
         raise DataError(f"split={split}: wanted one of {list(SPLITS)}.")
     bad = BadRows(max_bad_rows)
@@ -90,7 +95,7 @@ def user_data(
         name=Path(path).stem,
         size={split: len(problems[split]) for split in SPLITS},
         problem=lambda split, index: problems[split][index],
-        reward=accuracy,
+        reward=reward,
         warnings=tuple(warnings),
         fingerprint=fingerprint([(split, p.prompt, p.answer, p.columns) for split, p in placed]),
     )

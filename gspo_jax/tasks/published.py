@@ -87,6 +87,7 @@ def mathematics(
     path: str | None = None,
     instruction: str = BOXED,
     max_bad_rows: int = 0,
+    checker: str = "exact",
 ) -> Task:
     """GSM8K, MATH-500 or AIME: the question, the instruction, and the answer that has to be boxed.
 
@@ -95,13 +96,19 @@ def mathematics(
         path: a file, a directory with train.jsonl and test.jsonl, or another hub dataset.
         instruction: what follows each question.
         max_bad_rows: rows with errors that may be left out.
+        checker: "exact", or "math-verify" where answers are formulas, as some of MATH-500 are.
 
     Raises:
         DataError: nothing there, or not what it should be.
+        ConfigError: an unknown checker, or one that is not installed.
     """
     spec, source = PUBLISHED[name], path or PUBLISHED[name].hub
     split = "test" if spec.evaluation else SPLIT_NAMES.get(Path(source).stem)
-    data = _read(name, path, lambda: user_data(source, max_bad_rows=max_bad_rows, split=split))
+
+    def read() -> Task:
+        return user_data(source, max_bad_rows=max_bad_rows, split=split, checker=checker)
+
+    data = _read(name, path, read)
     problems = {
         part: [
             _with_instruction(name, data.problem(part, i), instruction)

@@ -19,7 +19,9 @@ _BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]*)?|\.[0-9]+)"
 _NUMBER = re.compile(rf"([+-]?)({_DECIMAL})(?:/({_DECIMAL}))?")
-_FRAC = re.compile(rf"([+-]?)\\frac\{{({_DECIMAL})\}}\{{({_DECIMAL})\}}")
+_FRAC = re.compile(rf"([+-]?)\\frac\{{(-?{_DECIMAL})\}}\{{({_DECIMAL})\}}")
+_BARE_FRAC = re.compile(r"\\frac\s*(?:([0-9])|\{([^{}]*)\})\s*(?:([0-9])|\{([^{}]*)\})")
+_BARE_ROOT = re.compile(r"\\sqrt\s*([0-9A-Za-z])")
 _SPACING = re.compile(r"\\[,;:! ]|~|\s+")
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}")
 _WITH_UNIT = re.compile(
@@ -99,7 +101,7 @@ def _scores(
     compare: Callable[..., Verdict], prompts: list[Any], completions: list[Any], answer: list[Any]
 ) -> list[float | None]:
     return [
-        None if gold is None else compare(_own_words(prompt, completion), gold).score
+        None if gold is None else compare(own_words(prompt, completion), gold).score
         for prompt, completion, gold in zip(prompts, completions, answer, strict=True)
     ]
 
@@ -128,9 +130,18 @@ def one_box(text: str) -> str | None:
 
 def items(answer: str) -> tuple[str, ...]:
     """The items of a list of words, without case and LaTeX; "and" before one is no part of it."""
-    text = _TEXT.sub(r"\1", _SPACING.sub(" ", answer[:MAX_ANSWER]).replace("$", "")).strip()
-    items = re.split(r" ?, ?(?:and )?| and ", text.removesuffix("."))
+    items = re.split(r" ?, ?(?:and )?| and ", unwrapped(answer[:MAX_ANSWER]).removesuffix("."))
     return tuple(item.strip().casefold() for item in items)
+
+
+def unwrapped(answer: str) -> str:
+    """The words of an answer: without ``\\text{}``, dollars, and more than one space at a time."""
+    return _TEXT.sub(r"\1", _SPACING.sub(" ", answer).replace("$", "")).strip()
+
+
+def braced(answer: str) -> str:
+    """``\\frac43`` and ``\\sqrt2`` with the braces that TeX does not need there."""
+    return _BARE_ROOT.sub(r"\\sqrt{\1}", _BARE_FRAC.sub(r"\\frac{\1\2}{\3\4}", answer))
 
 
 def after_reasoning(text: str) -> str:
@@ -139,7 +150,7 @@ def after_reasoning(text: str) -> str:
     return "" if "<think>" in text else text
 
 
-def _own_words(prompt: Any, completion: Any) -> str:
+def own_words(prompt: Any, completion: Any) -> str:
     """The completion's text, less a word-for-word copy of a prompt that shows a box itself."""
     question, text = (
         turns if isinstance(turns, str) else turns[-1]["content"] for turns in (prompt, completion)
@@ -168,9 +179,10 @@ def _boxes(text: str) -> list[str]:
     return found
 
 
-def _value(answer: str) -> Fraction | str:
-    """What an answer says: a number where it is one, else its text in one spelling."""
-    return _measure(answer)[0]
+def numeric(answer: str) -> Fraction | None:
+    """The exact value of an answer that is written as a number, perhaps with a unit; else None."""
+    value = _measure(answer)[0]
+    return None if isinstance(value, str) else value
 
 
 def _same(one: str, other: str) -> bool:
@@ -182,13 +194,15 @@ def _same(one: str, other: str) -> bool:
 
 
 def _measure(answer: str) -> tuple[Fraction | str, Unit | None]:
-    """`_value`, and the unit that stands after the number, if it is a known one."""
+    """What an answer says: a number, or its text in one spelling; and the unit, if it is known."""
     if len(answer) > MAX_ANSWER:
         return answer, None
     # "5m" may be algebra; "5 m" and "5\\text{m}" are not.
     apart = _LETTER_UNIT.search(answer.strip().strip("$").removesuffix(".")) is None
     text = _SPACING.sub("", answer.replace("\u2212", "-"))
     text = re.sub(r"\\[dt]frac", r"\\frac", re.sub(r"\\(left|right)(?![A-Za-z])", "", text))
+    text = text.replace("{,}", ",")  # a comma without the space that TeX puts after one
+    text = braced(text)
     dollars = "\\$" in text
     text = text.strip("$").removesuffix(".").replace("\\$", "").replace("$", "")
     text = _VARIABLE.sub("", text, count=1) if _VARIABLE.match(text) else text

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from page_cases import check_inert
 from PIL import Image
 from rich.console import Console
 
@@ -21,7 +22,7 @@ from gspo_jax.config import load_config
 from gspo_jax.console import one_line as shown_on_one_line
 from gspo_jax.metrics import RunLog
 from gspo_jax.model_card import stated
-from gspo_jax.report import dynamics, read_metrics
+from gspo_jax.report import dynamics, read_metrics, report
 from gspo_jax.train import train
 
 # ------------------------------------------------------------- 49: what a model may write
@@ -114,7 +115,24 @@ def test_row_49_the_picture_takes_no_name_for_a_formula(tmp_path, name):
     rows = [{"step": k, "reward": 0.5, HOSTILE["image"]: 1.0, "eval/$x$": 2} for k in (1, 2)]
     write_rows(run / "metrics.jsonl", rows)
     with Image.open(dynamics(run)) as image:
-        assert image.width > 1000
+        assert image.width > 400
+
+
+def test_row_49_text_of_a_model_is_inert_in_the_page_of_a_run(tmp_path):
+    """All of them at once: as samples, warnings, settings, and as what the run says of itself."""
+    run = tmp_path / "$x$<b>"
+    run.mkdir()
+    write_rows(run / "metrics.jsonl", [{"step": 1, "reward": 0.5}])
+    texts = list(HOSTILE.values())
+    said = [{"step": k, "prompt": t, "completion": t, "answer": t} for k, t in enumerate(texts)]
+    write_rows(run / "samples.jsonl", said[-6:])
+    (run / "warnings.log").write_text("\n".join(t[:10_000] for t in texts), errors="replace")
+    (run / "config.yaml").write_text(json.dumps({"model": {"path": texts}, texts[0]: texts[1]}))
+    (run / "env.json").write_text(json.dumps({"command": texts, "commit": texts[0]}))
+    (run / "status.json").write_text(json.dumps({"state": texts[1], "of": texts[2]}))
+    text = report([run]).read_text(encoding="utf-8")
+    check_inert(text)
+    assert len(text) < 1_000_000
 
 
 def test_row_49_cutting_comes_before_looking():
@@ -129,7 +147,7 @@ def test_row_49_cutting_comes_before_looking():
 
 
 def test_row_50_a_run_listens_on_no_port(tiny_dir, tmp_path):
-    """There is no page to be exposed yet; this says that nothing else listens either."""
+    """The page is a program of its own (test_live_page.py); nothing else listens or calls."""
     heard, listening = [], [True]
 
     def listen(event, args):

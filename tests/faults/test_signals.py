@@ -196,6 +196,8 @@ def test_row_18_the_checkpoint_before_a_forced_end_is_whole(tiny_dir, tmp_path, 
     given = settings(tiny_dir, tmp_path, "run.save_every=2")
     process = start(given, command=[*DRIVEN, "update", "3", "spin"], TOLD=str(told))
     eventually(told.exists, 120, process)
+    # Saved in the background: on a busy machine it may still be under way.
+    eventually(lambda: checkpoint.steps(tmp_path / "run" / "checkpoints") == [2], 60, process)
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     assert process.poll() is None

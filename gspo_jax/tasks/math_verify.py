@@ -1,0 +1,87 @@
+"""Answers that are the same mathematics in other words, as math-verify judges (extra `math`).
+
+`verify` comes first, and has the only word on what is not one box, on what is exactly right, and
+on numbers: a gold number has to be answered by a number, exactly. What is left are roots,
+intervals, sets, tuples and formulas. These math-verify reads as LaTeX and compares by computing,
+which may take forever: it does so in a process of its own (`latex`), within limits of time and
+memory.
+
+Because it computes, a question boxed again would be right. An answer whose text stands in the
+question is therefore left to `verify`.
+"""
+
+import re
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+from gspo_jax.batch import Problem
+from gspo_jax.errors import ConfigError
+from gspo_jax.tasks.verify import Verdict, accuracy, check, numeric, own_words
+
+MISSING = "checker=math-verify needs the package math-verify: pip install 'gspo_jax[math]'."
+CHECKERS = ("exact", "math-verify")
+SECONDS = 5.0  # for one answer, as math-verify has it; most take some 10 ms
+MEMORY = 4 * 10**9  # bytes of address space
+LOSSES = 20  # answers of one rollout that may run into a limit; what is left then scores 0 too
+_SPACE = re.compile(r"\\[,;:! ]|[\s$~]+")
+
+
+def reward_of(checker: str) -> Callable[..., list[float | None]]:
+    """The reward function of a task whose answers are checked so: "exact" or "math-verify".
+
+    Raises:
+        ConfigError: another name, or the package is not installed.
+    """
+    if checker not in CHECKERS:
+        raise ConfigError(f"checker={checker}: wanted one of {list(CHECKERS)}.")
+    if checker == "exact":
+        return accuracy
+    if find_spec("math_verify") is None:
+        raise ConfigError(MISSING)
+    return math_verify_apart()
+
+
+def math_verify_apart() -> Callable[..., list[float | None]]:
+    """A reward function that asks a process of its own about what `verify` cannot decide.
+
+    The process starts when it is first needed. An answer that keeps it busy for `SECONDS`, or that
+    it dies of, scores 0; the metric `math_verify/lost` counts them.
+    """
+    from gspo_jax.workers import judge  # which imports the package of tasks on its way
+
+    spec = "gspo_jax.tasks.latex:math_verify"
+    ask = judge(spec, seconds=SECONDS, memory=MEMORY, losses=LOSSES)
+
+    def reward(prompts, completions, answer, log_metric=None, **columns):
+        scores: list[float | None] = []
+        left: list[tuple[int, str, Problem]] = []
+        for b, (prompt, completion, gold) in enumerate(
+            zip(prompts, completions, answer, strict=True)
+        ):
+            if gold is None:
+                scores.append(None)
+                continue
+            verdict, is_final = decided(prompt, completion, gold)
+            scores.append(verdict.score)
+            if not is_final:
+                text = rf"\boxed{{{verdict.answer}}}"
+                left.append((b, text, Problem(str(b), "", str(gold))))
+        if left:
+            found, lost = ask([problem for *_, problem in left], [text for _, text, _ in left])
+            for (b, *_), value in zip(left, found, strict=True):
+                scores[b] = value
+            if log_metric is not None:
+                log_metric("math_verify/lost", lost)
+        return scores
+
+    return reward
+
+
+def decided(prompt: Any, completion: Any, gold: str) -> tuple[Verdict, bool]:
+    """What `verify` says of a completion, and whether that is the last word."""
+    verdict = check(own_words(prompt, completion), gold)
+    if verdict.reason != "wrong" or not str(gold).strip() or numeric(str(gold)) is not None:
+        return verdict, True
+    question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return verdict, _SPACE.sub("", str(verdict.answer)) in _SPACE.sub("", question)

@@ -1,0 +1,48 @@
+"""Measure a model on benchmarks, beside the model that it was trained from.
+
+    python scripts/benchmark.py --benchmarks zebra,math,custom --model_path DIR [--base DIR]
+
+The same as gspo-jax eval [BASE] MODEL --benchmarks ..., with its settings under short names.
+"""
+
+import argparse
+import sys
+
+from gspo_jax.cli import main
+
+ABOUT = "Measure a model on benchmarks, beside the model that it was trained from."
+SETTINGS = {
+    "samples": ("eval.samples", "K", "responses per problem, beside the greedy one; default 8"),
+    "temperature": ("eval.temperature", "T", "of those; default 1"),
+    "limit": ("eval.problems", "N", "problems: at most so many, or exactly so many made-up ones"),
+    "max_new_tokens": ("rollout.max_completion_length", "N", "of a response; default 256"),
+    "batch": ("eval.batch", "N", "problems at a time; default 64"),
+    "seed": ("run.seed", "N", "of the samples; default 0"),
+}
+
+
+def command(argv: list[str]) -> list[str]:
+    """The arguments of gspo-jax that say the same."""
+    parser = argparse.ArgumentParser(description=ABOUT, allow_abbrev=False)
+    parser.add_argument("--benchmarks", default="zebra,math,custom", help="default: %(default)s")
+    parser.add_argument("--model_path", required=True, nargs="+", metavar="DIR")
+    parser.add_argument("--base", metavar="DIR", help="the model to compare with")
+    parser.add_argument("--out", metavar="DIR", help="default: runs/eval")
+    for name, (setting, meta, text) in SETTINGS.items():
+        parser.add_argument(f"--{name}", metavar=meta, help=f"{text} ({setting})")
+    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="any other")
+    given = parser.parse_intermixed_args(argv)
+    chosen = [f"{s}={getattr(given, n)}" for n, (s, *_) in SETTINGS.items() if getattr(given, n)]
+    return [
+        "eval",
+        *([given.base] if given.base else []),
+        *given.model_path,
+        *("--benchmarks", given.benchmarks),
+        *(["--out", given.out] if given.out else []),
+        *chosen,
+        *given.settings,
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main(command(sys.argv[1:])))
