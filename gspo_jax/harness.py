@@ -119,7 +119,7 @@ class Harness(TemplateLM):
         """log π of whole texts, in windows of `max_length`."""
         windows = [list(self._windows(request.args[0])) for request in requests]
         scores = iter(self._loglikelihood_tokens([(None, *w) for own in windows for w in own]))
-        totals = [sum(next(scores)[0] for _ in own) for own in windows]
+        totals = [sum((next(scores)[0] for _ in own), 0.0) for own in windows]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals

@@ -36,6 +36,7 @@ from gspo_jax.models.qwen import Qwen
 from gspo_jax.policy import Problems, load_policy
 from gspo_jax.rollout import encode_prompts, sample_completions, token_count
 from gspo_jax.tasks import load_task
+from gspo_jax.tasks.reasoning import MIX, reasoning_mix
 from gspo_jax.tasks.verify import list_accuracy
 from gspo_jax.tokenizer import Tokenizer
 
@@ -163,8 +164,7 @@ class GSPOCustomDataset:
             difficulty_mix: how often each of easy, medium and hard; 0.5, 0.3 and 0.2 by default.
         """
         sizes = {"train": 0, "val": 0, "test": 0, split: num_samples}
-        levels = {} if difficulty_mix is None else {"levels": dict(difficulty_mix)}
-        task = load_task("reasoning", seed=self.seed, sizes=sizes, **levels)
+        task = reasoning_mix(seed=self.seed, levels=difficulty_mix or MIX, sizes=sizes)
         problems = [task.problem(split, i) for i in range(num_samples)]
         return [p.columns | {"prompt": p.prompt} for p in problems]
 

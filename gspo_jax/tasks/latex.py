@@ -43,7 +43,7 @@ def equal(answer: str, gold: str) -> bool:
             rf"\boxed{{{braced(text)}}}",
             extraction_config=READ,
             fallback_mode="no_fallback",
-            parsing_timeout=None,
+            parsing_timeout=None,  # pyright: ignore[reportArgumentType]  # None is documented
         )
         for text in (gold, answer)
     )
