@@ -164,16 +164,15 @@ def check_rollout(rollout: RolloutConfig, algo: AlgoConfig) -> None:
         )
     if rollout.temperature <= 0:
         raise ConfigError(
-            f"rollout.temperature={shown(rollout.temperature)}: must be above 0; training samples, and "
-            "at 0 a group would hold one response many times."
+            f"rollout.temperature={shown(rollout.temperature)}: must be above 0; training "
+            "samples, and at 0 a group would hold one response many times."
         )
     if not 0 < rollout.top_p <= 1:
         raise ConfigError(f"rollout.top_p={shown(rollout.top_p)}: must be above 0 and at most 1.")
     if rollout.overlong_buffer > rollout.max_completion_length:
         raise ConfigError(
             f"rollout.overlong_buffer={rollout.overlong_buffer}: must be at most "
-            f"rollout.max_completion_length={rollout.max_completion_length}, whose last tokens "
-            "it is."
+            f"rollout.max_completion_length={rollout.max_completion_length}."
         )
 
 
@@ -308,8 +307,9 @@ def algo_warnings(algo: AlgoConfig, rollout: RolloutConfig) -> list[str]:
     name = algo.loss["name"]
     own = LOSSES[name]
     out = [
-        f"algo.loss.{key}={shown(algo.loss[key])}: far from {name}'s own {shown(own[key])}; the ratio of a "
-        "whole response strays some 1000 times less than that of a token. null takes the default."
+        f"algo.loss.{key}={shown(algo.loss[key])}: far from {name}'s own {shown(own[key])}; the "
+        "ratio of a whole response strays some 1000 times less than that of a token. null takes "
+        "the default."
         for key in ("clip_low", "clip_high")
         if key in algo.loss and not 1 / UNUSUAL < algo.loss[key] / own[key] < UNUSUAL
     ]

@@ -8,10 +8,10 @@ that was typed, before weights are loaded or anything is compiled.
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from omegaconf import OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
@@ -41,7 +41,7 @@ from gspo_jax.settings import (
     SFTConfig,
     TaskConfig,
 )
-from gspo_jax.spelling import shown
+from gspo_jax.spelling import meant, shown
 
 PACKAGE = Path(__file__).parent
 
@@ -96,9 +96,13 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
         return _merged(path, layers)
     except ConfigError as error:
         name = re.match(r"[\w.]+", str(error))
-        if name and name[0] in file and name[0] not in typed:
+        if name and _among(name[0], file) and not _among(name[0], typed):
             raise ConfigError(f"{path}: {error}") from None
         raise
+
+
+def _among(name: str, given: Iterable[str]) -> bool:
+    return any(f"{name}.".startswith(f"{one}.") for one in given)
 
 
 def _merged(path: str | Path | None, layers: list[dict[str, Any]]) -> Config:
@@ -130,10 +134,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, no YAML, or no mapping.
     """
+    if path.suffix in DATA and path.is_file():
+        raise ConfigError(f"{path}: wanted a YAML file; data of your own is task.path={path}.")
     try:
         layer = OmegaConf.load(path)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file.") from None
+        raise ConfigError(f"{path}: no such config file.{_instead(path)}") from None
     except YAMLError as error:
         where = getattr(error, "problem_mark", None)
         at = f":{where.line + 1}:{where.column + 1}" if where else ""
@@ -158,6 +164,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: expected sections (model:, task:, ...), got a list.")
     return plain
 
+
+def _instead(path: Path) -> str:
+    """What was probably meant by a config file that is not there."""
+    text, _, value = str(path).partition("=")
+    if value or str(path) in SETTINGS:
+        return f" A setting is written {text if text in SETTINGS else 'section.key'}=VALUE."
+    return meant(path.name, [file.name for file in path.parent.glob("*.y*ml")])
+
+
+DATA = (".jsonl", ".parquet", ".csv", ".tsv")
 
 TAB = "a tab, where lines are indented by spaces"
 

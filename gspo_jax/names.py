@@ -72,17 +72,22 @@ def near(name: str, value: Any) -> str:
 
 def suggestion(name: str) -> str:
     """The setting that was probably meant, or what there is to choose from, after a space."""
-    group, _, leaf = name.rpartition(".")
-    leaf_of = {setting: setting.rpartition(".")[2] for setting in SETTINGS}
-    found = [setting for setting, its_leaf in leaf_of.items() if its_leaf == leaf]
-    if not found and leaf in ELSEWHERE:
-        found = [ELSEWHERE[leaf]]
-    if not found:
-        alike = difflib.get_close_matches(leaf, leaf_of.values(), 3, 0.7)
-        like = [setting for setting, its_leaf in leaf_of.items() if its_leaf in alike]
-        found = difflib.get_close_matches(name, like, 1, 0)
-    if found:
+    if found := alike(name):
         return f" Did you mean {' or '.join(found)}?"
+    group = name.rpartition(".")[0]
     if group in groups():
         return f" {group} takes {members(group)}."
     return f" The sections are {list(SECTIONS)}."
+
+
+def alike(name: str) -> list[str]:
+    """Settings that were probably meant: those of this name in other sections, or a near one."""
+    leaf = name.rpartition(".")[2]
+    leaf_of = {setting: setting.rpartition(".")[2] for setting in SETTINGS}
+    if found := [setting for setting, its_leaf in leaf_of.items() if its_leaf == leaf]:
+        return found
+    if leaf in ELSEWHERE:
+        return [ELSEWHERE[leaf]]
+    close = difflib.get_close_matches(leaf, leaf_of.values(), 3, 0.7)
+    near = [setting for setting, its_leaf in leaf_of.items() if its_leaf in close]
+    return difflib.get_close_matches(name, near, 1, 0)

@@ -35,6 +35,7 @@ from gspo_jax.models.files import find_tensors
 from gspo_jax.models.hf import lent_files, read_config
 from gspo_jax.policy import Problems, check_experts, load_problems, open_mesh
 from gspo_jax.programs import programs, sketch
+from gspo_jax.resume import check_named
 from gspo_jax.tasks import Task
 from gspo_jax.tokenizer import load_tokenizer
 
@@ -46,6 +47,7 @@ def plan(config: Config) -> str:
         DataError: the model directory, the data or a reward function is not what it should be.
         StorageError: the run directory is in use, or cannot be written.
     """
+    check_named(config.run.resume, run_dir(config) / "checkpoints")
     directory = model_dir(config)
     shape = read_config(directory)
     check_experts(config.algo, shape)

@@ -5,7 +5,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,9 +14,11 @@ from rich.text import Text
 from gspo_jax import summary
 from gspo_jax.config import Config, load_config
 from gspo_jax.experiment import Experiment, told
-from gspo_jax.replay import Replayed
-from gspo_jax.run import Result
 from gspo_jax.statistics import independent_difference
+
+if TYPE_CHECKING:
+    from gspo_jax.replay import Replayed
+    from gspo_jax.run import Result
 
 ROWS = {  # metric -> what people call it
     "eval/greedy": "greedy accuracy",
@@ -52,7 +54,7 @@ def before_demo(config: Config) -> None:
     show("\n".join(lines) + "\n")
 
 
-def after_run(config: Config, result: Result) -> None:
+def after_run(config: Config, result: "Result") -> None:
     """Accuracy before and after, and where everything lies."""
     if result.before and result.after:
         show(comparison({"before": result.before, "after": result.after}))
@@ -65,7 +67,7 @@ def after_run(config: Config, result: Result) -> None:
         )
 
 
-def after_demo(config: Config, result: Result) -> None:
+def after_demo(config: Config, result: "Result") -> None:
     """The same, and where to go from here."""
     after_run(config, result)
     if result.state == "finished":
@@ -123,7 +125,7 @@ def benchmarks(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def replayed(done: Replayed) -> Table | str:
+def replayed(done: "Replayed") -> Table | str:
     """What a replay found: one line where all is equal, else a row per metric that is not."""
     count = f"step {done.step}: {len(done.same)} metrics equal"
     if not done.differs:

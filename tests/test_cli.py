@@ -93,7 +93,7 @@ def test_sft_takes_the_same_settings(trained):
     [
         (["train", "--fast"], "unknown argument --fast"),
         (["train", "a.yaml", "b.yaml"], "one config file at most, not a.yaml and b.yaml"),
-        (["trian"], "invalid choice: 'trian'"),
+        (["trian"], "unknown command trian. Did you mean train? The commands are demo, train, sft"),
         ([], "required: COMMAND"),
         (["report"], "required: RUN"),
         (["export", "a", "b", "c"], "unknown argument c"),
