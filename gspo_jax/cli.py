@@ -299,8 +299,10 @@ def _run(
     from gspo_jax.config import run_dir
     from gspo_jax.distributed import is_writer, join
     from gspo_jax.resume import check_named
+    from gspo_jax.trackers import check_installed
 
     check_named(config.run.resume, run_dir(config) / "checkpoints")  # before anything is loaded
+    check_installed(config.run.report_to)
     join(arguments.coordinator, arguments.processes, arguments.process)
     if is_demo and is_writer():
         story.before_demo(config)
