@@ -195,7 +195,9 @@ def sweep(arguments: argparse.Namespace) -> int:
     from gspo_jax.metrics import plain, write_whole
 
     if not arguments.config:
-        raise ConfigError("sweep needs an experiment file; see configs/sweep.yaml.")
+        raise ConfigError(
+            "sweep needs an experiment file; see configs/experiments/losses_sweep.yaml."
+        )
     config = Path(arguments.config)
     made = experiment.read_experiment(config, arguments.overrides)
     if arguments.dry_run:

@@ -126,14 +126,10 @@ def test_a_config_error_is_one_line_code_2_and_nothing_is_touched(
     assert trained.configs == [] and tree(tmp_path) == []
 
 
-def test_help_comes_without_jax():
-    code = (
-        "import sys; from gspo_jax.cli import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit: sys.exit(any(m in sys.modules for m in ('jax', 'rich', 'omegaconf')))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
     for command in (
         "demo",
         "train",
@@ -145,7 +141,7 @@ def test_help_comes_without_jax():
         "monitor",
         "doctor",
     ):
-        assert f"    {command} " in done.stdout
+        assert f"    {command} " in out
 
 
 @pytest.mark.parametrize("name", ["train.py", "export_hf.py", "monitor.py"])
