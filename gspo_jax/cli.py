@@ -233,10 +233,13 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def export(arguments: argparse.Namespace) -> int:
     """The newest checkpoint of a run as a Hugging Face directory."""
+    from gspo_jax.model_card import how_to_use
     from gspo_jax.run import export
 
     run = Path(arguments.run)
-    print(export(run, Path(arguments.out) if arguments.out else run / "export"))
+    made = export(run, Path(arguments.out) if arguments.out else run / "export")
+    print(made)
+    print(how_to_use(made))
     return 0
 
 

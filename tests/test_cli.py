@@ -19,6 +19,7 @@ from gspo_jax.cli import explain, main
 from gspo_jax.config import load_config
 from gspo_jax.errors import ConfigError, DataError, NumericalError, StorageError
 from gspo_jax.metrics import RunLog
+from gspo_jax.model_card import how_to_use, model_card
 from gspo_jax.run import Result
 
 ROOT = Path(__file__).parents[1]
@@ -393,6 +394,21 @@ def test_export_goes_beside_the_run_or_where_it_is_told(monkeypatch, capsys):
     assert main(["export", "runs/x"]) == 0 and main(["export", "runs/x", "out"]) == 0
     assert calls == [(Path("runs/x"), Path("runs/x/export")), (Path("runs/x"), Path("out"))]
     assert capsys.readouterr().out.split() == ["runs/x/export", "out"]
+
+
+def test_an_export_and_the_end_of_a_run_say_how_the_model_is_used(
+    trained, monkeypatch, capsys, tmp_path
+):
+    out = tmp_path / "run" / "export"
+    out.mkdir(parents=True)
+    text = model_card(load_config(), steps=1, supervised=False, before={}, after={})
+    (out / "README.md").write_text(text)
+    monkeypatch.setattr(gspo_jax.run, "export", lambda run, out: out)
+    assert main(["export", str(tmp_path / "run")]) == 0
+    assert main(["train", DEMO]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"{out}\n") and told.count(how_to_use(out)) == 2
+    assert f'  chat = pipeline("text-generation", "{out}")\n' in told
 
 
 def test_report_writes_one_page_of_all_runs_that_it_is_given(capsys, tmp_path):
