@@ -34,7 +34,6 @@ def parsed(argv: Sequence[str] | None, commands: Commands) -> argparse.Namespace
         return arguments
     given = [*arguments.settings, *rest]
     arguments.overrides = [text for text in given if IS_OVERRIDE.match(text)]
-    arguments.warnings = _twice(arguments.overrides)
     if getattr(arguments, "resume", None):
         arguments.overrides.append(f"run.resume={arguments.resume}")
     files = [text for text in given if not IS_OVERRIDE.match(text)]
@@ -92,16 +91,6 @@ def _unknown(rest: Sequence[str], parser: Parser) -> str:
     return f"unknown argument {first}.{like}"
 
 
-def _twice(overrides: Sequence[str]) -> list[str]:
-    values: dict[str, str] = {}
-    out = []
-    for override in overrides:
-        name, _, value = override.partition("=")
-        if values.setdefault(name, value) != value:
-            out.append(f"{name} is given twice; the last counts, {value}.")
-    return out
-
-
 def _parser(commands: Commands) -> Parser:
     parser = Parser(
         prog="gspo-jax",
@@ -145,7 +134,7 @@ def add_runs(sub: argparse.ArgumentParser, name: str) -> None:
     if name == "export":
         sub.add_argument("out", metavar="OUT", nargs="?", help="default: RUN/export")
     else:
-        sub.add_argument("--step", type=_count, required=True, metavar="K", help="1 or more")
+        sub.add_argument("--step", type=_whole, required=True, metavar="K", help="1 or more")
 
 
 def add_plan(sub: argparse.ArgumentParser) -> None:

@@ -326,7 +326,7 @@ def _resolve(arguments: argparse.Namespace) -> "Config | None":
     from gspo_jax.config import load_config, to_yaml, warnings
 
     config = load_config(arguments.config, arguments.overrides)
-    for warning in [*arguments.warnings, *warnings(config)]:
+    for warning in warnings(config):
         say_error(f"warning: {warning}")
     if arguments.print_config:
         print(to_yaml(config), end="")
