@@ -213,7 +213,7 @@ def _change(
     if None in ends:
         return f"{100 * by:+.1f}"
     old, new = ((m[name], m[f"{name}_low"], m[f"{name}_high"]) for m in (before, after))
-    low, high = independent_difference(old, new)
+    _, low, high = independent_difference(old, new)
     return f"{100 * by:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 

@@ -7,8 +7,8 @@
     data = GSPOCustomDataset(seed=42).generate_dataset(500)
     metrics = trainer.train_step(data)
 
-whatever else a config can say belong to that command; here are names and shapes for a script.
-else that a config can say belong to that command; here are the names and the shape of a script.
+These are the functions of `gspo-jax train`. Checkpoints, resuming, several devices and what else a
+config can say belong to that command; here are the names and the shape of a script.
 """
 
 import atexit
