@@ -1,6 +1,10 @@
 """Options of the command line that several lines of help explain, by what they are for."""
 
 import argparse
+import os
+from pathlib import Path
+
+from gspo_jax.errors import ConfigError
 
 
 def add_settings(sub: argparse.ArgumentParser, name: str) -> None:
@@ -77,3 +81,21 @@ def add_monitor(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--host", default="127.0.0.1", metavar="NAME", help=host)
     sub.add_argument("--terminal", action="store_true", help="show them here instead")
     sub.add_argument("--open", action="store_true", help="open the page in a browser")
+
+
+def config_file(path: str) -> str:
+    """`path`, or the package's own file of that name where there is none here: `demo.yaml`.
+
+    Raises:
+        ConfigError: a directory, or a file of data.
+    """
+    if Path(path).is_dir():
+        raise ConfigError(f"{path} is a directory; wanted a config file, like demo.yaml.")
+    if path.endswith((".jsonl", ".json", ".parquet")):
+        raise ConfigError(f"{path} is no config but data; write task.path={path}.")
+    if os.path.lexists(path) or Path(path).name != path:
+        return path
+    from gspo_jax.config import packaged_config
+
+    packaged = packaged_config(path)
+    return str(packaged) if packaged.is_file() else path

@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         _hush()
     try:
+        if getattr(arguments, "config", None):
+            arguments.config = usage.config_file(arguments.config)
         return arguments.command(arguments)
     except KeyboardInterrupt:
         _say_error("interrupted.")
@@ -200,7 +202,9 @@ def sweep(arguments: argparse.Namespace) -> int:
     from gspo_jax.metrics import plain, write_whole
 
     if not arguments.config:
-        raise ConfigError("sweep needs an experiment file; see configs/sweep.yaml.")
+        raise ConfigError(
+            "sweep needs an experiment file, like configs/experiments/losses_sweep.yaml."
+        )
     config = Path(arguments.config)
     made = experiment.read_experiment(config, arguments.overrides)
     if arguments.dry_run:
