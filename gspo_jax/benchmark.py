@@ -30,6 +30,7 @@ from gspo_jax.models.hf import read_config
 from gspo_jax.policy import Policy, Problems, load_policy, load_problems, resolve_dtype
 from gspo_jax.saved import Batch, file_of, model_hash, sha256, whole_batches
 from gspo_jax.settings import TaskConfig
+from gspo_jax.spelling import meant
 from gspo_jax.statistics import Estimate
 from gspo_jax.summary import Record
 from gspo_jax.tasks import SPLITS, TASKS, Task
@@ -78,9 +79,12 @@ def named(names: str) -> Asked:
             found[name] = task
         else:
             known = sorted({*SHORT, *TASKS} - {"mixture"})
-            raise ConfigError(f"benchmark {name}: wanted some of {known}, or NAME=PATH.")
+            raise ConfigError(
+                f"--benchmarks {name}: no such benchmark.{meant(name, known)} There are {known}, "
+                "or NAME=PATH."
+            )
     if not found:
-        raise ConfigError(f"benchmarks {names!r}: wanted at least one name.")
+        raise ConfigError(f"--benchmarks {names!r}: wanted at least one name.")
     return found
 
 

@@ -3,20 +3,16 @@
 A message says what was got, what is wanted and what to change, with the name that the user typed.
 """
 
-import difflib
 import inspect
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
-
-from gspo_jax.advantages import ADVANTAGES
 from gspo_jax.errors import ConfigError
-from gspo_jax.losses import LOSSES, check_options, loss_options
-from gspo_jax.models.config import QwenConfig
 from gspo_jax.settings import (
-    GAE,
+    ADVANTAGES,
+    LOSSES,
     AlgoConfig,
     EvalConfig,
     MeshConfig,
@@ -26,7 +22,9 @@ from gspo_jax.settings import (
     RunConfig,
     TaskConfig,
 )
+from gspo_jax.spelling import ELSEWHERE, meant, shown
 from gspo_jax.tasks import SPLITS, TASKS, user_data
+from gspo_jax.tasks.sources import SPLIT_NAMES
 
 AT_LEAST = {
     "task.max_prompt_length": 1,
@@ -66,19 +64,32 @@ AT_LEAST = {
     "run.save_by": 0,
 }
 
+SCALES = ["group", "batch", "none"]  # whose standard deviation divides
+
+TRACKERS = ("wandb", "tensorboard")
+
 ONE_PER_RESPONSE = ("gspo", "luspo", "gmpo")  # of the losses; the others take one per token too
+
+LARGEST = 2**31 - 1  # of whole numbers; arrays are counted in 32 bits
+
+LARGEST_SEED = 2**32 - 1  # JAX takes the lower 32 bits: larger ones would all be the same
 
 UNUSUAL = 30  # times a loss's own clip range; token and sequence ratios differ by 1000
 
 
 def check_numbers(values: dict[str, Any]) -> None:
-    """Single numbers by their dotted names: finite, and at least AT_LEAST."""
+    """Numbers by their dotted names: finite, at least AT_LEAST, and no larger than can be used."""
     for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value) and name != "optim.max_grad_norm":
-            raise ConfigError(f"{name}={value}: expected a finite number.")
+        numbers = value if isinstance(value, list) else [value]
+        floats = [number for number in numbers if isinstance(number, float)]
+        if not all(map(math.isfinite, floats)) and name != "optim.max_grad_norm":
+            raise ConfigError(f"{name}={shown(value)}: expected a finite number.")
+        largest = LARGEST_SEED if name == "run.seed" else LARGEST
+        if any(isinstance(number, int) and number > largest for number in numbers):
+            raise ConfigError(f"{name}={shown(value)}: must be at most {largest}.")
     for name, low in AT_LEAST.items():
         if values[name] < low:
-            raise ConfigError(f"{name}={values[name]:g}: must be at least {low}.")
+            raise ConfigError(f"{name}={shown(values[name])}: must be at least {low}.")
 
 
 def check_model(model: ModelConfig) -> None:
@@ -96,37 +107,52 @@ def check_task(task: TaskConfig, evaluation: EvalConfig) -> None:
             f"task.name={task.name or 'null'} with task.path={task.path or 'null'}: give one, "
             "a built-in task or data of your own, and set the other to null."
         )
+    if task.path == "":
+        raise ConfigError("task.path is empty; give a file or a directory, or null.")
     if task.name is not None and task.name not in TASKS:
-        meant = _meant(task.name, TASKS)
-        raise ConfigError(f"task.name={task.name}: {meant}the tasks are {sorted(TASKS)}.")
+        known = f"The tasks are {sorted(TASKS)}; data of your own is task.path."
+        raise ConfigError(f"task.name={task.name}: no such task.{meant(task.name, TASKS)} {known}")
     if task.name is not None and task.fields:
         raise ConfigError(f"task.fields: columns of task.path; {task.name} has none.")
     source = user_data if task.name is None else TASKS[task.name]
-    taken = [name for name in _defaults(source) if name not in ("seed", "fields")]
-    for key in task.options:
-        if key not in taken:
-            raise ConfigError(f"task.options.{key}: {task.name or 'task.path'} takes {taken}.")
+    taken = {k: v for k, v in _defaults(source).items() if k not in ("seed", "fields")}
+    _check_known("task.options", task.options, list(taken), task.name or "task.path")
+    for key, value in task.options.items():
+        _check_type(f"task.options.{key}", value, taken[key])
     for level, share in task.curriculum.items():
         if not 0 <= share < 1:
             raise ConfigError(
-                f"task.curriculum.{level}={share:g}: the share of the run at which these problems "
-                "join; it must be 0 or more and below 1."
+                f"task.curriculum.{level}={shown(share)}: the share of the run at which these "
+                "problems join; it must be 0 or more and below 1."
             )
     if task.curriculum and 0 not in task.curriculum.values():
-        raise ConfigError(f"task.curriculum={task.curriculum}: some level must start at 0.")
+        raise ConfigError(f"task.curriculum={shown(task.curriculum)}: some level must start at 0.")
+    _check_rewards(task)
+    if (split := evaluation.split) not in SPLITS:
+        like = f" Did you mean {SPLIT_NAMES[split]}?" if split in SPLIT_NAMES else ""
+        raise ConfigError(
+            f"eval.split={split}: no such split.{like or meant(split, SPLITS)} The splits are "
+            f"{list(SPLITS)}."
+        )
+
+
+def _check_rewards(task: TaskConfig) -> None:
     for spec in task.rewards:
         if not all(spec.rpartition(":")[::2]):
-            raise ConfigError(f"task.rewards: {spec!r} is not module:function or file.py:function.")
+            raise ConfigError(
+                f"task.rewards={shown(task.rewards)}: {spec!r} is not module:function or "
+                "file.py:function."
+            )
     if task.reward_timeout <= 0:
-        raise ConfigError(f"task.reward_timeout={task.reward_timeout:g}: must be above 0 seconds.")
-    functions = max(len(task.rewards), 1)
-    if task.reward_weights and len(task.reward_weights) != functions:
         raise ConfigError(
-            f"task.reward_weights has {len(task.reward_weights)} numbers for {functions} reward "
-            "functions; give one each."
+            f"task.reward_timeout={shown(task.reward_timeout)}: must be above 0 seconds."
         )
-    if evaluation.split not in SPLITS:
-        raise ConfigError(f"eval.split={evaluation.split}: the splits are {list(SPLITS)}.")
+    weights, functions = task.reward_weights, max(len(task.rewards), 1)
+    if weights and len(weights) != functions:
+        raise ConfigError(
+            f"task.reward_weights={shown(weights)}: {len(weights)} numbers for {functions} reward "
+            f"function{'s' * (functions > 1)}; give one each."
+        )
 
 
 def check_rollout(rollout: RolloutConfig, algo: AlgoConfig) -> None:
@@ -138,46 +164,89 @@ def check_rollout(rollout: RolloutConfig, algo: AlgoConfig) -> None:
         )
     if rollout.temperature <= 0:
         raise ConfigError(
-            f"rollout.temperature={rollout.temperature:g}: must be above 0; training samples, and "
-            "at 0 a group would hold one response many times."
+            f"rollout.temperature={shown(rollout.temperature)}: must be above 0; training "
+            "samples, and at 0 a group would hold one response many times."
         )
     if not 0 < rollout.top_p <= 1:
-        raise ConfigError(f"rollout.top_p={rollout.top_p:g}: must be above 0 and at most 1.")
+        raise ConfigError(f"rollout.top_p={shown(rollout.top_p)}: must be above 0 and at most 1.")
+    if rollout.overlong_buffer > rollout.max_completion_length:
+        raise ConfigError(
+            f"rollout.overlong_buffer={rollout.overlong_buffer}: must be at most "
+            f"rollout.max_completion_length={rollout.max_completion_length}."
+        )
 
 
 def check_algo(algo: AlgoConfig, rollout: RolloutConfig) -> None:
     """Known functions with options that they take, and a rollout that splits evenly."""
-    name = algo.loss.get("name")
-    if name not in LOSSES:
-        meant = _meant(str(name), LOSSES)
-        raise ConfigError(f"algo.loss.name={name}: {meant}the losses are {list(LOSSES)}.")
-    for key in algo.loss:
-        if key in ELSEWHERE and key not in loss_options(name):
-            raise ConfigError(f"algo.loss.{key}: {name} has none. Did you mean {ELSEWHERE[key]}?")
-    try:
-        check_options(name, algo.loss.keys() - {"name"})
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    _check_types("algo.loss", algo.loss, _defaults(LOSSES[name]))
-    for key, value in algo.loss.items():
-        if key.startswith("clip") and value <= 0:
-            raise ConfigError(f"algo.loss.{key}={value:g}: must be above 0.")
-    name = algo.advantage.get("name")
-    known = [*ADVANTAGES, "gae"]
-    if name not in known:
-        meant = _meant(str(name), known)
-        raise ConfigError(f"algo.advantage.name={name}: {meant}choose from {known}.")
-    defaults = GAE if name == "gae" else _defaults(ADVANTAGES[name])
-    taken = [key for key in defaults if key != "groups"]
-    for key in algo.advantage.keys() - {"name", *taken}:
-        raise ConfigError(f"algo.advantage.{key}: {name} takes {taken}.")
-    _check_types("algo.advantage", algo.advantage, defaults)
+    _check_loss(algo.loss)
+    _check_advantage(algo.advantage)
     _check_critic(algo)
     if rollout.prompts % algo.minibatches:
         raise ConfigError(
             f"rollout.prompts={rollout.prompts} do not split into algo.minibatches="
             f"{algo.minibatches} equal parts; change one of them."
         )
+
+
+def _check_loss(given: dict[str, Any]) -> None:
+    name = given.get("name")
+    if name not in LOSSES:
+        raise ConfigError(
+            f"algo.loss.name={shown(name)}: no such loss.{meant(name, LOSSES)} The losses are "
+            f"{list(LOSSES)}."
+        )
+    for key in given:
+        if key in ELSEWHERE and key not in LOSSES[name]:
+            raise ConfigError(f"algo.loss.{key}: {name} has none. Did you mean {ELSEWHERE[key]}?")
+        if key in ("aggregation", "loss_agg_mode", "mean", "over", "reduction"):
+            advice = f"each loss has one mean, {name} that of its paper"
+            if name in (*ONE_PER_RESPONSE, "gspo_token"):
+                advice += "; luspo is the one that weighs responses by their tokens"
+            raise ConfigError(f"algo.loss.{key}: {advice}.")
+    _check_options("algo.loss", given, LOSSES[name], name)
+    options = LOSSES[name] | given
+    for key, value in options.items():
+        if key == "name" or value is None:
+            continue
+        if value < 0 or (value == 0 and key != "floor"):
+            least = "at least 0" if key == "floor" else "above 0"
+            raise ConfigError(f"algo.loss.{key}={shown(value)}: must be {least}.")
+    if options.get("clip_low", 0) > 1:
+        raise ConfigError(
+            f"algo.loss.clip_low={shown(options['clip_low'])}: must be at most 1; ratios are "
+            "clipped below at 1 - clip_low."
+        )
+    if (delta := options.get("delta")) is not None and delta <= 1 + options["clip_high"]:
+        raise ConfigError(
+            f"algo.loss.delta={shown(delta)}: bounds ratios above the clip range; it must be above "
+            f"1 + clip_high, {1 + options['clip_high']:g}."
+        )
+    if "cap" in options and options["cap"] <= options["floor"]:
+        raise ConfigError(
+            f"algo.loss.cap={shown(options['cap'])}: must be above algo.loss.floor="
+            f"{shown(options['floor'])}."
+        )
+
+
+def _check_advantage(given: dict[str, Any]) -> None:
+    name = given.get("name")
+    if name not in ADVANTAGES:
+        raise ConfigError(
+            f"algo.advantage.name={shown(name)}: no such advantage.{meant(name, ADVANTAGES)} "
+            f"Choose from {list(ADVANTAGES)}."
+        )
+    _check_options("algo.advantage", given, ADVANTAGES[name], name)
+    if (scale := given.get("scale", "group")) not in SCALES:
+        raise ConfigError(
+            f"algo.advantage.scale={shown(scale)}: expected one of {SCALES}.{meant(scale, SCALES)}"
+        )
+    if (ddof := given.get("ddof", 1)) not in (0, 1):
+        raise ConfigError(f"algo.advantage.ddof={shown(ddof)}: expected 0 or 1.")
+    if given.get("eps", 0) < 0:
+        raise ConfigError(f"algo.advantage.eps={shown(given['eps'])}: must be at least 0.")
+    for key in ("gamma", "lam"):
+        if not 0 <= given.get(key, 0) <= 1:
+            raise ConfigError(f"algo.advantage.{key}={shown(given[key])}: must be from 0 to 1.")
 
 
 def _check_critic(algo: AlgoConfig) -> None:
@@ -198,60 +267,20 @@ def _check_critic(algo: AlgoConfig) -> None:
             f"algo.loss.name={loss}: takes one advantage per response, and gae gives one per "
             "token; choose ppo, or gspo_token."
         )
-    for key in ("gamma", "lam"):
-        if not 0 <= algo.advantage.get(key, 0) <= 1:
-            raise ConfigError(f"algo.advantage.{key}={algo.advantage[key]:g}: must be in [0, 1].")
     if algo.critic.clip <= 0:
-        raise ConfigError(f"algo.critic.clip={algo.critic.clip:g}: must be above 0.")
-
-
-def check_experts(algo: AlgoConfig, shape: QwenConfig) -> None:
-    """What concerns a router asks for a model that has one; told once the model is known."""
-    for name, unused in (("routing_replay", "off"), ("router_aux_coef", 0), ("router_z_coef", 0)):
-        value = getattr(algo, name)
-        if value != unused and shape.experts is None:
-            raise ConfigError(
-                f"algo.{name}={value}: the model is {shape.family}, which has no experts; leave it "
-                f"at {unused}."
-            )
-
-
-def check_mesh(mesh: Mesh, shape: QwenConfig) -> None:
-    """What is split over devices must divide; told once the model is known, before compiling.
-
-    Heads and experts alone: rows are filled up, and other axes that do not divide stay whole.
-    """
-    tensor, expert = mesh.shape["tensor"], mesh.shape["expert"]
-    for heads in ("num_heads", "num_kv_heads"):
-        if (count := getattr(shape, heads)) % tensor:
-            hf = {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}[heads]
-            raise ConfigError(
-                f"mesh.tensor={tensor}: the model has {hf}={count}, which do not split into "
-                f"{tensor} equal parts; {math.gcd(shape.num_heads, shape.num_kv_heads)} and its "
-                "divisors would."
-            )
-    if expert == 1:
-        return
-    if shape.experts is None:
-        raise ConfigError(
-            f"mesh.expert={expert}: the model is {shape.family}, which has no experts; use "
-            "mesh.fsdp, or mesh.tensor."
-        )
-    if shape.experts.count % expert:
-        raise ConfigError(
-            f"mesh.expert={expert}: the model has num_experts={shape.experts.count}, which do not "
-            f"split into {expert} equal parts; change mesh.expert to a divisor."
-        )
+        raise ConfigError(f"algo.critic.clip={shown(algo.critic.clip)}: must be above 0.")
 
 
 def check_rest(optim: OptimConfig, mesh: MeshConfig, run: RunConfig) -> None:
     """The optimizer's ranges, the mesh, and where the run is kept."""
     for name in ("b1", "b2"):
         if not 0 <= getattr(optim, name) < 1:
-            raise ConfigError(f"optim.{name}={getattr(optim, name):g}: must be in [0, 1).")
+            raise ConfigError(
+                f"optim.{name}={shown(getattr(optim, name))}: must be at least 0 and below 1."
+            )
     for name in ("eps", "max_grad_norm"):
         if not getattr(optim, name) > 0:
-            raise ConfigError(f"optim.{name}={getattr(optim, name):g}: must be above 0.")
+            raise ConfigError(f"optim.{name}={shown(getattr(optim, name))}: must be above 0.")
     for axis, size in vars(mesh).items():
         if size != -1 and size < 1:
             raise ConfigError(f"mesh.{axis}={size}: at least 1, or -1 for all that remain.")
@@ -263,26 +292,33 @@ def check_rest(optim: OptimConfig, mesh: MeshConfig, run: RunConfig) -> None:
         raise ConfigError('run.dir is empty; "." is the current directory.')
     if not run.resume:
         raise ConfigError('run.resume is empty; give "auto", "never" or a checkpoint.')
-    if unknown := sorted(set(run.report_to) - {"wandb"}):
-        raise ConfigError(f"run.report_to={unknown}: only ['wandb'] is known.")
+    for name in run.report_to:
+        if name not in TRACKERS:
+            raise ConfigError(
+                f"run.report_to={shown(run.report_to)}: {name!r} is no tracker of ours."
+                f"{meant(name, TRACKERS)} They are {list(TRACKERS)}."
+            )
+    if any(step < 1 for step in run.profile_steps):
+        raise ConfigError(f"run.profile_steps={shown(run.profile_steps)}: steps count from 1.")
 
 
 def algo_warnings(algo: AlgoConfig, rollout: RolloutConfig) -> list[str]:
     """What is possible but probably not meant, one line each."""
     name = algo.loss["name"]
-    own = _defaults(LOSSES[name])
+    own = LOSSES[name]
     out = [
-        f"algo.loss.{key}={algo.loss[key]:g}: far from {name}'s own {own[key]:g}; the ratio of a "
-        "whole response strays some 1000 times less than that of a token. null takes the default."
+        f"algo.loss.{key}={shown(algo.loss[key])}: far from {name}'s own {shown(own[key])}; the "
+        "ratio of a whole response strays some 1000 times less than that of a token. null takes "
+        "the default."
         for key in ("clip_low", "clip_high")
         if key in algo.loss and not 1 / UNUSUAL < algo.loss[key] / own[key] < UNUSUAL
     ]
-    if algo.minibatches * algo.epochs == 1 and "clip_low" in loss_options(name):
+    if algo.minibatches * algo.epochs == 1 and "clip_low" in LOSSES[name]:
         out.append(
             "algo.minibatches=1 with algo.epochs=1: one update per rollout, at ratio 1, so "
             "clipping can never act."
         )
-    cut = [f"rollout.top_p={rollout.top_p:g}"] if rollout.top_p < 1 else []
+    cut = [f"rollout.top_p={shown(rollout.top_p)}"] if rollout.top_p < 1 else []
     cut += [f"rollout.top_k={rollout.top_k}"] if rollout.top_k else []
     if cut:
         out.append(
@@ -292,63 +328,37 @@ def algo_warnings(algo: AlgoConfig, rollout: RolloutConfig) -> list[str]:
     return out
 
 
-# What the same thing is called elsewhere, TRL first.
-ELSEWHERE = {
-    "adam_beta1": "optim.b1",
-    "adam_beta2": "optim.b2",
-    "adam_epsilon": "optim.eps",
-    "beta": "algo.kl.coef",
-    "chat_template_kwargs": "model.template_args",
-    "dataset": "task.path",
-    "dataset_name": "task.path",
-    "enable_thinking": "model.template_args",
-    "epsilon": "algo.loss.clip_low",
-    "epsilon_high": "algo.loss.clip_high",
-    "eval_steps": "eval.every",
-    "gradient_accumulation_steps": "algo.microbatch",
-    "gradient_checkpointing": "model.remat",
-    "importance_sampling_level": "algo.loss.name",
-    "kl_coef": "algo.kl.coef",
-    "loss_type": "algo.loss.name",
-    "lr": "optim.learning_rate",
-    "lr_scheduler_type": "optim.schedule",
-    "mask_truncated_completions": "algo.mask_truncated",
-    "max_new_tokens": "rollout.max_completion_length",
-    "max_steps": "run.steps",
-    "model_name_or_path": "model.path",
-    "num_iterations": "algo.epochs",
-    "output_dir": "run.dir",
-    "per_device_train_batch_size": "algo.microbatch",
-    "resume_from_checkpoint": "run.resume",
-    "reward_funcs": "task.rewards",
-    "save_steps": "run.save_every",
-    "save_total_limit": "run.keep",
-    "scale_rewards": "algo.advantage.name",
-    "steps_per_generation": "algo.minibatches",
-    "warmup_steps": "optim.warmup",
-}
-
-
 def _defaults(function: Any) -> dict[str, Any]:
     """The keyword-only arguments of a function and their defaults."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def _check_types(setting: str, given: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Texts where the default is a text, true or false likewise, finite numbers elsewhere."""
-    for key, value in given.items():
-        if isinstance(defaults.get(key), str) or key == "name":
-            continue
-        if isinstance(defaults.get(key), bool):
-            if not isinstance(value, bool):
-                raise ConfigError(f"{setting}.{key}={value}: expected true or false.")
-            continue
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value):
-            raise ConfigError(f"{setting}.{key}={value}: expected a finite number.")
+def _check_options(
+    setting: str, given: dict[str, Any], defaults: dict[str, Any], owner: str
+) -> None:
+    """Options that `owner` takes, of the types of their defaults; a number where that is null."""
+    _check_known(setting, given.keys() - {"name"}, list(defaults), owner)
+    for key in given.keys() - {"name"}:
+        default = defaults[key]
+        _check_type(f"{setting}.{key}", given[key], 0.0 if default is None else default)
 
 
-def _meant(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f"did you mean {close[0]}? " if close else ""
+def _check_known(setting: str, given: Collection[str], taken: list[str], owner: str) -> None:
+    for key in sorted(given):
+        if key not in taken:
+            like = meant(key, taken)
+            raise ConfigError(
+                f"{setting}.{key}: {owner} has no such option.{like} It takes {taken or 'none'}."
+            )
+
+
+def _check_type(setting: str, value: Any, default: Any) -> None:
+    """A switch, a whole number or a number where the default is one."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(default, bool) and not isinstance(value, bool):
+        raise ConfigError(f"{setting}={shown(value)}: expected true or false.")
+    if type(default) is int and (not is_number or isinstance(value, float)):
+        raise ConfigError(f"{setting}={shown(value)}: expected a whole number, like {default}.")
+    if isinstance(default, float) and not (is_number and math.isfinite(value)):
+        raise ConfigError(f"{setting}={shown(value)}: expected a finite number.")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gspo_jax import arguments as usage
+from gspo_jax.arguments import say_error
 from gspo_jax.errors import (
     INTERRUPTED,
     UNEXPECTED,
@@ -33,22 +34,23 @@ if TYPE_CHECKING:
     from gspo_jax.config import Config
     from gspo_jax.run import Result
 
-IS_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 IS_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is returned, the error printed."""
-    arguments = _parse(argv)
+    arguments = usage.parsed(argv, COMMANDS)
     if not arguments.debug:  # XLA's own account of an error: hundreds of lines where memory ends
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         _hush()
     try:
         if getattr(arguments, "config", None):
-            arguments.config = usage.config_file(arguments.config)
+            from gspo_jax.config import config_file
+
+            arguments.config = config_file(arguments.config)
         return arguments.command(arguments)
     except KeyboardInterrupt:
-        _say_error("interrupted.")
+        say_error("interrupted.")
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has left, as in `gspo-jax ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             traceback.print_exc()
         code, text = explain(error)
-        _say_error(text)
+        say_error(text)
         return _leave(code)
 
 
@@ -94,7 +96,6 @@ def explain(error: Exception) -> tuple[int, str]:
 
 def demo(arguments: argparse.Namespace) -> int:
     """configs/demo.yaml with a story around it."""
-    from gspo_jax import story
     from gspo_jax.config import packaged_config
 
     if arguments.config:
@@ -102,32 +103,27 @@ def demo(arguments: argparse.Namespace) -> int:
             f"demo has its own config and takes settings alone; gspo-jax train {arguments.config}"
         )
     arguments.config = str(packaged_config("demo.yaml"))
-    return _run(arguments, _train, before=story.before_demo, after=story.after_demo)
+    return _run(arguments, _train, is_demo=True)
 
 
 def train(arguments: argparse.Namespace) -> int:
     """Reinforcement learning as the config says."""
-    from gspo_jax import story
-
-    return _run(arguments, _train, after=story.after_run)
+    return _run(arguments, _train)
 
 
 def sft(arguments: argparse.Namespace) -> int:
     """Supervised training on the task's worked solutions."""
-    from gspo_jax import story
 
     def action(config: "Config") -> "Result":
         from gspo_jax.sft import sft
 
         return sft(config)
 
-    return _run(arguments, action, after=story.after_run)
+    return _run(arguments, action)
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Accuracy of model directories; a run's export/ is measured as that run measured."""
-    from gspo_jax import story
-
     models = arguments.models
     for path in models:
         if not Path(path).exists() and path != "demo" and not IS_HUB_ID.fullmatch(path):
@@ -142,6 +138,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         return _benchmark(arguments)
     if (config := _resolve(arguments)) is None:
         return 0
+    from gspo_jax import story
     from gspo_jax.evaluate import evaluate_path
 
     story.show(story.comparison({config.model.path: evaluate_path(config)}))
@@ -159,7 +156,7 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     if (config := _resolve(arguments)) is None:
         return 0
     out = Path(arguments.out or "runs/eval")
-    results = benchmark.run(config, arguments.models or [config.model.path], asked, out, _say_error)
+    results = benchmark.run(config, arguments.models or [config.model.path], asked, out, say_error)
     if results["scores"]:
         story.show(story.benchmarks(results))
         story.show(f"\npage      {out / 'results.md'}\nresponses {out}", wrap=False)
@@ -300,19 +297,22 @@ def _run(
     arguments: argparse.Namespace,
     action: Callable[["Config"], "Result"],
     *,
-    after: Callable[["Config", "Result"], None],
-    before: Callable[["Config"], None] | None = None,
+    is_demo: bool = False,
 ) -> int:
     if (config := _resolve(arguments)) is None:
         return 0
+    from gspo_jax import story
+    from gspo_jax.config import run_dir
     from gspo_jax.distributed import is_writer, join
+    from gspo_jax.resume import check_named
 
+    check_named(config.run.resume, run_dir(config) / "checkpoints")  # before anything is loaded
     join(arguments.coordinator, arguments.processes, arguments.process)
-    if before and is_writer():
-        before(config)
+    if is_demo and is_writer():
+        story.before_demo(config)
     result = action(config)
     if is_writer():
-        after(config, result)
+        (story.after_demo if is_demo else story.after_run)(config, result)
     return result.exit_code
 
 
@@ -321,111 +321,17 @@ def _resolve(arguments: argparse.Namespace) -> "Config | None":
     from gspo_jax.config import load_config, to_yaml, warnings
 
     config = load_config(arguments.config, arguments.overrides)
+    for warning in [*arguments.warnings, *warnings(config)]:
+        say_error(f"warning: {warning}")
     if arguments.print_config:
         print(to_yaml(config), end="")
         return None
-    for warning in warnings(config):
-        _say_error(f"warning: {warning}")
     if arguments.dry_run:
         from gspo_jax.plan import plan
 
         print(plan(config))
         return None
     return config
-
-
-# ------------------------------------------------------------------------------------ usage
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, with a wrong usage told in one line."""
-
-    def error(self, message: str) -> Any:
-        _say_error(f"{message}; see {self.prog} --help")
-        self.exit(ConfigError.exit_code)
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, with CONFIG.yaml and section.key=value in any order among the options."""
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
-    if not hasattr(arguments, "settings") or any(text.startswith("-") for text in rest):
-        if rest:
-            parser.error(f"unknown argument {rest[0]}")
-        return arguments
-    given = [*arguments.settings, *rest]
-    arguments.overrides = [text for text in given if IS_OVERRIDE.match(text)]
-    if getattr(arguments, "resume", None):
-        arguments.overrides.append(f"run.resume={arguments.resume}")
-    files = [text for text in given if not IS_OVERRIDE.match(text)]
-    if arguments.command is evaluate:
-        arguments.models = [text for text in files if not text.endswith((".yaml", ".yml"))]
-        files = [text for text in files if text not in arguments.models]
-    files += [arguments.config] if arguments.config else []
-    if len(files) > 1:
-        parser.error(f"one config file at most, not {' and '.join(files)}")
-    arguments.config = files[0] if files else None
-    return arguments
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="gspo-jax",
-        description="GSPO post-training of Qwen-family language models in JAX.",
-        epilog="Start with: gspo-jax demo",
-        allow_abbrev=False,
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    described = {
-        "demo": (demo, "a tiny model learns arithmetic in minutes, on a CPU"),
-        "train": (train, "GSPO (or a relative of it) as a config says"),
-        "sft": (sft, "supervised training on worked solutions"),
-        "eval": (evaluate, "held-out accuracy of models, on benchmarks too"),
-        "compare": (compare, "losses, or other variants, under one harness"),
-        "sweep": (sweep, "every trial of an experiment file, ranked"),
-        "plan": (plan, "memory per device and cost of a step, without weights"),
-        "export": (export, "a run's newest checkpoint as a Hugging Face directory"),
-        "replay": (replay, "compute one recorded step of a run again, and compare"),
-        "report": (report, "a page of what runs recorded, with figures"),
-        "monitor": (monitor, "runs while they go: a live page, or a view in the terminal"),
-        "doctor": (doctor, "what is installed here, and what is wrong with it"),
-    }
-    for name, (command, text) in described.items():
-        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.set_defaults(command=command)
-        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        if name == "export":
-            sub.add_argument("run", metavar="RUN", help="a run directory, like runs/demo-seed0")
-            sub.add_argument("out", metavar="OUT", nargs="?", help="default: RUN/export")
-        elif name == "replay":
-            sub.add_argument("run", metavar="RUN", help="a run directory, like runs/demo-seed0")
-            sub.add_argument("--step", type=int, required=True, metavar="K", help="1 or more")
-        elif name == "report":
-            sub.add_argument("runs", metavar="RUN", nargs="+", help="run directories")
-            sub.add_argument(
-                "--out", metavar="DIR", help="default: RUN/plots, or report/ beside several runs"
-            )
-        elif name in ("compare", "sweep"):
-            usage.add_experiment(sub, name)
-        elif name == "monitor":
-            usage.add_monitor(sub)
-        elif name != "doctor":
-            usage.add_settings(sub, name)
-        if name in ("demo", "train", "sft"):
-            usage.add_processes(sub)
-        if name == "eval":
-            usage.add_benchmarks(sub)
-        if name in ("train", "sft"):
-            sub.add_argument("--resume", metavar="PATH", help="a checkpoint; run.resume=PATH")
-        if name == "plan":
-            sub.add_argument("--no-compile", action="store_true", help="estimate; takes seconds")
-            sub.add_argument(
-                "--memory", type=float, metavar="GB", help="of another device; estimates"
-            )
-            sub.add_argument(
-                "--shardings", action="store_true", help="where every array of a step lives"
-            )
-    return parser
 
 
 def _hush() -> None:
@@ -446,7 +352,17 @@ def _show_unraisable(told: Any) -> None:
         sys.__unraisablehook__(told)
 
 
-def _say_error(text: str) -> None:
-    from gspo_jax.console import inert, redact
-
-    print(f"gspo-jax: {inert(redact(text))}", file=sys.stderr)
+COMMANDS = {
+    "demo": (demo, "a tiny model learns arithmetic in minutes, on a CPU"),
+    "train": (train, "GSPO (or a relative of it) as a config says"),
+    "sft": (sft, "supervised training on worked solutions"),
+    "eval": (evaluate, "held-out accuracy of models, on benchmarks too"),
+    "compare": (compare, "losses, or other variants, under one harness"),
+    "sweep": (sweep, "every trial of an experiment file, ranked"),
+    "plan": (plan, "memory per device and cost of a step, without weights"),
+    "export": (export, "a run's newest checkpoint as a Hugging Face directory"),
+    "replay": (replay, "compute one recorded step of a run again, and compare"),
+    "report": (report, "a page of what runs recorded, with figures"),
+    "monitor": (monitor, "runs while they go: a live page, or a view in the terminal"),
+    "doctor": (doctor, "what is installed here, and what is wrong with it"),
+}

@@ -17,7 +17,8 @@ import numpy as np
 from gspo_jax.config import load_config
 from gspo_jax.errors import ConfigError, DataError
 from gspo_jax.experiment import Experiment, Outcome, expand
-from gspo_jax.losses import LOSSES
+from gspo_jax.settings import LOSSES
+from gspo_jax.spelling import meant
 from gspo_jax.statistics import over_seeds, sign_flip, t_interval
 
 GAE: dict[str, Any] = {"algo.advantage.name": "gae", "algo.critic.kind": "separate"}
@@ -39,7 +40,10 @@ def of_losses(
     config = load_config(base, overrides)
     own = config.algo.loss
     if unknown := [name for name in losses if name not in LOSSES]:
-        raise ConfigError(f"--losses {unknown[0]}: the losses are {list(LOSSES)}.")
+        raise ConfigError(
+            f"--losses {unknown[0]}: no such loss.{meant(unknown[0], LOSSES)} The losses are "
+            f"{list(LOSSES)}."
+        )
     variants = {}
     for name in losses:
         unset = {} if name == own["name"] else {f"algo.loss.{k}": None for k in own if k != "name"}

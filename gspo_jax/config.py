@@ -6,12 +6,12 @@ A mistake costs seconds: what is misspelt, of the wrong type or impossible is re
 that was typed, before weights are loaded or anything is compiled.
 """
 
-import difflib
+import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from omegaconf import OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
@@ -20,6 +20,16 @@ from yaml import YAMLError
 from gspo_jax import checks
 from gspo_jax.console import redact
 from gspo_jax.errors import ConfigError
+from gspo_jax.names import (
+    ALIASES,
+    KNOWN,
+    SETTINGS,
+    groups,
+    members,
+    near,
+    suggestion,
+    wanted,
+)
 from gspo_jax.settings import (
     AlgoConfig,
     EvalConfig,
@@ -31,6 +41,7 @@ from gspo_jax.settings import (
     SFTConfig,
     TaskConfig,
 )
+from gspo_jax.spelling import meant, shown
 
 PACKAGE = Path(__file__).parent
 
@@ -78,10 +89,23 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
         ConfigError: one line with the dotted name: a setting that does not exist (and the one that
             was probably meant), a value of the wrong type, or a combination that cannot work.
     """
-    layers = []
-    if path is not None:
-        layers.append(_named(_leaves(read_yaml(Path(path)), stop=KNOWN), f"{path}: "))
-    layers.append(_named(dict(map(_parse, overrides)).items(), ""))
+    file = {} if path is None else dict(_leaves(read_yaml(Path(path)), stop=KNOWN))
+    typed = dict(map(_parse, overrides))
+    layers = [_named(file.items(), f"{path}: "), _named(typed.items(), "")]
+    try:
+        return _merged(path, layers)
+    except ConfigError as error:
+        name = re.match(r"[\w.]+", str(error))
+        if name and _among(name[0], file) and not _among(name[0], typed):
+            raise ConfigError(f"{path}: {error}") from None
+        raise
+
+
+def _among(name: str, given: Iterable[str]) -> bool:
+    return any(f"{name}.".startswith(f"{one}.") for one in given)
+
+
+def _merged(path: str | Path | None, layers: list[dict[str, Any]]) -> Config:
     merged = OmegaConf.structured(Config)
     for layer in layers:
         task = layer.get("task", {})
@@ -89,17 +113,19 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
             with read_write(merged.task):  # another task: the former one's options are not its own
                 merged.task.options = {}
         merged = _guarded(layer, OmegaConf.merge, merged, layer)
-    if not merged.run.name:
+    tree: Any = OmegaConf.to_container(merged, resolve=False)
+    if not tree["run"]["name"]:
         stem = Path(path).stem if path is not None else "gspo"
-        merged = OmegaConf.merge(merged, {"run": {"name": f"{stem}-seed{merged.run.seed}"}})
-    texts = dict(_leaves(OmegaConf.to_container(merged, resolve=False)))
-    values = dict(_leaves(_guarded({}, partial(OmegaConf.to_container, resolve=True), merged)))
+        seed = _guarded(tree, lambda: merged.run.seed)
+        merged = OmegaConf.merge(merged, {"run": {"name": f"{stem}-seed{seed}"}})
+    texts = dict(_leaves(tree))
+    values = dict(_leaves(_guarded(tree, partial(OmegaConf.to_container, resolve=True), merged)))
     written = {
         name: (text, values[name])
         for name, text in texts.items()
         if isinstance(text, str) and "${" in text
     }
-    return replace(_guarded({}, OmegaConf.to_object, merged), written=written)
+    return replace(_guarded(tree, OmegaConf.to_object, merged), written=written)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -108,22 +134,53 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, no YAML, or no mapping.
     """
+    if path.suffix in DATA and path.is_file():
+        raise ConfigError(f"{path}: wanted a YAML file; data of your own is task.path={path}.")
     try:
         layer = OmegaConf.load(path)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file.") from None
+        raise ConfigError(f"{path}: no such config file.{_instead(path)}") from None
     except YAMLError as error:
         where = getattr(error, "problem_mark", None)
         at = f":{where.line + 1}:{where.column + 1}" if where else ""
-        raise ConfigError(f"{path}{at}: not YAML: {_first_line(error)}.") from None
+        why = TAB if _is_at_tab(path, where) else _first_line(error)
+        raise ConfigError(f"{path}{at}: not YAML: {why}.") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_first_line(error)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot read this as a config file ({error}).") from None
+    except IsADirectoryError:
+        raise ConfigError(
+            f"{path}: a directory; wanted a YAML file. A model is model.path={path}, data is "
+            f"task.path={path}."
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text in UTF-8; wanted a YAML file.") from None
+    except OSError as error:  # OmegaConf's, too, for what is no mapping
+        raise ConfigError(
+            f"{path}: cannot read this as a config file ({_first_line(error)}); wanted sections "
+            "(model:, task:, ...)."
+        ) from None
     plain: Any = OmegaConf.to_container(layer, resolve=False)
     if not isinstance(plain, dict):
         raise ConfigError(f"{path}: expected sections (model:, task:, ...), got a list.")
     return plain
+
+
+def _instead(path: Path) -> str:
+    """What was probably meant by a config file that is not there."""
+    text, _, value = str(path).partition("=")
+    if value or str(path) in SETTINGS:
+        return f" A setting is written {text if text in SETTINGS else 'section.key'}=VALUE."
+    return meant(path.name, [file.name for file in path.parent.glob("*.y*ml")])
+
+
+DATA = (".jsonl", ".parquet", ".csv", ".tsv")
+
+TAB = "a tab, where lines are indented by spaces"
+
+
+def _is_at_tab(path: Path, where: Any) -> bool:
+    lines = path.read_text(encoding="utf-8").splitlines() if where else []
+    return bool(lines) and where.line < len(lines) and lines[where.line].lstrip(" ")[:1] == "\t"
 
 
 def _parse(override: str) -> tuple[str, Any]:
@@ -131,9 +188,12 @@ def _parse(override: str) -> tuple[str, Any]:
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise ConfigError(f"{override!r} is not an override; write section.key=value.")
-    if _takes_text(SETTINGS.get(name)) and text != "null":
+    kind = SETTINGS.get(ALIASES.get(name, name))
+    if _takes_text(kind) and text != "null":
         quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
         return name, text[1:-1] if quoted else text
+    if kind is not None and not text.strip():
+        raise ConfigError(f"{name} is empty: expected {wanted(ALIASES.get(name, name))}.")
     try:
         layer: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
     except (YAMLError, OmegaConfBaseException) as error:
@@ -145,30 +205,39 @@ def _takes_text(kind: Any) -> bool:
     return kind is str or set(get_args(kind)) == {str, type(None)}
 
 
-def _guarded(layer: dict[str, Any], action: Callable[..., Any], *args: Any) -> Any:
-    """`action(*args)`, where OmegaConf's complaint about `layer` becomes one line of ours."""
+def _guarded(tree: dict[str, Any], action: Callable[..., Any], *args: Any) -> Any:
+    """`action(*args)`, where OmegaConf's complaint about `tree` becomes one line of ours."""
     try:
         return action(*args)
     except OmegaConfBaseException as error:
         name = (error.full_key or "").partition("[")[0]
-        given = dict(_leaves(layer, stop=KNOWN))
-        if name in SETTINGS and name in given:
-            value = "null" if given[name] is None else given[name]
-            raise ConfigError(f"{name}={value}: expected {_describe(SETTINGS[name])}.") from None
-        raise ConfigError(f"{name + ': ' if name else ''}{_first_line(error)}") from None
+        given = dict(_leaves(tree, stop=KNOWN)) | dict(_leaves(tree))
+        raise ConfigError(_complaint(error, name, given)) from None
+
+
+def _complaint(error: Exception, name: str, given: dict[str, Any]) -> str:
+    if name not in given:
+        return f"{name + ': ' if name else ''}{_first_line(error)}"
+    value = given[name]
+    text = f"{name}={value if isinstance(value, float) else shown(value)}: "
+    if not isinstance(value, str) or "${" not in value:
+        return f"{text}expected {wanted(name)}.{near(name, value)}"
+    if unset := re.search(r"Environment variable '(.+?)' not found", str(error)):
+        return f"{text}the environment variable {unset[1]} is not set."
+    if absent := re.search(r"Interpolation key '(.+?)' not found", str(error)):
+        key = absent[1]
+        if key.isupper():
+            return f"{text}there is no setting {key}. Did you mean ${{oc.env:{key}}}?"
+        return f"{text}there is no setting {key}.{suggestion(key)}"
+    if "Recursive interpolation" in str(error):
+        return f"{text}refers to itself."
+    if "converted" in str(error):  # what it stands for is not shown: it may be a secret
+        return f"{text}expected it to stand for {wanted(name)}."
+    return f"{text}expected ${{section.key}} or ${{oc.env:NAME}}."
 
 
 def _first_line(error: Exception) -> str:
     return str(getattr(error, "problem", None) or error).strip().splitlines()[0]
-
-
-def _describe(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return f"one of {list(get_args(kind))}"
-    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    if get_origin(kind) is list:
-        return f"a list of {'numbers' if get_args(kind)[0] is float else 'texts'}"
-    return plain.get(kind, "a mapping {key: value}" if get_origin(kind) is dict else "text")
 
 
 def _leaves(
@@ -188,43 +257,26 @@ def _leaves(
 # ------------------------------------------------------------------------------------ names
 
 
-def _settings(kind: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> type of every setting."""
-    found: dict[str, Any] = {}
-    for item in fields(kind):
-        if item.metadata.get("omegaconf_ignore"):
-            continue
-        name = f"{prefix}{item.name}"
-        if is_dataclass(item.type):
-            found |= _settings(item.type, f"{name}.")
-        else:
-            found[name] = item.type
-    return found
-
-
-SETTINGS: dict[str, Any] = _settings(Config)
-
-ALIASES = {"num_generations": "rollout.group_size", "rollout.num_generations": "rollout.group_size"}
-KNOWN = frozenset({*SETTINGS, *ALIASES})
-
-
 def _named(given: Iterable[tuple[str, Any]], source: str) -> dict[str, Any]:
     """(name, value) pairs as one nested layer: names known, aliases and shorthands replaced."""
     layer: dict[str, Any] = {}
     for name, value in given:
         setting = ALIASES.get(name, name)
         owner = next((s for s in SETTINGS if setting == s or setting.startswith(f"{s}.")), None)
-        if owner is None and name in _groups():
+        _check_colons(f"{source}{name}", value)
+        if owner is None and name in groups():
             if value in (None, {}):
                 continue  # a section left empty
-            raise ConfigError(f"{source}{name}={value}: a section, with {_members(name)} in it.")
+            raise ConfigError(
+                f"{source}{name}={shown(value)}: a section; set one of {members(name)} in it, like "
+                f"{name}.{members(name)[0]}=..."
+            )
         if owner is None:
-            raise ConfigError(f"{source}unknown setting {name}.{_suggestion(name)}")
+            raise ConfigError(f"{source}unknown setting {name}.{suggestion(name)}")
         if setting == owner:
             value = _shorthand(owner, value)
-        is_mapping = setting != owner or isinstance(value, dict)
-        if is_mapping and get_origin(SETTINGS[owner]) is not dict:
-            raise ConfigError(f"{source}{name}={value}: expected {_describe(SETTINGS[owner])}.")
+        if not _fits(value, get_origin(SETTINGS[owner]), setting == owner):
+            raise ConfigError(f"{source}{name}={shown(value)}: expected {wanted(owner)}.")
         for key, item in value.items() if isinstance(value, dict) else [("", value)]:
             _put(layer, f"{setting}.{key}" if key else setting, item, source)
     task = layer.get("task", {})
@@ -234,20 +286,35 @@ def _named(given: Iterable[tuple[str, Any]], source: str) -> dict[str, Any]:
     return layer
 
 
-def _groups() -> set[str]:
-    """Names that hold settings: "algo", "algo.kl", ..."""
-    return {name[:i] for name in SETTINGS for i, char in enumerate(name) if char == "."}
-
-
-def _members(group: str) -> list[str]:
-    return [name[len(group) + 1 :] for name in SETTINGS if name.startswith(f"{group}.")]
-
-
 def _shorthand(name: str, value: Any) -> Any:
     """`algo.loss=grpo` for {name: grpo}, and one text where a list of texts is wanted."""
     if isinstance(value, str) and name in ("algo.loss", "algo.advantage"):
         return {"name": value}
-    return [value] if isinstance(value, str) and SETTINGS[name] == list[str] else value
+    is_one = isinstance(value, str | int | float) and not _refers(value)
+    return [value] if is_one and get_origin(SETTINGS[name]) is list else value
+
+
+def _fits(value: Any, kind: Any, is_whole: bool) -> bool:
+    """A mapping or a list where one is wanted, and only there."""
+    if not is_whole:
+        return kind is dict
+    same = [isinstance(value, shape) == (kind is shape) for shape in (dict, list)]
+    return all(same) or _refers(value)
+
+
+def _refers(value: Any) -> bool:
+    return isinstance(value, str) and "${" in value
+
+
+def _check_colons(name: str, value: Any) -> None:
+    """Refuse {a:1}, which to YAML is a text without a value."""
+    for key, item in value.items() if isinstance(value, dict) else ():
+        if item is None and ":" in str(key):
+            left, _, right = str(key).partition(":")
+            raise ConfigError(
+                f"{name}={{{key}}}: write a space after the colon, {{{left}: {right.strip()}}}."
+            )
+        _check_colons(f"{name}.{key}", item)
 
 
 def _put(tree: dict[str, Any], name: str, value: Any, source: str) -> None:
@@ -255,26 +322,10 @@ def _put(tree: dict[str, Any], name: str, value: Any, source: str) -> None:
     for key in path:
         tree = tree.setdefault(key, {})
     if last in tree and tree[last] != value:
-        raise ConfigError(f"{source}{name} is given twice, as {tree[last]} and as {value}.")
+        raise ConfigError(
+            f"{source}{name} is given twice, as {shown(tree[last])} and as {shown(value)}."
+        )
     tree[last] = value
-
-
-def _suggestion(name: str) -> str:
-    """The setting that was probably meant, or what there is to choose from, after a space."""
-    group, _, leaf = name.rpartition(".")
-    leaf_of = {setting: setting.rpartition(".")[2] for setting in SETTINGS}
-    meant = [setting for setting, its_leaf in leaf_of.items() if its_leaf == leaf]
-    if not meant and leaf in checks.ELSEWHERE:
-        meant = [checks.ELSEWHERE[leaf]]
-    if not meant:
-        alike = difflib.get_close_matches(leaf, leaf_of.values(), 3, 0.7)
-        near = [setting for setting, its_leaf in leaf_of.items() if its_leaf in alike]
-        meant = difflib.get_close_matches(name, near, 1, 0)
-    if meant:
-        return f" Did you mean {' or '.join(meant)}?"
-    if group in _groups():
-        return f" {group} takes {_members(group)}."
-    return f" The sections are {[f.name for f in fields(Config) if f.name != 'written']}."
 
 
 # ------------------------------------------------------------------------------ what it says
@@ -296,6 +347,13 @@ def model_dir(config: Config) -> Path:
 def run_dir(config: Config) -> Path:
     """The folder that the run writes into."""
     return Path(config.run.dir) / (config.run.name or f"gspo-seed{config.run.seed}")
+
+
+def config_file(path: str) -> str:
+    """`path`, or the package's own file of that name where there is none here, as `demo.yaml`."""
+    packaged = packaged_config(path)
+    is_name = Path(path).name == path and not Path(path).exists()
+    return str(packaged) if is_name and packaged.is_file() else path
 
 
 def packaged_config(name: str) -> Path:

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from gspo_jax import jsonl
 from gspo_jax.config import changes, load_config, packaged_config, read_yaml
 from gspo_jax.errors import INTERRUPTED, PREEMPTED, ConfigError
+from gspo_jax.spelling import meant
 from gspo_jax.stopping import listening
 
 FIELDS = ("title", "base", "settings", "seeds", "grid", "variants", "metric", "against", "notes")
@@ -100,7 +101,8 @@ def read_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     """
     given = read_yaml(path)
     if unknown := [name for name in given if name not in FIELDS]:
-        raise ConfigError(f"{path}: {unknown[0]} is no field; the fields are {list(FIELDS)}.")
+        like = meant(unknown[0], FIELDS)
+        raise ConfigError(f"{path}: {unknown[0]} is no field.{like} The fields are {list(FIELDS)}.")
     base = given.get("base")
     if base is not None:
         beside = path.parent / str(base)
@@ -208,7 +210,7 @@ def against(experiment: Experiment, name: str) -> Experiment:
     """The same with its variants compared with this one."""
     names = list(dict.fromkeys(trial.variant for trial in experiment.trials))
     if name not in names:
-        raise ConfigError(f"--against {name}: the variants are {names}.")
+        raise ConfigError(f"--against {name}: the variants are {names}.{meant(name, names)}")
     return experiment._replace(against=name)
 
 

@@ -34,8 +34,7 @@ counts them). Half precision is computed in float32; float64 stays float64. What
 policy loss (`kl`, `entropy_bonus`, `value`) is in `penalties` and can be imported from here too.
 """
 
-import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -375,20 +374,3 @@ LOSSES: dict[str, Callable[..., tuple[Mean, Metrics]]] = {
 RATIO = dict.fromkeys(LOSSES, "token")
 RATIO |= dict.fromkeys(("gspo", "gspo_token", "luspo", "gmpo"), "sequence")
 """What one importance ratio covers. Clip ranges of the two kinds differ by three decades."""
-
-
-def loss_options(name: str) -> set[str]:
-    """The settings of a loss: its keyword arguments that are numbers, not arrays."""
-    parameters = inspect.signature(LOSSES[name]).parameters.values()
-    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"weight"}
-
-
-def check_options(name: str, options: Iterable[str]) -> None:
-    """Raise a ValueError that names the first of `options` that the loss does not take."""
-    for option in sorted(set(options) - loss_options(name)):
-        advice = f"{name} takes {sorted(loss_options(name))}"
-        if option in ("aggregation", "loss_agg_mode", "loss_type", "mean", "over", "reduction"):
-            advice = f"each loss has one mean, {name} that of its paper"
-            if RATIO[name] == "sequence":
-                advice += "; luspo is the one that weighs responses by their tokens"
-        raise ValueError(f"algo.loss.{option}: {advice}.")

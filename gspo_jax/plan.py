@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 
 from gspo_jax import checkpoint, costs
-from gspo_jax.checks import check_experts
 from gspo_jax.config import Config, model_dir, run_dir
 from gspo_jax.errors import ConfigError, DataError
 from gspo_jax.memory import (
@@ -34,8 +33,9 @@ from gspo_jax.memory import (
 from gspo_jax.metrics import check_place
 from gspo_jax.models.files import find_tensors
 from gspo_jax.models.hf import lent_files, read_config
-from gspo_jax.policy import Problems, load_problems, open_mesh
+from gspo_jax.policy import Problems, check_experts, load_problems, open_mesh
 from gspo_jax.programs import programs, sketch
+from gspo_jax.resume import check_named
 from gspo_jax.tasks import Task
 from gspo_jax.tokenizer import load_tokenizer
 
@@ -47,6 +47,7 @@ def plan(config: Config) -> str:
         DataError: the model directory, the data or a reward function is not what it should be.
         StorageError: the run directory is in use, or cannot be written.
     """
+    check_named(config.run.resume, run_dir(config) / "checkpoints")
     directory = model_dir(config)
     shape = read_config(directory)
     check_experts(config.algo, shape)

@@ -14,10 +14,9 @@ from jaxtyping import PyTree
 
 from gspo_jax import rewards
 from gspo_jax.batch import Problem
-from gspo_jax.checks import check_experts, check_mesh
 from gspo_jax.config import Config, model_dir
 from gspo_jax.distributed import agreed, place
-from gspo_jax.errors import DataError
+from gspo_jax.errors import ConfigError, DataError
 from gspo_jax.generate import PureModel
 from gspo_jax.microbatch import MICROBATCH_TOKENS
 from gspo_jax.models.attention import Choice, choose
@@ -27,6 +26,7 @@ from gspo_jax.models.qwen import Qwen
 from gspo_jax.models.remat import POLICIES, activation_bytes, choose_remat, share_of
 from gspo_jax.objective import cast
 from gspo_jax.rollout import Scorer, encode_prompts
+from gspo_jax.settings import AlgoConfig
 from gspo_jax.sharding import (
     RULES,
     constrain,
@@ -116,6 +116,45 @@ def load_policy(config: Config) -> Policy:
     else:
         model = load_model(directory, mesh=mesh)
     return Policy(*nnx.split(model), tokenizer, mesh, resolve_dtype(config), directory)
+
+
+def check_experts(algo: AlgoConfig, shape: QwenConfig) -> None:
+    """What concerns a router asks for a model that has one; told once the model is known."""
+    for name, unused in (("routing_replay", "off"), ("router_aux_coef", 0), ("router_z_coef", 0)):
+        value = getattr(algo, name)
+        if value != unused and shape.experts is None:
+            raise ConfigError(
+                f"algo.{name}={value}: the model is {shape.family}, which has no experts; leave it "
+                f"at {unused}."
+            )
+
+
+def check_mesh(mesh: Mesh, shape: QwenConfig) -> None:
+    """What is split over devices must divide; told once the model is known, before compiling.
+
+    Heads and experts alone: rows are filled up, and other axes that do not divide stay whole.
+    """
+    tensor, expert = mesh.shape["tensor"], mesh.shape["expert"]
+    for heads in ("num_heads", "num_kv_heads"):
+        if (count := getattr(shape, heads)) % tensor:
+            hf = {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}[heads]
+            raise ConfigError(
+                f"mesh.tensor={tensor}: the model has {hf}={count}, which do not split into "
+                f"{tensor} equal parts; {math.gcd(shape.num_heads, shape.num_kv_heads)} and its "
+                "divisors would."
+            )
+    if expert == 1:
+        return
+    if shape.experts is None:
+        raise ConfigError(
+            f"mesh.expert={expert}: the model is {shape.family}, which has no experts; use "
+            "mesh.fsdp, or mesh.tensor."
+        )
+    if shape.experts.count % expert:
+        raise ConfigError(
+            f"mesh.expert={expert}: the model has num_experts={shape.experts.count}, which do not "
+            f"split into {expert} equal parts; change mesh.expert to a divisor."
+        )
 
 
 def open_mesh(config: Config, shape: QwenConfig) -> Mesh:

@@ -23,6 +23,7 @@ from gspo_jax.errors import ConfigError, DataError, StorageError
 from gspo_jax.metrics import plain
 from gspo_jax.objective import Targets
 from gspo_jax.policy import Problems
+from gspo_jax.spelling import meant
 from gspo_jax.tasks.task import fingerprint
 from gspo_jax.update import Pending, Scored, TrainState, empty_window
 
@@ -41,6 +42,7 @@ FREE = (  # of no consequence for what is learned
     *DATA,
 )
 NOT_FREE = ("run.seed", "run.spike_sigmas")
+RESUME = ("auto", "never")  # instead of a checkpoint
 UNSAID = ("run.name", "run.dir", "run.resume", "run.allow_data_change")
 
 Say = Callable[[str], None]
@@ -137,12 +139,8 @@ def find(resume: str, root: Path, say: Say) -> Found | None:
             )
         return None
     if resume != "auto":
+        check_named(resume, root)
         path = Path(resume)
-        if not checkpoint.NAME.fullmatch(path.name) or not path.is_dir():
-            raise StorageError(
-                f"run.resume={resume}: not a checkpoint; give auto, never, or a directory such as "
-                f"{root / '100'}."
-            )
         own = path.resolve().parent == root.resolve()
         if own or not names:
             integrity.verify(path)
@@ -153,6 +151,17 @@ def find(resume: str, root: Path, say: Say) -> Found | None:
         return None
     name = newest_whole(root, names, say)
     return Found(root / name, True, _after(names, name))
+
+
+def check_named(resume: str, root: Path) -> None:
+    """Raise a StorageError unless `run.resume` says how, or is a checkpoint by its place."""
+    path = Path(resume)
+    if resume in RESUME or (checkpoint.NAME.fullmatch(path.name) and path.is_dir()):
+        return
+    raise StorageError(
+        f"run.resume={resume}: not a checkpoint.{meant(resume, RESUME)} Give auto, never, or a "
+        f"directory such as {root / '100'}."
+    )
 
 
 def newest_whole(root: Path, names: Iterable[str], say: Say) -> str:

@@ -109,8 +109,34 @@ class CriticConfig:
     """Weight of a shared critic's loss in the policy's."""
 
 
+CLIP = {"clip_low": 0.2, "clip_high": 0.2, "delta": None}
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "delta": None},
+    "gspo_token": {"clip_low": 3e-4, "clip_high": 4e-4, "delta": None},
+    "luspo": {"clip_low": 2e-3, "clip_high": 2.5e-3, "delta": None},
+    "gmpo": {"log_clip_low": 0.4, "log_clip_high": 0.4},
+    "grpo": CLIP,
+    "sapo": {"tau_pos": 1.0, "tau_neg": 1.05},
+    "dr_grpo": CLIP | {"max_length": None},
+    "dapo": CLIP | {"clip_high": 0.28},
+    "ppo": CLIP,
+    "cispo": {"cap": 5.0, "floor": 0.0},
+    "reinforce": {},
+}
+"""What algo.loss takes beside each name, and the defaults: those of the functions of losses, here
+so that a configuration is read without JAX."""
+
 GAE = {"gamma": 1.0, "lam": 0.95, "whiten": True}
-"""What algo.advantage takes where its name is gae, and the defaults."""
+
+ADVANTAGES: dict[str, dict[str, Any]] = {
+    "group_normalised": {"ddof": 1, "eps": 1e-4, "scale": "group"},
+    "group_centred": {},
+    "leave_one_out": {},
+    "reinforce_pp": {"eps": 1e-8},
+    "gae": GAE,
+}
+"""What algo.advantage takes beside each name, and the defaults: likewise those of advantages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +144,10 @@ class AlgoConfig:
     """What is optimised."""
 
     loss: dict[str, Any] = field(default_factory=lambda: {"name": "gspo"})
-    """`name` from losses.LOSSES; the other keys are that function's keyword arguments."""
+    """`name` of a loss, and what LOSSES says that it takes."""
     advantage: dict[str, Any] = field(default_factory=lambda: {"name": "group_normalised"})
-    """`name` of a function of advantages; the other keys are its keyword arguments. gae needs
-    algo.critic, and takes those of GAE."""
+    """`name` of a function of advantages, and what ADVANTAGES says that it takes. gae needs
+    algo.critic."""
     minibatches: int = 4
     """Updates per pass over a rollout; 1 means on-policy, and clipping can never act."""
     epochs: int = 1
@@ -240,7 +266,7 @@ class RunConfig:
     allow_data_change: bool = False
     """Continue a run although its data or the choice of its data is no longer the same."""
     report_to: list[str] = field(default_factory=list)
-    """["wandb"] sends the metrics there too."""
+    """Trackers that get the metrics too: "wandb", "tensorboard"."""
     profile_steps: list[int] = field(default_factory=list)
     """Steps whose trace is written to profile/, for TensorBoard or Perfetto."""
     log_completions: int = 20
@@ -253,3 +279,17 @@ class RunConfig:
     save_by: float = 0.0
     """Minutes since the process began, in which the run is to have saved and stopped (exit code
     75); it takes no step that would end later. 0 is no limit."""
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "task": TaskConfig,
+    "rollout": RolloutConfig,
+    "algo": AlgoConfig,
+    "optim": OptimConfig,
+    "mesh": MeshConfig,
+    "eval": EvalConfig,
+    "sft": SFTConfig,
+    "run": RunConfig,
+}
+"""In the order in which they are written."""

@@ -5,20 +5,23 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from gspo_jax import summary
-from gspo_jax.advice import advise
+from gspo_jax.advice import Advice, advise
 from gspo_jax.config import Config, load_config
+from gspo_jax.errors import DataError
 from gspo_jax.experiment import Experiment, told
-from gspo_jax.export import logged
-from gspo_jax.replay import Replayed
-from gspo_jax.run import Result
+from gspo_jax.run_files import read_metrics
 from gspo_jax.statistics import independent_difference
+
+if TYPE_CHECKING:
+    from gspo_jax.replay import Replayed
+    from gspo_jax.run import Result
 
 ROWS = {  # metric -> what people call it
     "eval/greedy": "greedy accuracy",
@@ -54,15 +57,24 @@ def before_demo(config: Config) -> None:
     show("\n".join(lines) + "\n")
 
 
-def after_run(config: Config, result: Result) -> None:
+def after_run(config: Config, result: "Result") -> None:
     """Accuracy before and after, where everything lies, and what to change next time."""
     _outcome(result)
-    rows = logged(result.run_dir) if result.state == "finished" else []
-    for advice in advise(rows, first=next((r for r in rows if r["step"] > 0), None)):
+    for advice in _advice(result):
         show(f"advice    {advice.text}")
 
 
-def _outcome(result: Result) -> None:
+def _advice(result: "Result") -> list[Advice]:
+    if result.state != "finished":
+        return []
+    try:
+        rows = read_metrics(result.run_dir)
+    except DataError:
+        return []
+    return advise(rows, first=next((row for row in rows if row["step"] > 0), None))
+
+
+def _outcome(result: "Result") -> None:
     if result.before and result.after:
         show(comparison({"before": result.before, "after": result.after}))
     if result.state == "finished":
@@ -74,7 +86,7 @@ def _outcome(result: Result) -> None:
         )
 
 
-def after_demo(config: Config, result: Result) -> None:
+def after_demo(config: Config, result: "Result") -> None:
     """Accuracy before and after, and where to go from here."""
     _outcome(result)
     if result.state == "finished":
@@ -133,7 +145,7 @@ def benchmarks(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def replayed(done: Replayed) -> Table | str:
+def replayed(done: "Replayed") -> Table | str:
     """What a replay found: one line where all is equal, else a row per metric that is not."""
     count = f"step {done.step}: {len(done.same)} metrics equal"
     if not done.differs:

@@ -12,6 +12,7 @@ config can say belong to that command; here are the names and the shape of a scr
 """
 
 import atexit
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ from gspo_jax.models.hf import save_model
 from gspo_jax.models.qwen import Qwen
 from gspo_jax.policy import Problems, load_policy
 from gspo_jax.rollout import encode_prompts, sample_completions, token_count
+from gspo_jax.spelling import meant
 from gspo_jax.tasks import load_task
 from gspo_jax.tasks.reasoning import MIX, reasoning_mix
 from gspo_jax.tasks.verify import list_accuracy
@@ -120,7 +122,11 @@ class GSPOConfig:
             "optim.state": "8bit" if self.use_8bit_optimizer else "float32",
             "run.seed": self.seed,
         }
-        return load_config(None, [f"{name}={value}" for name, value in settings.items()])
+        try:
+            return load_config(None, [f"{name}={value}" for name, value in settings.items()])
+        except ConfigError as error:  # told with the names of the fields
+            own = partial(re.sub, r"[a-z]+(\.\w+)+", lambda name: FIELDS.get(name[0], name[0]))
+            raise ConfigError(own(str(error))) from None
 
     def __new__(cls, *args: Any, **given: Any) -> "GSPOConfig":
         known = [field.name for field in fields(cls)]
@@ -128,9 +134,25 @@ class GSPOConfig:
             if name in ELSEWHERE:
                 raise ConfigError(f"GSPOConfig has no {name}: {ELSEWHERE[name]}.")
             if name not in known:
-                raise ConfigError(f"GSPOConfig has no {name}; it has {known}.")
+                raise ConfigError(f"GSPOConfig has no {name}.{meant(name, known)} It has {known}.")
         return super().__new__(cls)
 
+
+FIELDS = {
+    "task.max_prompt_length": "max_prompt_length",
+    "rollout.prompts": "batch_size",
+    "rollout.group_size": "group_size",
+    "rollout.max_completion_length": "max_new_tokens",
+    "rollout.temperature": "temperature",
+    "algo.loss.clip_low": "left_clip_range",
+    "algo.loss.clip_high": "right_clip_range",
+    "algo.minibatches": "minibatches_per_rollout",
+    "algo.microbatch": "mini_batch_size",
+    "optim.learning_rate": "learning_rate",
+    "optim.max_grad_norm": "max_grad_norm",
+    "run.seed": "seed",
+}
+"""Settings of ours, and the fields that set them."""
 
 ELSEWHERE = {
     "gradient_accumulation_steps": "set mini_batch_size, whose passes are added up exactly",

@@ -11,10 +11,11 @@ PACKAGE = Path(gspo_jax.__file__).parent
 
 LAYERS = [
     {"errors", "batch", "masked", "console", "sandbox", "stopping", "tasks.units", "statistics"}
-    | {"arguments"}
+    | {"settings", "spelling"}
     | {"tasks.zebra_words", "tasks.zebra_solve"},
-    {"distributed", "jsonl", "tasks.verify", "summary"},
-    {"models.fields", "models.init", "penalties", "mismatch", "advantages", "logps", "quant"}
+    {"distributed", "jsonl", "tasks.verify", "summary", "names"},
+    {"arguments"}
+    | {"models.fields", "models.init", "penalties", "mismatch", "advantages", "logps", "quant"}
     | {"sharding", "chat_template", "tasks.task", "tasks.zebra_score", "integrity", "run_files"},
     {"losses", "models.attention", "models.linear", "models.cache", "models.files", "optim"}
     | {"models.rope", "signatures", "tasks.draw", "tasks.mixture", "tasks.sources"}
@@ -26,7 +27,7 @@ LAYERS = [
     {"models.hf", "tasks.data", "tasks.latex", "tasks.gym_judge"},
     {"tasks.published"},
     {"models", "tasks", "generate"},
-    {"settings", "rollout", "objective", "microbatch"},
+    {"rollout", "objective", "microbatch"},
     {"update", "continuations"},
     {"checks", "critic"},
     {"config"},
@@ -45,6 +46,7 @@ PURE = {"losses", "penalties", "mismatch", "advantages", "logps", "quant", "mask
 FILES_ONLY = {"report", "comparison", "page", "figures", "run_files", "metrics", "console"}
 FILES_ONLY |= {"jsonl", "errors", "cli", "integrity", "statistics", "summary", "arguments"}
 FILES_ONLY |= {"monitor", "terminal", "snapshot", "advice", "follow"}
+FILES_ONLY |= {"settings", "spelling", "names"}
 
 
 def module_name(path: Path) -> str:

@@ -62,7 +62,7 @@ def test_each_loss_gets_what_it_is_meant_for_and_not_anothers_clip_range():
     assert by_name["grpo"].loss == {"name": "grpo"}
     assert by_name["dr_grpo"].advantage["name"] == "group_centred"
     assert (by_name["ppo"].advantage["name"], by_name["ppo"].critic.kind) == ("gae", "separate")
-    with pytest.raises(ConfigError, match="--losses gsppo: the losses are"):
+    with pytest.raises(ConfigError, match=r"--losses gsppo: no such loss\. Did you mean gspo"):
         of_losses(None, ["gsppo"], seeds=1)
 
 

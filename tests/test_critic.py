@@ -447,9 +447,12 @@ def test_a_critic_without_use_or_a_use_without_critic_is_refused_in_one_line(ove
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("algo.advantage.lam=1.5", "algo.advantage.lam=1.5: must be in [0, 1]"),
+        ("algo.advantage.lam=1.5", "algo.advantage.lam=1.5: must be from 0 to 1"),
         ("algo.advantage.whiten=3", "algo.advantage.whiten=3: expected true or false"),
-        ("algo.advantage.lambda=0.9", "algo.advantage.lambda: gae takes ['gamma', 'lam', 'whiten'"),
+        (
+            "algo.advantage.lambda=0.9",
+            "algo.advantage.lambda: gae has no such option. Did you mean lam?",
+        ),
     ],
 )
 def test_the_options_of_gae_are_checked(override, message):

@@ -106,8 +106,8 @@ def test_trials_are_every_seed_of_every_choice_of_every_variant():
 
 def test_what_is_wrong_is_told_before_anything_runs(tmp_path):
     for text, told in {
-        "variant: {a: {}}": "variant is no field; the fields are",
-        "variants: {a: {algo.loss: grpoo}}": "a: algo.loss.name=grpoo: did you mean grpo",
+        "variant: {a: {}}": r"variant is no field\. Did you mean variants\?",
+        "variants: {a: {algo.loss: grpoo}}": r"a: algo\.loss\.name=grpoo: no such loss\. Did you",
         "variants: [a]": "variants=.'a'.: wanted {name: {setting: value}}",
         "variants: {a: {}}\nagainst: b": "against=b: the variants are .'a'.",
         "grid: {rollout.prompts: 4}": r"grid\.rollout\.prompts=4: wanted a list",

@@ -65,7 +65,9 @@ def test_load_task_wants_exactly_one_source():
         load_task()
     with pytest.raises(ConfigError, match="one of the two"):
         load_task("arithmetic", "rows.jsonl")
-    with pytest.raises(ConfigError, match=r"task\.name=arithmetics: the tasks are"):
+    with pytest.raises(
+        ConfigError, match=r"task\.name=arithmetics: no such task\. Did you mean arithmetic"
+    ):
         load_task("arithmetics")
     with pytest.raises(ConfigError, match=r"task\.fields"):
         load_task("arithmetic", fields={"prompt": "q"})

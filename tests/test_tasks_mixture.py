@@ -117,9 +117,12 @@ def test_tasks_of_the_library_and_data_are_mixed_by_name(tmp_path):
         ({"arithmetic": 0}, "weight=0: wanted a number above 0"),
         ({"arithmetic": "1"}, "weight=1: wanted a number above 0"),
         ({"arithmetic": {"wieght": 1}}, r"got \['wieght'\], wanted some of weight"),
-        ({"no_such": 1}, "task.name=no_such: the tasks are"),
+        ({"no_such": 1}, r"task\.options\.tasks\.no_such\.name=no_such: no such task"),
         ({"mixture": 1}, "cannot hold another one"),
-        ({"arithmetic": {"options": {"slipp": 1}}}, "arithmetic has no option slipp"),
+        (
+            {"arithmetic": {"options": {"slipp": 1}}},
+            r"tasks\.arithmetic\.options\.slipp: arithmetic has no such option\. Did you mean slip",
+        ),
         ({"knights": {"path": "x.jsonl", "name": "knights"}}, "one of the two"),
     ],
 )

@@ -1,11 +1,13 @@
 """Where problems come from: the table of built-in tasks, and data of the user's own."""
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gspo_jax.errors import ConfigError
+from gspo_jax.spelling import meant
 from gspo_jax.tasks.countdown import countdown_numbers
 from gspo_jax.tasks.data import user_data
 from gspo_jax.tasks.draw import chosen_sizes
@@ -47,19 +49,34 @@ def load_task(
         options, path = {"path": str(path), **options}, None
     if (name is None) == (path is None):
         raise ConfigError(f"got task name {name!r} and path {path!r}; wanted one of the two.")
-    if path is not None and not fields and (known := recognised(str(path))):
-        name, path = known
-        return READERS[name](path=path, **options)
-    if path is not None:
-        return user_data(path, fields=fields, **options)
+    try:
+        if path is not None and not fields and (known := recognised(str(path))):
+            name, path = known
+            return READERS[name](path=path, **options)
+        if path is not None:
+            return user_data(path, fields=fields, **options)
+        return _built_in(str(name), fields, options)(seed=seed, **options)
+    except ConfigError as error:
+        option = re.match(r"\w+", str(error))
+        if option and option[0] in options:  # as it stands in a configuration
+            raise ConfigError(f"task.options.{error}") from None
+        raise
+
+
+def _built_in(name: str, fields: Any, options: Mapping[str, Any]) -> Callable[..., Task]:
     if name not in TASKS:
-        raise ConfigError(f"task.name={name}: the tasks are {sorted(TASKS)}.")
+        raise ConfigError(
+            f"task.name={name}: no such task.{meant(name, TASKS)} The tasks are {sorted(TASKS)}."
+        )
     if fields:
         raise ConfigError(f"task.fields: these are columns of task.path; {name} has none.")
     taken = inspect.signature(TASKS[name]).parameters
     if unknown := [option for option in options if option not in taken]:
-        raise ConfigError(f"{name} has no option {unknown[0]}; it takes {list(taken)}.")
-    return TASKS[name](seed=seed, **options)
+        raise ConfigError(
+            f"task.options.{unknown[0]}: {name} has no such option.{meant(unknown[0], taken)} "
+            f"It takes {list(taken)}."
+        )
+    return TASKS[name]
 
 
 def mixture_of(
@@ -81,7 +98,11 @@ def mixture_of(
         weight, options = part.pop("weight"), part.pop("options", {})
         if part.get("name") == "mixture":
             raise ConfigError(f"task.options.tasks.{label}: a mixture cannot hold another one.")
-        parts[label] = Part(load_task(**part, seed=seed, **options), weight)
+        try:
+            parts[label] = Part(load_task(**part, seed=seed, **options), weight)
+        except ConfigError as error:
+            text = str(error).removeprefix("task.")
+            raise ConfigError(f"task.options.tasks.{label}.{text}") from None
     return mix(parts, sizes=chosen_sizes({}, sizes))
 
 

@@ -346,4 +346,4 @@ def test_row_09_a_checkpoint_that_is_asked_for_and_missing_is_exit_6(
 ):
     settings = tiny_run(tiny_dir, tmp_path, "run.steps=1")
     code, _, err = run_main(capsys, settings, *(text.format(tmp_path) for text in how))
-    assert code == 6 and "not a checkpoint; give auto, never, or" in one_line(err)
+    assert code == 6 and "not a checkpoint. Give auto, never, or" in one_line(err)
