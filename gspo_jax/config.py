@@ -247,6 +247,8 @@ def _shorthand(name: str, value: Any) -> Any:
     """`algo.loss=grpo` for {name: grpo}, and one text where a list of texts is wanted."""
     if isinstance(value, str) and name in ("algo.loss", "algo.advantage"):
         return {"name": value}
+    if value is False and "off" in get_args(SETTINGS[name]):
+        return "off"  # which YAML reads as false
     return [value] if isinstance(value, str) and SETTINGS[name] == list[str] else value
 
 
