@@ -148,12 +148,23 @@ def known(arguments):
 
 # ----------------------------------------------------------------- what takes longer: parity
 
-SMALL = ("run.steps=2", "eval.problems=24", "eval.samples=2", "rollout.prompts=4", "mesh.data=1")
+
+def without(arguments, others):
+    """The arguments without settings that `others` give, too."""
+    given = {x.partition("=")[0] for x in others}
+    return [x for x in arguments if "=" not in x or x.partition("=")[0] not in given]
+
+
+SMALL = ["run.steps=2", "eval.problems=24", "eval.samples=2", "rollout.prompts=4", "mesh.data=1"]
 
 
 @pytest.mark.parity
-def test_the_quickstart_runs_from_its_first_command_to_its_last(desk, capsys, tiny_dir):
+def test_the_quickstart_runs_from_its_first_command_to_its_last(
+    desk, capsys, tiny_dir, monkeypatch
+):
     """Every command, with fewer steps and problems; `make` and the hub's model have stand-ins."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+    hub = [f"model.path={tiny_dir}"]
     shown = {}
     for (_, _, line), (_, after, code) in pairwise([*blocks("quickstart"), ("", "", "")]):
         program, *arguments = shlex.split(line) if "gspo-jax" in line[:8] else ("", "")
@@ -162,9 +173,11 @@ def test_the_quickstart_runs_from_its_first_command_to_its_last(desk, capsys, ti
         elif line == "python write.py\n":
             exec(compile(files()["write.py"], "write.py", "exec"), {})
         elif program and arguments[0] != "monitor":
-            small = () if arguments[0] == "export" or "--dry-run" in arguments else SMALL
-            model = [f"model.path={tiny_dir}"] if "qwen3" in line else []
-            assert main([*arguments, *model, *small]) == 0, line
+            small = [] if arguments[0] == "export" or "--dry-run" in arguments else SMALL
+            small = [*hub, "--dry-run"] if "train configs/qwen3" in line else small
+            small = [*hub, "--no-compile"] if arguments[0] == "plan" else small
+            small += ["--seeds", "1"] if arguments[0] == "compare" else []
+            assert main([*without(arguments, small), *small]) == 0, line
         shown[line] = capsys.readouterr().out if after == "text" else "", code
     printed, code = shown["gspo-jax train mine.yaml --dry-run\n"]
     assert set(code.splitlines()) <= set(printed.splitlines())
@@ -184,3 +197,24 @@ def test_a_loss_of_ones_own_trains(desk):
     execute("cookbook", namespace, heavy=True)
     rows = (desk / "runs" / "lenient" / "metrics.jsonl").read_text().splitlines()
     assert len(rows) == 3 and "clip_frac_seq" in rows[-1]
+
+
+@pytest.mark.parity
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch):
+    """With two steps in place of sixty; its kernel has one device, as a reader's."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+    for name, value in (("STEPS", "2"), ("HELD_OUT", "16")):
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(DOCS / "notebooks" / "gspo_in_minutes.ipynb", 4)
+    kept = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
+    made = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+    for now, then in zip(made, kept, strict=True):
+        assert {o.output_type for o in now} == {o.output_type for o in then}
+    # What is kept in the file is a whole run: accuracy before and after, each with its n.
+    shown = "".join(o.text for outputs in kept for o in outputs if o.output_type == "stream")
+    before, after = re.findall(r"greedy: (\d+\.\d) % \[\d+\.\d, \d+\.\d\], n = 256", shown)
+    assert float(after) > float(before) + 30
