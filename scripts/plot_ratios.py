@@ -143,7 +143,7 @@ def _one_response(axis: Axes, response: dict[str, Any]) -> None:
     s = 1e3 * (np.exp(np.mean(response["log_ratio"])) - 1)
     axis.axhline(s, color=BLUE, lw=1.2)
     axis.set(title="One response: w of its tokens, s (line)", ylabel="ratio - 1, in thousandths")
-    axis.set_xticks(range(len(ratio)), [shown.get(t, t) for t in response["tokens"]], fontsize=7)
+    axis.set_xticks(range(len(ratio)), [shown.get(t) or t for t in response["tokens"]], fontsize=7)
     axis.tick_params(axis="x", length=0)
     axis.grid(visible=False, axis="x")
     axis.set_axisbelow(True)
@@ -194,7 +194,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     made.add_argument("--measure", action="store_true", help="train and sample first")
     if made.parse_args().measure:
         KEPT.write_text(json.dumps(measure(), ensure_ascii=False) + "\n", encoding="utf-8")
