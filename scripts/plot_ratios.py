@@ -127,7 +127,7 @@ def draw_ratios(responses: list[dict[str, Any]], path: Path) -> None:
     for values, color, label in ((of_tokens, ORANGE, "tokens"), (of_rows, BLUE, "responses")):
         x = np.sort(np.abs(np.expm1(values)))
         right.plot(x, 100 * (1 - np.arange(len(x)) / len(x)), color=color, label=label)
-    _mark_defaults(right, 84)
+    _mark_defaults(right, 60, "right")
     right.set(title="Further from 1 than x", xlabel="x", ylabel="% of them", ylim=(-2, 100))
     right.set_xscale("log")
     right.set_xlim(1e-5, 1)
@@ -167,7 +167,7 @@ def draw_lengths(responses: list[dict[str, Any]], path: Path) -> None:
     for loss, color in (("gspo", BLUE), ("grpo", ORANGE)):
         share = [100 * clipped(responses, loss, x, x) for x in width]
         right.plot(width, share, color=color, label=loss)
-    _mark_defaults(right, 46)
+    _mark_defaults(right, 46, "left")
     right.set(title="Clipped by a range of ±ε", xlabel="ε")
     right.set(ylabel="% of tokens", xscale="log", ylim=(-1.5, 48))
     _label_powers(right)
@@ -175,11 +175,12 @@ def draw_lengths(responses: list[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def _mark_defaults(axis: Axes, height: float) -> None:
+def _mark_defaults(axis: Axes, height: float, side: str) -> None:
     """The ranges that GSPO and GRPO have by default."""
-    for x, text in ((3.5e-4, "3e-4,\n4e-4"), (0.2, "0.2")):
+    for x, text, where in ((3.5e-4, "3e-4,\n4e-4", side), (0.2, "0.2", "left")):
         axis.axvline(x, color=GREY, lw=0.9, ls=(0, (3, 2)))
-        axis.text(x * 1.15, height, text, fontsize=7.5, color=GREY, va="top")
+        beside = x * 1.15 if where == "left" else x / 1.15
+        axis.text(beside, height, text, fontsize=7.5, color=GREY, va="top", ha=where)
 
 
 def _label_powers(axis: Axes) -> None:

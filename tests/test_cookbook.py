@@ -1,6 +1,8 @@
 """The pages that a new user reads do what they say: snippets run, commands are accepted."""
 
+import importlib.util
 import inspect
+import json
 import re
 import shlex
 from contextlib import redirect_stdout
@@ -22,6 +24,9 @@ DOCS = ROOT / "docs"
 PAGES = ("quickstart", "how_gspo_works", "functional", "cookbook")
 HUB = re.compile(r"\b(Qwen/Qwen3-[\w.-]+|openai/gsm8k)")
 BLOCK = re.compile(r"^(?:<!-- (.*?) -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_spec = importlib.util.spec_from_file_location("plot_ratios", ROOT / "scripts" / "plot_ratios.py")
+plot_ratios = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(plot_ratios)
 NUMBER = re.compile(r"-?\d+\.\d+")
 
 
@@ -110,6 +115,54 @@ def test_configurations_and_rows_are_accepted(page, desk):
         (desk / "rows.jsonl").write_text(code)
         fields = {"prompt": "text", "answer": "meta.gold"} if '"text"' in code else {}
         assert user_data(desk / "rows.jsonl", fields=fields).size["train"] == code.count("\n")
+
+
+def anchors(path):
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_anchors_lead_somewhere(page):
+    targets = re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", BLOCK.sub("", text(page)))
+    assert targets
+    for place, anchor in targets:
+        path = DOCS / (place or f"{page}.md")
+        assert path.exists(), place
+        assert not anchor or anchor in anchors(path), (place, anchor)
+
+
+def test_numbers_of_how_gspo_works_are_those_of_the_measurements():
+    page = " ".join(text("how_gspo_works").split())
+    responses = json.loads(plot_ratios.KEPT.read_text(encoding="utf-8"))["responses"]
+    log_ratio, _, mask = plot_ratios.arrays(responses)
+    moved = np.abs(np.expm1(log_ratio[mask]))
+    rows = np.abs(np.expm1([np.mean(r["log_ratio"]) for r in responses]))
+    lengths, of_sum, of_mean = plot_ratios.spread_by_length(responses)
+    assert f"{len(responses)} responses, {mask.sum():,} tokens" in page
+    assert f"{np.mean(moved > 1e-4):.0%} of".replace("%", " %") in page
+    assert f"{np.mean(moved > 0.1):.1%} by".replace("%", " %") in page
+    assert f"by more than {np.median(rows):.4f}, and none" in page
+    assert 0.014 < rows.max() < 0.015 and 1600 < lengths[6] < 1650
+    assert f"standard deviation is {of_sum[6]:.2f}" in page
+    assert 3e-4 < np.interp(3000, lengths, of_mean) < 4e-4
+    clipped = json.loads((ROOT / "benchmarks/results/clip_fraction.json").read_text())["cases"]
+    for case, form in zip(
+        clipped, ("{:.1f} ± {:.1f} % for GSPO", "{:.1f} % and none"), strict=False
+    ):
+        shares = (100 * case[name] for name in ("clip_frac", "clip_frac_sd_over_rollouts"))
+        assert form.format(*shares) in page
+    paired = json.loads((DOCS / "results/losses/compare.json").read_text())["paired"]["gspo"]
+    shown = [f"{100 * paired[k]:+.1f}" for k in ("difference", "low", "high")]
+    assert "{} points [{}, {}] of avg@8 on 512".format(*shown) in page
+
+
+def test_figures_of_ratios_are_drawn_with_the_same_bytes_every_time(tmp_path):
+    responses = json.loads(plot_ratios.KEPT.read_text(encoding="utf-8"))["responses"]
+    with plot_ratios.plt.rc_context({**plot_ratios.STYLE, **plot_ratios.SVG}):
+        for name in ("a", "b"):
+            plot_ratios.draw_ratios(responses, tmp_path / f"{name}.svg")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
 LINES = [
