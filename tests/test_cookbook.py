@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -97,6 +98,21 @@ def test_a_network_of_ones_own_learns_from_nothing_to_nearly_everything(desk):
     shown = [float(x) for x in re.findall(r"reward (\d\.\d\d)", text("functional"))]
     assert shown[0] < 0.2 and shown[-1] > 0.95
     assert float(namespace["reward"].mean()) > 0.95
+
+
+def test_functions_on_the_pages_do_what_they_say(desk):
+    found = {}
+    for page in ("quickstart", "cookbook"):
+        execute(page, found)
+    two_lines = ["1+2=3\n3-1=2\n\\boxed{2}", "1+2=4\n4-1=2\n\\boxed{2}", "1+2=3\n\\boxed{3}"]
+    assert found["both_lines"](two_lines, ["2"] * 3, ["3"] * 3, other=[0] * 3) == [1, 0, 0]
+    assert found["mentioned"](["It is red.", "Blue"], ["red", "red"]) == [1, 0]
+    assert (found["brief"]("?", ""), found["brief"]("?", "x" * 50)) == (1, 0.75)
+    logp, mask = jnp.zeros((2, 1)), jnp.ones((2, 1), bool)
+    (total, weight), _ = found["lenient"](logp, logp, jnp.array([1.0, -1.0]), mask, bad=0.3)
+    assert (float(total), float(weight)) == (pytest.approx(-0.7), 2)
+    config = load_config("mine.yaml", ["algo.loss={name: lenient, bad: 0.3}"])
+    assert config.algo.loss == {"name": "lenient", "bad": 0.3, "clip_low": 3e-3, "clip_high": 4e-3}
 
 
 def test_the_code_on_the_page_is_that_of_the_library():
@@ -238,6 +254,14 @@ def test_the_quickstart_runs_from_its_first_command_to_its_last(
     with redirect_stdout(StringIO()) as printed:
         exec(next(code for remark, _, code in blocks("quickstart") if remark), namespace)
     assert re.fullmatch(r"\d+\+\d+=\d+\n.*\n\\boxed{\d+}\n", printed.getvalue())
+
+
+@pytest.mark.parity
+def test_what_does_not_fit_is_refused_in_the_words_of_the_page(desk, capsys):
+    page = [*blocks("cookbook"), ("", "", "")]
+    (shown,) = [b[2] for a, b in pairwise(page) if a[2].endswith("--memory 0.03\n")]
+    assert main(["plan", "configs/demo.yaml", "--memory", "0.03", "mesh.data=1"]) == 2
+    assert capsys.readouterr().err == shown
 
 
 @pytest.mark.parity
