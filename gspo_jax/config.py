@@ -290,6 +290,8 @@ def _shorthand(name: str, value: Any) -> Any:
     """`algo.loss=grpo` for {name: grpo}, and one text where a list of texts is wanted."""
     if isinstance(value, str) and name in ("algo.loss", "algo.advantage"):
         return {"name": value}
+    if value is False and "off" in get_args(SETTINGS[name]):
+        return "off"  # which YAML reads as false
     is_one = isinstance(value, str | int | float) and not _refers(value)
     return [value] if is_one and get_origin(SETTINGS[name]) is list else value
 
