@@ -26,6 +26,7 @@ from gspo_jax.settings import (
 from gspo_jax.spelling import ELSEWHERE, meant, shown
 from gspo_jax.tasks import SPLITS, TASKS, user_data
 from gspo_jax.tasks.sources import SPLIT_NAMES
+from gspo_jax.trackers import TRACKERS
 
 AT_LEAST = {
     "task.max_prompt_length": 1,
@@ -66,8 +67,6 @@ AT_LEAST = {
 }
 
 SCALES = ["group", "batch", "none"]  # whose standard deviation divides
-
-TRACKERS = ("wandb", "tensorboard")
 
 ONE_PER_RESPONSE = ("gspo", "luspo", "gmpo")  # of the losses; the others take one per token too
 

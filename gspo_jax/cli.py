@@ -200,7 +200,7 @@ def sweep(arguments: argparse.Namespace) -> int:
 
     if not arguments.config:
         raise ConfigError(
-            "sweep needs an experiment file, like configs/experiments/losses_sweep.yaml."
+            "sweep needs an experiment file; see configs/experiments/losses_sweep.yaml."
         )
     config = Path(arguments.config)
     made = experiment.read_experiment(config, arguments.overrides)
@@ -237,10 +237,13 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def export(arguments: argparse.Namespace) -> int:
     """The newest checkpoint of a run as a Hugging Face directory."""
+    from gspo_jax.model_card import how_to_use
     from gspo_jax.run import export
 
     run = Path(arguments.run)
-    print(export(run, Path(arguments.out) if arguments.out else run / "export"))
+    made = export(run, Path(arguments.out) if arguments.out else run / "export")
+    print(made)
+    print(how_to_use(made))
     return 0
 
 
@@ -305,8 +308,10 @@ def _run(
     from gspo_jax.config import run_dir
     from gspo_jax.distributed import is_writer, join
     from gspo_jax.resume import check_named
+    from gspo_jax.trackers import check_installed
 
     check_named(config.run.resume, run_dir(config) / "checkpoints")  # before anything is loaded
+    check_installed(config.run.report_to)
     join(arguments.coordinator, arguments.processes, arguments.process)
     if is_demo and is_writer():
         story.before_demo(config)

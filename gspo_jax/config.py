@@ -6,6 +6,7 @@ A mistake costs seconds: what is misspelt, of the wrong type or impossible is re
 that was typed, before weights are loaded or anything is compiled.
 """
 
+import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -41,7 +42,7 @@ from gspo_jax.settings import (
     SFTConfig,
     TaskConfig,
 )
-from gspo_jax.spelling import meant, shown
+from gspo_jax.spelling import shown
 
 PACKAGE = Path(__file__).parent
 
@@ -170,7 +171,9 @@ def _instead(path: Path) -> str:
     text, _, value = str(path).partition("=")
     if value or str(path) in SETTINGS:
         return f" A setting is written {text if text in SETTINGS else 'section.key'}=VALUE."
-    return meant(path.name, [file.name for file in path.parent.glob("*.y*ml")])
+    files = {file.stem: file for file in path.parent.glob("*.y*ml")}
+    close = difflib.get_close_matches(path.stem, files, 1)
+    return f" Did you mean {files[close[0]]}?" if close else ""
 
 
 DATA = (".jsonl", ".parquet", ".csv", ".tsv")

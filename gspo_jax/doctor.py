@@ -36,6 +36,7 @@ CORE = (
 )
 EXTRAS = {  # package -> what it is for
     "wandb": "run.report_to=[wandb]",
+    "tensorboard": "run.report_to=[tensorboard]",
     "math-verify": "symbolic answers",
     "reasoning-gym": "its tasks",
     "lm-eval": "its benchmarks",

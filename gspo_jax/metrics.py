@@ -20,18 +20,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from threading import Thread
 from typing import Any, BinaryIO, TextIO
 
-import yaml
 from rich.console import Console
 
 from gspo_jax import jsonl
 from gspo_jax.console import Display, redact
 from gspo_jax.errors import StorageError
+from gspo_jax.trackers import Trackers
 
 PACKAGES = ("gspo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-UPLOAD_SECONDS = 120.0  # that the end of a run waits for a tracker
 VARIABLES = (  # that change what a run computes; no others are recorded
     "CUDA_VISIBLE_DEVICES",
     "JAX_PLATFORMS",
@@ -50,11 +48,12 @@ class RunLog:
         directory: the run directory; made if it is not there.
         of: steps of the whole run.
         config: the configuration as YAML text, saved as it is but for credentials.
-        report_to: trackers besides the files: ["wandb"] or nothing.
+        report_to: names of trackers besides the files.
         devices: descriptions of the devices, for env.json.
         console: where to show progress; standard output by default.
 
     Raises:
+        ConfigError: a tracker is not installed.
         StorageError: another run uses the directory, or it cannot be written.
     """
 
@@ -74,8 +73,10 @@ class RunLog:
         self._step, self._written, self._state = 0, -1, "running"
         self._files: dict[str, BinaryIO] = {}
         self._warned: set[str] = set()
+        self._trackers = Trackers(
+            report_to, self.directory, self._config, say=self.say, warn=self._warn
+        )
         self._lock = lock(self.directory)
-        self._tracker = _Wandb(self._warn) if "wandb" in report_to else None
         self._heard = _Heard(self)
 
     def start(self, step: int | None = None) -> None:
@@ -94,8 +95,7 @@ class RunLog:
         except OSError as error:
             raise _unwritable(self.directory, error) from error
         self.status("running")
-        if self._tracker:
-            self._tracker.start(self.directory, self._config)
+        self._trackers.start(step)
         self.display.begin(self._step)
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -112,16 +112,17 @@ class RunLog:
                 self._warn(f"metrics.jsonl has step {step} twice ({error.strerror}).")
         self._step = self._written = step
         self._append("metrics.jsonl", record)
-        if self._tracker:
-            self._tracker.log(step, record)
+        self._trackers.log(step, record)
         self.status("running")
         if step and not again:
             self.display.step(step, record)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]], *, show: bool = True) -> None:
         """Responses with their scores: `prompt`, `completion`, `answer`, `reward`, and the like."""
+        rows = plain(rows)
         for row in rows:
-            self._append("samples.jsonl", plain({"step": step, **row}))
+            self._append("samples.jsonl", {"step": step, **row})
+        self._trackers.samples(step, rows)
         if show:
             self.display.samples(step, rows)
 
@@ -156,8 +157,7 @@ class RunLog:
         for file in self._files.values():
             file.close()
         self._files = {}
-        if self._tracker:
-            self._tracker.finish()
+        self._trackers.finish()
         unlock(self._lock)
 
     def __enter__(self) -> "RunLog":
@@ -206,52 +206,6 @@ class _Heard(logging.Handler):
                 file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")
         except OSError:
             return  # it was shown
-
-
-class _Wandb:
-    """Weights & Biases. Whatever goes wrong there is told in one line and goes no further."""
-
-    def __init__(self, warn):
-        self._warn, self._run = warn, None
-
-    def start(self, directory: Path, config: str) -> None:
-        def begin():
-            import wandb
-
-            self._run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "gspo_jax"),
-                name=directory.name,
-                dir=str(directory),
-                config=yaml.safe_load(config) or {},
-                settings=wandb.Settings(init_timeout=30, login_timeout=15, silent=True),
-            )
-
-        self._try(begin)
-
-    def log(self, step: int, record: dict[str, Any]) -> None:
-        if self._run is not None:
-            flat = {}
-            for name, value in record.items():
-                items = enumerate(value) if isinstance(value, list) else [(None, value)]
-                flat |= {name if i is None else f"{name}/{i}": item for i, item in items}
-            self._try(self._run.log, flat, step=step)
-
-    def finish(self) -> None:
-        """Wait for the upload, but not for a network that is gone."""
-        if self._run is not None:
-            upload = Thread(target=self._try, args=(self._run.finish,), daemon=True)
-            upload.start()
-            upload.join(UPLOAD_SECONDS)
-            if upload.is_alive():
-                self._warn("wandb is still uploading and left to itself; `wandb sync` sends it.")
-
-    def _try(self, action, *args, **kwargs) -> None:
-        try:
-            action(*args, **kwargs)
-        except Exception as error:  # a foreign service: it may raise anything, and must not matter
-            self._run = None
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._warn(f"wandb is left out from here on ({redact(reason)[:200]}).")
 
 
 def lock(directory: Path) -> TextIO:

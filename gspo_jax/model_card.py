@@ -5,7 +5,9 @@ source's own card, only its licence and base model are taken over: as text, and 
 them.
 """
 
+import json
 import re
+import textwrap
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,19 +26,24 @@ LICENSE_KEYS = ("license", "license_name", "license_link")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 CARD_START = 2**16  # bytes of the source's card in which its front matter must end
 
-USE = """\
+PLACE = '"path/to/this/directory"'
+USE = f"""\
 ## Use
+
+With transformers:
 
 ```python
 from transformers import pipeline
-chat = pipeline("text-generation", "PATH")
-print(chat([{"role": "user", "content": "..."}], max_new_tokens=LENGTH)[0]["generated_text"][-1])
+chat = pipeline("text-generation", {PLACE})
+print(chat([{{"role": "user", "content": "..."}}], max_new_tokens=LENGTH)[0]["generated_text"][-1])
 ```
+
+With vLLM:
 
 ```python
 from vllm import LLM, SamplingParams
-llm = LLM("PATH")
-print(llm.chat([{"role": "user", "content": "..."}], SamplingParams(max_tokens=LENGTH)))
+question, limit = [{{"role": "user", "content": "..."}}], SamplingParams(max_tokens=LENGTH)
+print(LLM({PLACE}).chat(question, limit)[0].outputs[0].text)
 ```
 """
 
@@ -96,9 +103,7 @@ def model_card(
         _origin(config, name, base, licence),
         _procedure(config, steps, supervised),
         _results(before, after),
-        USE.replace("PATH", "path/to/this/directory").replace(
-            "LENGTH", str(config.rollout.max_completion_length)
-        ),
+        USE.replace("LENGTH", str(config.rollout.max_completion_length)),
         "" if supervised or not loss.startswith("gspo") else CITATION,
     ]
     text = redact("\n".join(section for section in sections if section))
@@ -107,6 +112,17 @@ def model_card(
         if isinstance(value, str) and len(value) >= 8:
             text = text.replace(value, written if "`" not in written else REMOVED)
     return text
+
+
+def how_to_use(directory: Path) -> str:
+    """What the card in `directory` says of its use, with its path; "" where there is no card."""
+    try:
+        text = (directory / "README.md").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    blocks = re.findall(r"^(With \w+:)\n\n```python\n(.*?)```$", text, re.S | re.M)
+    lines = [f"{head}\n{textwrap.indent(code, '  ')}" for head, code in blocks]
+    return "".join(lines).replace(PLACE, json.dumps(str(directory), ensure_ascii=False)).rstrip()
 
 
 def stated(directory: Path) -> dict[str, str]:

@@ -38,6 +38,7 @@ from gspo_jax.programs import programs, sketch
 from gspo_jax.resume import check_named
 from gspo_jax.tasks import Task
 from gspo_jax.tokenizer import load_tokenizer
+from gspo_jax.trackers import check_installed
 
 
 def plan(config: Config) -> str:
@@ -48,6 +49,7 @@ def plan(config: Config) -> str:
         StorageError: the run directory is in use, or cannot be written.
     """
     check_named(config.run.resume, run_dir(config) / "checkpoints")
+    check_installed(config.run.report_to)
     directory = model_dir(config)
     shape = read_config(directory)
     check_experts(config.algo, shape)

@@ -268,6 +268,7 @@ def sample_rows(rollout: Rollout, adv: np.ndarray, prompts: int = 4) -> list[dic
                     "prompt": problem.prompt,
                     "completion": rollout.texts[row],
                     "answer": problem.answer,
+                    **{f"rewards/{name}": r[row] for name, r in rollout.rewards.items()},
                     "reward": rollout.reward[row],
                     "advantage": adv[row],
                 }

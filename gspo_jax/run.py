@@ -83,7 +83,7 @@ def open_run(
         of=config.run.steps,
         console=None if is_writer() else Console(quiet=True),
         config=to_yaml(config),
-        report_to=config.run.report_to,
+        report_to=config.run.report_to if is_writer() else (),
         devices=devices,
     )
     kept = checkpoint.Kept(config.run.keep, config.run.keep_every)

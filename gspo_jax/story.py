@@ -84,6 +84,10 @@ def _outcome(result: "Result") -> None:
             f"picture   {result.run_dir / 'plots' / 'dynamics.png'}",
             wrap=False,
         )
+        from gspo_jax.model_card import how_to_use  # brings JAX, which a run has and a plan has not
+
+        if lines := how_to_use(result.run_dir / "export"):
+            show(f"\n{lines}", wrap=False)
 
 
 def after_demo(config: Config, result: "Result") -> None:

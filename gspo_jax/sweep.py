@@ -1,6 +1,6 @@
 """Which settings are best: every trial of an experiment file, ranked.
 
-gspo-jax sweep configs/sweep.yaml
+gspo-jax sweep configs/experiments/losses_sweep.yaml
 """
 
 import json

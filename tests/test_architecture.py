@@ -14,7 +14,7 @@ LAYERS = [
     | {"settings", "spelling"}
     | {"tasks.zebra_words", "tasks.zebra_solve"},
     {"distributed", "jsonl", "tasks.verify", "summary", "names"},
-    {"arguments"}
+    {"arguments", "trackers"}
     | {"models.fields", "models.init", "penalties", "mismatch", "advantages", "logps", "quant"}
     | {"sharding", "chat_template", "tasks.task", "tasks.zebra_score", "integrity", "run_files"},
     {"losses", "models.attention", "models.linear", "models.cache", "models.files", "optim"}
@@ -46,7 +46,7 @@ PURE = {"losses", "penalties", "mismatch", "advantages", "logps", "quant", "mask
 FILES_ONLY = {"report", "comparison", "page", "figures", "run_files", "metrics", "console"}
 FILES_ONLY |= {"jsonl", "errors", "cli", "integrity", "statistics", "summary", "arguments"}
 FILES_ONLY |= {"monitor", "terminal", "snapshot", "advice", "follow"}
-FILES_ONLY |= {"settings", "spelling", "names"}
+FILES_ONLY |= {"settings", "spelling", "names", "trackers"}
 
 
 def module_name(path: Path) -> str:

@@ -203,7 +203,7 @@ COMMANDS = [
     ("compare --losses gspo,grop", "--losses grop", "The losses are ['gspo'", "grpo"),
     ("compare --seeds 0", "--seeds: '0'", "a whole number from 1", None),
     ("compare --against ppo --losses gspo", "--against ppo", "the variants are ['gspo']", None),
-    ("sweep", "sweep needs an experiment file", "losses_sweep.yaml", None),
+    ("sweep", "sweep needs an experiment file", "configs/experiments/losses_sweep.yaml", None),
     ("sweep experiment.yaml", "seed is no field", "The fields are", "seeds"),
     ("eval demo --benchmarks zebar", "--benchmarks zebar", "There are ['aime24'", "zebra"),
     ("plan --memory -5", "--memory: '-5'", "a number above 0", None),

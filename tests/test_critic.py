@@ -451,7 +451,7 @@ def test_a_critic_without_use_or_a_use_without_critic_is_refused_in_one_line(ove
         ("algo.advantage.whiten=3", "algo.advantage.whiten=3: expected true or false"),
         (
             "algo.advantage.lambda=0.9",
-            "algo.advantage.lambda: gae has no such option. Did you mean lam?",
+            "lambda: gae has no such option. Did you mean lam?",
         ),
     ],
 )

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -208,53 +207,6 @@ def test_the_environment_names_versions_and_the_commit():
     env = environment()
     assert env["versions"]["jax"] and env["python"].startswith("3.")
     assert env["commit"] is None or len(env["commit"].partition("+")[0]) == 40
-
-
-# ----------------------------------------------------------------------------------- wandb
-
-
-def fake_wandb(monkeypatch, **functions):
-    module = SimpleNamespace(Settings=lambda **_: None, **functions)
-    monkeypatch.setitem(sys.modules, "wandb", module)
-
-
-def test_metrics_reach_wandb_with_lists_spread(tmp_path, monkeypatch):
-    seen = []
-    run = SimpleNamespace(log=lambda x, step: seen.append((step, x)), finish=lambda: None)
-    fake_wandb(monkeypatch, init=lambda **kwargs: seen.append(kwargs["config"]) or run)
-    with open_log(tmp_path, config="run: {seed: 3}\n", report_to=["wandb"]) as log:
-        log.step(1, {"reward": 0.5, "clip_frac_by_update": [0.0, 0.25]})
-    assert seen == [
-        {"run": {"seed": 3}},
-        (
-            1,
-            {"step": 1, "reward": 0.5, "clip_frac_by_update/0": 0.0, "clip_frac_by_update/1": 0.25},
-        ),
-    ]
-
-
-@pytest.mark.parametrize("fault", ["import", "init", "log", "finish"])
-def test_a_tracker_that_fails_is_one_warning_and_never_an_error(tmp_path, monkeypatch, fault):
-    def fail(*_, **__):
-        faults.append(1)
-        raise RuntimeError(f"no network, {len(faults)}\nand more")
-
-    faults = []
-
-    run = SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
-    if fault in ("log", "finish"):
-        setattr(run, fault, fail)
-    if fault == "import":
-        monkeypatch.setitem(sys.modules, "wandb", None)
-    else:
-        fake_wandb(monkeypatch, init=fail if fault == "init" else lambda **_: run)
-    console = quiet()
-    with open_log(tmp_path, report_to=["wandb"], console=console) as log:
-        log.step(1, {"reward": 0.5})
-        log.step(2, {"reward": 0.5})
-    assert shown(console).count("wandb is left out from here on") == 1
-    assert len(faults) == (fault != "import")
-    assert len(lines(tmp_path / "metrics.jsonl")) == 2
 
 
 # --------------------------------------------------------------------------------- console

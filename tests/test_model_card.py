@@ -1,12 +1,14 @@
 """README.md of an export: what it claims, and what it takes from strangers."""
 
+import ast
+import json
 import re
 
 import pytest
 import yaml
 
 from gspo_jax.config import load_config
-from gspo_jax.model_card import model_card, stated
+from gspo_jax.model_card import PLACE, how_to_use, model_card, stated
 
 MEASURED = {
     "eval/greedy": 0.4,
@@ -171,3 +173,20 @@ def test_a_card_outside_the_directory_is_not_read(tmp_path):
     assert stated(tmp_path / "model") == {}
     (tmp_path / "model" / "README.md").symlink_to(tmp_path / "outside")
     assert stated(tmp_path / "model") == {}
+
+
+def test_the_card_and_the_terminal_say_the_same_of_its_use_three_lines_each(tmp_path):
+    text = card("rollout.max_completion_length=77")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    out = tmp_path / 'a "new" model'
+    out.mkdir()
+    (out / "README.md").write_text(text)
+    printed = how_to_use(out)
+    assert re.findall(r"^With (\w+):$", printed, re.M) == ["transformers", "vLLM"]
+    for block in blocks:
+        ast.parse(block)
+        assert block.count("\n") == 3 and "77" in block
+        for line in block.replace(PLACE, json.dumps(str(out))).splitlines():
+            assert f"  {line}" in printed.splitlines()
+    assert "path/to" not in printed
+    assert how_to_use(tmp_path / "nowhere") == ""

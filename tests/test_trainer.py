@@ -140,7 +140,7 @@ def test_every_field_acts(tmp_path):
 def test_fields_of_others_are_refused_with_what_there_is_instead(tmp_path):
     with pytest.raises(ConfigError, match="no gradient_accumulation_steps: set mini_batch_size"):
         GSPOConfig(gradient_accumulation_steps=4)
-    with pytest.raises(ConfigError, match=r"no learning_rte. Did you mean learning_rate"):
+    with pytest.raises(ConfigError, match=r"no learning_rte\. Did you mean learning_rate\?"):
         GSPOConfig(learning_rte=1e-6)
     with pytest.raises(ConfigError, match="max_length=512 leaves no token beside max_prompt_len"):
         GSPOConfig(max_length=512).to_config(tmp_path)

@@ -17,7 +17,8 @@ from rich.console import Console
 
 from faults.tools import metrics, one_line, python, tiny_run, write_rows
 from gspo_jax import metrics as writer
-from gspo_jax.cli import explain, main
+from gspo_jax import trackers
+from gspo_jax.cli import COMMANDS, explain, main
 from gspo_jax.config import load_config
 from gspo_jax.console import one_line as shown_on_one_line
 from gspo_jax.metrics import RunLog
@@ -100,7 +101,7 @@ def test_row_49_text_of_a_model_in_an_error_is_one_inert_line(name, monkeypatch,
     def fails(arguments):
         raise RuntimeError(f"could not read {HOSTILE[name]}")
 
-    monkeypatch.setattr("gspo_jax.cli.train", fails)
+    monkeypatch.setitem(COMMANDS, "train", (fails, ""))
     assert main(["train"]) == 1
     assert "could not read" in one_line(capsys.readouterr().err)
     assert explain(RuntimeError(HOSTILE[name]))[0] == 1
@@ -289,19 +290,23 @@ print(console.file.getvalue())
 
 
 def fake_wandb(monkeypatch, **functions):
-    monkeypatch.setitem(
-        sys.modules, "wandb", SimpleNamespace(Settings=lambda **_: None, **functions)
-    )
+    module = SimpleNamespace(Settings=lambda **_: None, Table=SimpleNamespace, **functions)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: True)
 
 
-@pytest.mark.parametrize("fault", ["import", "log"])  # the others are in tests/test_metrics.py
+def fake_run(**functions):
+    return SimpleNamespace(step=0, offline=False, url="", **functions)
+
+
+@pytest.mark.parametrize("fault", ["import", "log"])  # the others are in tests/test_trackers.py
 def test_row_52_a_tracker_that_fails_is_one_warning_and_the_run_unaffected(
     tiny_dir, tmp_path, monkeypatch, capsys, fault
 ):
     def fail(*_, **__):
         raise ConnectionError(f"no route to host\n{'x' * 10_000}")
 
-    fake_wandb(monkeypatch, init=lambda **_: SimpleNamespace(log=fail, finish=lambda: None))
+    fake_wandb(monkeypatch, init=lambda **_: fake_run(log=fail, finish=lambda: None))
     if fault == "import":
         monkeypatch.setitem(sys.modules, "wandb", None)
     settings = tiny_run(tiny_dir, tmp_path, "run.report_to=[wandb]", "run.steps=2")
@@ -312,15 +317,15 @@ def test_row_52_a_tracker_that_fails_is_one_warning_and_the_run_unaffected(
 
 def test_row_52_an_upload_that_never_ends_is_left_to_itself(tmp_path, monkeypatch):
     gone = threading.Event()
-    run = SimpleNamespace(log=lambda *_, **__: None, finish=gone.wait)
+    run = fake_run(log=lambda *_, **__: None, finish=gone.wait)
     fake_wandb(monkeypatch, init=lambda **_: run)
-    monkeypatch.setattr(writer, "UPLOAD_SECONDS", 0.1)
+    monkeypatch.setattr(trackers, "FINISH_SECONDS", 0.1)
     console = Console(file=io.StringIO(), width=200)
     with RunLog(tmp_path, of=1, report_to=["wandb"], console=console) as log:
         log.start()
         log.step(1, {"reward": 0.5})
     gone.set()
-    assert "wandb is still uploading and left to itself" in console.file.getvalue()
+    assert "wandb is left out from here on (still busy 0.1 s after" in console.file.getvalue()
 
 
 @pytest.mark.parametrize("outage", ["no key", pytest.param("no network", marks=pytest.mark.faults)])
@@ -372,14 +377,15 @@ def written(*places):
 def test_row_53_no_secret_reaches_a_file_or_the_terminal(telling_dir, tmp_path, monkeypatch, capfd):
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setenv("WANDB_MODE", "offline")
     typed = {key: text for key, (text, _) in zip("bcd", LITERAL.values(), strict=True)}
     arguments = {"a": "${oc.env:PRIVATE_NAME}", **typed}
     setting = "model.template_args={" + ", ".join(f"{k}: '{v}'" for k, v in arguments.items()) + "}"
     place = tmp_path / "runs"
     place.mkdir()
     (place / SECRETS["PRIVATE_NAME"]).symlink_to(telling_dir)
-    options = ["run.steps=2", "run.save_every=1", "run.report_to=[wandb]", setting]
+    options = ["run.steps=2", "run.save_every=1", setting]
+    options += ["run.report_to=[wandb,tensorboard]"]
     options += [f"model.path={place}/${{oc.env:PRIVATE_NAME}}"]
     options += ["eval.split=train", "eval.samples=0", "run.log_completions=1"]
     line = ["train", *tiny_run(telling_dir, place, *options)]
@@ -391,6 +397,7 @@ def test_row_53_no_secret_reaches_a_file_or_the_terminal(telling_dir, tmp_path, 
     assert main(["train", *line[1:], "run.steps=3"]) == 0  # a resumed run knows itself again
     kept = written(run, place / "out")
     assert {Path(name).name for name in kept} > {"config.yaml", "env.json", "README.md"}
+    assert any("tfevents" in name for name in kept) and any(".table.json" in name for name in kept)
     out, err = capfd.readouterr()
     kept |= {"standard output": out.encode(), "standard error": err.encode()}
     for secret in [*SECRETS.values(), *(secret for _, secret in LITERAL.values())]:
