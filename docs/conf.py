@@ -34,7 +34,8 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 maximum_signature_line_length = 80
 highlight_language = "text"
-nitpicky = False
+pygments_dark_style = "github-dark"
+toc_object_entries_show_parents = "hide"
 
 html_theme = "furo"
 html_theme_options = {"navigation_with_keys": True}

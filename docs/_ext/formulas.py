@@ -23,17 +23,14 @@ def picture(latex: str, *, inline: bool) -> str:
     """An <svg> whose baseline is the text's."""
     # \lvert stretches, and where fractions nest ziamath stretches it without end.
     latex = re.sub(r"\\[lr]vert\b ?", "|", latex.strip())
-    formula = ziamath.Latex(latex, size=SIZE, inline=inline)
-    width, height = (length / SIZE for length in formula.getsize())
+    svg = ziamath.Latex(latex, size=SIZE, inline=inline).svg()
+    head, box, rest = re.split(r'width="[^"]*" height="[^"]*" (viewBox="[^"]*")', svg, maxsplit=1)
+    _, top, width, height = (float(x) / SIZE for x in re.findall(r"[-\d.]+", box))
     if height > TALLEST:
         raise ExtensionError(f"this formula comes out {height:.0f} em high: {latex}")
     style = f"width:{width:.2f}em;height:{height:.2f}em"
-    if inline:
-        style += f";vertical-align:{formula.getyofst() / SIZE:.2f}em"
-    given = f'<svg role="img" aria-label="{escape(latex)}" style="{style}" '
-    return re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"', r"\1", formula.svg()).replace(
-        "<svg ", given, 1
-    )
+    style += f";vertical-align:{-top - height:.2f}em" if inline else ""
+    return f'{head}role="img" aria-label="{escape(latex)}" style="{style}" {box}{rest}'
 
 
 def visit_inline(translator, node):

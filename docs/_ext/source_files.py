@@ -1,8 +1,8 @@
 """A page for every file outside of docs/ that a page links to, and for what the reference names.
 
-On GitHub `../gspo_jax/losses.py` leads to the file; on the site it leads to files/gspo_jax/losses.py,
-with line numbers: whatever the repository's address is, and in the version that was built.
-A linked file inside docs/ that is no page (a script, a page of its own in HTML) lies where it lay.
+On GitHub `../gspo_jax/losses.py` leads to the file; on the site to files/gspo_jax/losses.py.html:
+its text with line numbers, whatever the repository's address is, in the version that was built.
+Of a notebook it is its cells, beside the file. A linked page of HTML in docs/ lies where it lay.
 """
 
 import inspect
@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 
 from docutils import nodes
+from notebooks import as_html
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import TextLexer, get_lexer_for_filename
@@ -49,7 +50,9 @@ class LinkFiles(SphinxTransform):
         for signature in self.document.findall(addnodes.desc_signature):
             if found := place_of(signature.get("module"), signature.get("fullname"), root):
                 path, line = found
-                link = nodes.reference("", "", internal=True, refuri=f"{self.target(path)}#L-{line}")
+                link = nodes.reference(
+                    "", "", internal=True, refuri=f"{self.target(path)}#L-{line}"
+                )
                 link += nodes.inline("", "[source]", classes=["viewcode-link"])
                 signature += link
 
@@ -90,6 +93,11 @@ def pages(app):
         target = Path(app.outdir, path.relative_to(app.srcdir))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+    for path in linked:
+        if path.suffix == ".ipynb":
+            copied = Path(app.outdir, page_of(path, root))
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copied)
     todo, done = sorted(linked - inside), set()
     while todo:
         path = todo.pop()
@@ -101,10 +109,32 @@ def pages(app):
             members = tracked(path)
             todo += members
             body = listing(path, members, root)
+        elif path.suffix == ".ipynb":
+            body, more = notebook(path, app)
+            todo += more
         else:
             body = source(path)
-        context = {"title": name, "body": f"<h1>{escape(name)}</h1>{body}", "parents": []}
+        title = "" if path.suffix == ".ipynb" else f"<h1>{escape(name)}</h1>"
+        context = {"title": name, "body": title + body, "parents": []}
         yield page_of(path, root), context, "page.html"
+
+
+def notebook(path: Path, app) -> tuple[str, list[Path]]:
+    """Its cells, and the files that they link to."""
+    root, found = app.config.source_files_root, []
+    here = posixpath.dirname(page_of(path, root))
+
+    def lead(place: Path) -> str:
+        inside = place.is_relative_to(app.srcdir) and place.suffix == ".md"
+        if inside:
+            name = place.relative_to(app.srcdir).with_suffix("").as_posix()
+        else:
+            found.append(place)
+            name = page_of(place, root)
+        return f"{posixpath.relpath(name, here)}.html"
+
+    there = f'<p><a href="{path.name}" download>{path.name}</a>, to run it yourself:</p>'
+    return there + as_html(path, lead), found
 
 
 def source(path: Path) -> str:
