@@ -53,12 +53,6 @@ def test_the_map_names_every_module_once_and_nothing_else():
     assert sorted(named) == sorted(modules)
 
 
-def test_links_lead_to_files_that_exist():
-    targets = re.findall(r"\]\((?!http)([^)#]+)", README)
-    assert targets
-    assert [t for t in targets if not (ROOT / t).exists()] == []
-
-
 def test_the_headline_equation_is_defined_once():
     """A reader who greps for it lands on it."""
     hits = subprocess.run(
