@@ -70,6 +70,7 @@ WRONG = [
     ("optim.schedule=cosin", "optim.schedule", "=cosin", "['constant', 'linear'", "cosine"),
     ("algo.kl.kind=k4", "algo.kl.kind", "=k4", "one of ['k1', 'k2', 'k3']", None),
     ("algo.critic.kind=seperate", "algo.critic.kind", "=seperate", "['none', '", "separate"),
+    ("algo.routing_replay=r3", "algo.routing_replay", "=r3", "['off', 'R2', 'R3']", "R3"),
     ("task.reward_weights=[a]", "task.reward_weights", "=[a]", f"{LIST} numbers", None),
     ("run.profile_steps=[a]", "run.profile_steps", "=[a]", f"{LIST} whole numbers", None),
     ("task.rewards.first=x", "task.rewards.first", "=x", f"{LIST} texts", None),

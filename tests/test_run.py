@@ -1,9 +1,12 @@
 """What a run keeps and measures, whoever stops it and whenever."""
 
+import inspect
 import json
 import os
 import signal
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from gspo_jax import checkpoint
@@ -111,3 +114,20 @@ def test_supervised_training_resumes_bit_for_bit_and_is_not_mixed_up(settings):
         train(settings("parts", *options, "run.steps=5"))
     fork = [f"run.resume={parts / 'checkpoints' / '4'}", "run.steps=5", *options]
     assert train(settings("after", *fork)).steps == 5
+
+
+@pytest.mark.parametrize(("writer", "tracked"), [(True, ["wandb"]), (False, ())])
+def test_of_several_processes_the_one_that_writes_tracks(monkeypatch, writer, tracked):
+    class Asked(Exception):
+        pass
+
+    def log(*_, report_to, **__):
+        raise Asked(report_to)
+
+    monkeypatch.setattr(module, "is_writer", lambda: writer)
+    monkeypatch.setattr(module, "RunLog", log)
+    policy = SimpleNamespace(mesh=SimpleNamespace(devices=np.array([0])))
+    config = load_config(None, ["run.report_to=wandb"])
+    with pytest.raises(Asked) as asked:
+        next(inspect.unwrap(module.open_run)(config, policy, None))
+    assert asked.value.args == (tracked,)

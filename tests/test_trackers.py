@@ -2,10 +2,12 @@
 
 import io
 import json
+import re
 import struct
 import sys
 import threading
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ from tensorboard.plugin_util import markdown_to_safe_html
 from wandb.proto import wandb_internal_pb2
 
 from gspo_jax import trackers
+from gspo_jax.config import load_config
 from gspo_jax.errors import ConfigError
 from gspo_jax.metrics import RunLog
 from gspo_jax.trackers import spread, table
@@ -282,3 +285,20 @@ def test_a_full_disk_costs_tensorboard_and_nothing_else(tmp_path, monkeypatch):
     assert console.file.getvalue().count("warning") == 1
     assert "tensorboard is left out from here on ([Errno 28] No space" in console.file.getvalue()
     assert len(lines(tmp_path / "metrics.jsonl")) == 2
+
+
+# ---------------------------------------------------------------------------------- the page
+
+
+def test_the_page_of_trackers_is_about_settings_that_exist_and_its_example_runs(
+    tmp_path, monkeypatch, capsys
+):
+    page = (Path(__file__).parents[1] / "docs" / "trackers.md").read_text(encoding="utf-8")
+    for line in re.findall(r"gspo-jax train configs/demo\.yaml (.*)$", page, re.M):
+        assert set(load_config(None, line.split()).run.report_to) <= set(trackers.TRACKERS)
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len([line for line in code.splitlines() if line]) == 5
+    monkeypatch.chdir(tmp_path)
+    tracked(tmp_path / "runs" / "demo-seed0", [], [1, 2])
+    exec(compile(code, "trackers.md", "exec"), {})
+    assert capsys.readouterr().out == "1 {'reward': 0.125}\n2 {'reward': 0.25}\n"
