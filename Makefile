@@ -4,7 +4,7 @@ EXTRAS ?= cpu
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test faults parity gpu-check lint clean
+.PHONY: demo test faults parity gpu-check lint docs clean
 
 demo: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/gspo-jax demo
@@ -17,7 +17,7 @@ faults: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 -m faults
 
 # What can only be checked beside others: transformers' own logits and greedy tokens, what lm-eval
-# is told, reasoning-gym's problems.
+# is told, reasoning-gym's problems; and that the documentation builds.
 parity: $(VENV)/installed-parity
 	$(BIN)/python -m pytest -n 2 -m parity
 
@@ -28,12 +28,17 @@ gpu-check:
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/pyright
 
+# The documentation as a site: open docs/_build/html/index.html.
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed-%: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@echo "Installing into $(VENV): 1.4 GB or more with what it needs; a few minutes, once."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info docs/_build

@@ -9,6 +9,7 @@ from gspo_jax.console import clock
 
 RECENT = 20  # steps in which a passing warning is still told
 NEVER = 50  # updates without one clipped token
+DEAD = 0.9  # of the groups, with equal rewards
 COLLAPSED = 0.1  # of the entropy at the start
 CERTAIN = 0.02  # nats per token
 QUIET = 600.0  # seconds without a step, at least
@@ -39,6 +40,7 @@ def advise(
         _quiet(trained, state, age),
         _errors(trained),
         *_of_steps(trained),
+        _dead_groups(trained),
         _collapse(trained, first),
         _never_clipped(trained),
     ]
@@ -96,6 +98,19 @@ def _fresh(row: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str
     totals = ("skipped_updates", "skipped_spikes")
     added = {n: row[n] - (before or {}).get(n, 0) for n in totals if n in row}
     return {**row, **added}
+
+
+def _dead_groups(rows: Sequence[Mapping[str, Any]]) -> Advice | None:
+    name = "frac_reward_zero_std"
+    shares = [r[name] for r in rows[-RECENT:] if name in r and "critic/vf_loss" not in r]
+    if len(shares) < 5 or not DEAD < statistics.fmean(shares) < 1:  # 1 is told of single steps
+        return None
+    return Advice(
+        "few",
+        f"in {statistics.fmean(shares):.0%} of the groups of the last {len(shares)} steps all "
+        "rewards are equal, and only the others teach anything: take easier prompts (harder ones "
+        "where the reward is high), a larger rollout.group_size, or rollout.resample.",
+    )
 
 
 def _collapse(rows: Sequence[Mapping[str, Any]], first: Mapping[str, Any] | None) -> Advice | None:

@@ -5,6 +5,7 @@ A message says what was got, what is wanted and what to change, with the name th
 
 import inspect
 import math
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -188,22 +189,24 @@ def check_algo(algo: AlgoConfig, rollout: RolloutConfig) -> None:
 
 
 def _check_loss(given: dict[str, Any]) -> None:
-    name = given.get("name")
-    if name not in LOSSES:
+    name, known = given.get("name"), _with_own(LOSSES, "gspo_jax.losses", "LOSSES")
+    if name not in known:
         raise ConfigError(
-            f"algo.loss.name={shown(name)}: no such loss.{meant(name, LOSSES)} The losses are "
-            f"{list(LOSSES)}."
+            f"algo.loss.name={shown(name)}: no such loss.{meant(name, known)} The losses are "
+            f"{list(known)}."
         )
     for key in given:
-        if key in ELSEWHERE and key not in LOSSES[name]:
+        if key in ELSEWHERE and key not in known[name]:
             raise ConfigError(f"algo.loss.{key}: {name} has none. Did you mean {ELSEWHERE[key]}?")
         if key in ("aggregation", "loss_agg_mode", "mean", "over", "reduction"):
             advice = f"each loss has one mean, {name} that of its paper"
             if name in (*ONE_PER_RESPONSE, "gspo_token"):
                 advice += "; luspo is the one that weighs responses by their tokens"
             raise ConfigError(f"algo.loss.{key}: {advice}.")
-    _check_options("algo.loss", given, LOSSES[name], name)
-    options = LOSSES[name] | given
+    _check_options("algo.loss", given, known[name], name)
+    if name not in LOSSES:
+        return  # what its numbers may be is for its author to say
+    options = known[name] | given
     for key, value in options.items():
         if key == "name" or value is None:
             continue
@@ -228,13 +231,15 @@ def _check_loss(given: dict[str, Any]) -> None:
 
 
 def _check_advantage(given: dict[str, Any]) -> None:
-    name = given.get("name")
-    if name not in ADVANTAGES:
+    name, known = given.get("name"), _with_own(ADVANTAGES, "gspo_jax.advantages", "ADVANTAGES")
+    if name not in known:
         raise ConfigError(
-            f"algo.advantage.name={shown(name)}: no such advantage.{meant(name, ADVANTAGES)} "
-            f"Choose from {list(ADVANTAGES)}."
+            f"algo.advantage.name={shown(name)}: no such advantage.{meant(name, known)} "
+            f"Choose from {list(known)}."
         )
-    _check_options("algo.advantage", given, ADVANTAGES[name], name)
+    _check_options("algo.advantage", given, known[name], name)
+    if name not in ADVANTAGES:
+        return
     if (scale := given.get("scale", "group")) not in SCALES:
         raise ConfigError(
             f"algo.advantage.scale={shown(scale)}: expected one of {SCALES}.{meant(scale, SCALES)}"
@@ -304,15 +309,15 @@ def check_rest(optim: OptimConfig, mesh: MeshConfig, run: RunConfig) -> None:
 def algo_warnings(algo: AlgoConfig, rollout: RolloutConfig) -> list[str]:
     """What is possible but probably not meant, one line each."""
     name = algo.loss["name"]
-    own = LOSSES[name]
+    own = LOSSES.get(name, {})
     out = [
         f"algo.loss.{key}={shown(algo.loss[key])}: far from {name}'s own {shown(own[key])}; the "
         "ratio of a whole response strays some 1000 times less than that of a token. null takes "
         "the default."
         for key in ("clip_low", "clip_high")
-        if key in algo.loss and not 1 / UNUSUAL < algo.loss[key] / own[key] < UNUSUAL
+        if key in algo.loss and key in own and not 1 / UNUSUAL < algo.loss[key] / own[key] < UNUSUAL
     ]
-    if algo.minibatches * algo.epochs == 1 and "clip_low" in LOSSES[name]:
+    if algo.minibatches * algo.epochs == 1 and "clip_low" in own:
         out.append(
             "algo.minibatches=1 with algo.epochs=1: one update per rollout, at ratio 1, so "
             "clipping can never act."
@@ -325,6 +330,19 @@ def algo_warnings(algo: AlgoConfig, rollout: RolloutConfig) -> list[str]:
             "takes log-probabilities over the whole vocabulary."
         )
     return out
+
+
+def _with_own(
+    table: dict[str, dict[str, Any]], module: str, name: str
+) -> dict[str, dict[str, Any]]:
+    """`table`, and functions that a script has put into the module's: none before it is loaded.
+
+    Their keywords `weight` and `groups` are the program's, and no settings.
+    """
+    loaded = getattr(sys.modules.get(module), name, {})
+    own = {key: _defaults(loaded[key]) for key in loaded if key not in table}
+    reserved = ("weight", "groups")
+    return table | {n: {k: v for k, v in o.items() if k not in reserved} for n, o in own.items()}
 
 
 def _defaults(function: Any) -> dict[str, Any]:

@@ -44,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         _hush()
     try:
+        if getattr(arguments, "config", None):
+            from gspo_jax.config import config_file
+
+            arguments.config = config_file(arguments.config)
         return arguments.command(arguments)
     except KeyboardInterrupt:
         say_error("interrupted.")

@@ -26,7 +26,6 @@ from gspo_jax.run_files import (
     Rows,
     accuracies,
     is_number,
-    mean,
     read_metrics,
     series,
 )
@@ -201,7 +200,7 @@ def clipped_by_update(runs: Sequence[Rows]) -> list[Interval]:
         width = min(map(len, lists), default=0)
         of_runs.append([sum(values[k] for values in lists) / len(lists) for k in range(width)])
     of_runs = [values for values in of_runs if values]
-    return [mean(values) for values in zip(*of_runs, strict=False)]
+    return [figures.mean(values) for values in zip(*of_runs, strict=False)]
 
 
 def setting(found: Found) -> list[Block]:
@@ -274,7 +273,7 @@ def accuracy_curve(runs: Sequence[Rows], metric: str) -> Curve:
     found = [(x, y) for x, y in found if x]
     count = min((len(x) for x, _ in found), default=0)
     where = [sum(x[k] for x, _ in found) / len(found) for k in range(count)]
-    means = [mean([y[k] for _, y in found]) for k in range(count)]
+    means = [figures.mean([y[k] for _, y in found]) for k in range(count)]
     # An accuracy lies between 0 and 1, whatever Student's t says of a few seeds.
     low, high = [max(m.low, 0.0) for m in means], [min(m.high, 1.0) for m in means]
     bounds = (low, high) if len(found) > 1 else ((), ())

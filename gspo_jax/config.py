@@ -293,6 +293,8 @@ def _shorthand(name: str, value: Any) -> Any:
     """`algo.loss=grpo` for {name: grpo}, and one text where a list of texts is wanted."""
     if isinstance(value, str) and name in ("algo.loss", "algo.advantage"):
         return {"name": value}
+    if value is False and "off" in get_args(SETTINGS[name]):
+        return "off"  # which YAML reads as false
     is_one = isinstance(value, str | int | float) and not _refers(value)
     return [value] if is_one and get_origin(SETTINGS[name]) is list else value
 
@@ -350,6 +352,13 @@ def model_dir(config: Config) -> Path:
 def run_dir(config: Config) -> Path:
     """The folder that the run writes into."""
     return Path(config.run.dir) / (config.run.name or f"gspo-seed{config.run.seed}")
+
+
+def config_file(path: str) -> str:
+    """`path`, or the package's own file of that name where there is none here, as `demo.yaml`."""
+    packaged = packaged_config(path)
+    is_name = Path(path).name == path and not Path(path).exists()
+    return str(packaged) if is_name and packaged.is_file() else path
 
 
 def packaged_config(name: str) -> Path:

@@ -80,9 +80,9 @@ def peak(dtype: str) -> Peak:
 def shown(peak: Peak) -> str:
     """For people, in one line."""
     return (
-        f"speed/mfu is of {peak.matmul / 1e12:,.3g} TFLOP/s ({peak.source}) per device; "
-        f"measured: {peak.rates.matmul / 1e12:,.3g} TFLOP/s matmul, "
-        f"{peak.rates.copy / 1e9:,.3g} GB/s copy"
+        f"{peak.rates.matmul / 1e12:,.3g} TFLOP/s in matmuls and {peak.rates.copy / 1e9:,.3g} GB/s "
+        f"in copies, measured on a device; speed/mfu is the share of {peak.matmul / 1e12:,.3g} "
+        f"TFLOP/s ({peak.source})"
     )
 
 

@@ -28,10 +28,10 @@ from gspo_jax.run_files import (
     Rows,
     accuracies,
     is_number,
-    mean,
     series,
     updates,
 )
+from gspo_jax.statistics import t_interval
 
 MOST_POINTS = 2000  # of a curve; longer runs are thinned, a picture has no more columns
 BLUE, ORANGE, GREEN, RED, GREY = "#2f6db3", "#d9772b", "#3a8f4f", "#c0392b", "#6b7280"
@@ -402,6 +402,11 @@ def differences(
 def thinned(rows: Rows, points: int) -> Rows:
     """Every k-th row, so that at most `points` are left."""
     return rows[:: max(-(-len(rows) // points), 1)]
+
+
+def mean(values: Sequence[Number]) -> Interval:
+    """The mean with Student's 95 % interval."""
+    return Interval(*t_interval(values))
 
 
 def smooth(y: Numbers) -> list[Interval]:

@@ -69,7 +69,7 @@ def plan(config: Config) -> str:
         "rewards": _rewards(config),
         "step": _step(config),
         "run": _run(config),
-        "eval": _eval(config),
+        "eval": _eval(config, problems),
         "writes": _place(run_dir(config)),
     }
     if problems.task.warnings:
@@ -319,10 +319,11 @@ def _run(config: Config) -> str:
     )
 
 
-def _eval(config: Config) -> str:
+def _eval(config: Config, problems: Problems) -> str:
     e = config.eval
+    count = min(e.problems, len(problems.indices.get(e.split, ())))
     when = f"every {e.every} steps, before and after" if e.every else "before and after"
-    return f"{e.problems} {e.split} problems, greedy and {e.samples} samples each, {when}"
+    return f"{count} {e.split} problems, greedy and {e.samples} samples each, {when}"
 
 
 def _place(directory: Path) -> str:

@@ -19,14 +19,15 @@ from gspo_jax.errors import DataError, StorageError
 from gspo_jax.figures import MOST_POINTS, draw
 from gspo_jax.page import Block, Code, Details, Heading, Items, Picture, Table, Text
 from gspo_jax.run_files import (
+    Interval,
     Rows,
     Run,
     accuracies,
-    change,
     is_number,
     read_metrics,
     read_run,
 )
+from gspo_jax.statistics import independent_difference
 
 PAGE_POINTS = 500  # of a curve in the page
 SHARES = {  # of an evaluation, besides its accuracies
@@ -184,7 +185,7 @@ def outcome(run: Run) -> list[Block]:
         [
             f"{name.removeprefix('eval/')} accuracy",
             *(page.percent(accuracies(row)[name]) for row in columns),
-            page.points(change(accuracies(first)[name], accuracies(last)[name])),
+            _change(accuracies(first)[name], accuracies(last)[name]),
         ]
         for name in names
     ]
@@ -206,6 +207,10 @@ def outcome(run: Run) -> list[Block]:
         Table(head, [row[: len(head)] for row in rows]),
         Text(note, "note"),
     ]
+
+
+def _change(before: Interval, after: Interval) -> str:
+    return page.points(Interval(*independent_difference(before, after)))
 
 
 def evaluations(rows: Rows) -> Rows:
@@ -344,7 +349,7 @@ def _overview(runs: Mapping[str, Run]) -> list[Block]:
         for name in names:
             is_both = name in now and name in then and first[label] is not last[label]
             cells.append(page.percent(now.get(name)))
-            cells.append(page.points(change(then[name], now[name])) if is_both else page.NONE)
+            cells.append(_change(then[name], now[name]) if is_both else page.NONE)
         rows.append(cells)
     note = (
         "The last held-out accuracy of each run, over n problems, and its change since the first; "

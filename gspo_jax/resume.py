@@ -232,12 +232,13 @@ def compare(meta: dict[str, Any], config: Config, problems: Problems, found: Fou
         fork = f"start another run from there with run.name=NEW run.resume={found.path}"
         _refuse(differs, SAME, found.path, fork)
     if meta["data"] != now["data"]:
+        another = "start another run with run.name=NEW"
         if not config.run.allow_data_change:
-            _refuse(differs, DATA, found.path, "set run.allow_data_change=true")
+            _refuse(differs, DATA, found.path, f"{another}, or set run.allow_data_change=true")
             raise DataError(
                 f"{config.task.path or config.task.name}: not the data that {found.path} was "
-                "trained on (rows were edited, moved, added or removed); put it back, or set "
-                "run.allow_data_change=true to go on with it."
+                "trained on (rows were edited, moved, added or removed); put it back, "
+                f"{another}, or set run.allow_data_change=true to go on with it."
             )
         say("warning: the data is not what it was; going on, as run.allow_data_change=true says.")
     differs = {name: pair for name, pair in differs.items() if not _in(name, UNSAID)}

@@ -119,6 +119,8 @@ class Run:
         Raises:
             ConfigError, DataError, StorageError: from `resume.find` and `resume.compare`.
         """
+        where = self.directory
+        self.log.say(f"Writes {where}; to watch it: gspo-jax monitor {where}")
         if is_writer() and (left := checkpoint.clean(self.checkpoints)):
             self.log.say(f"Removed what an interrupted save left: {tidy_names(left)}.")
         found = resume.find(self.config.run.resume, self.checkpoints, self.log.say)

@@ -5,7 +5,6 @@ be null, and every text may come from a model.
 """
 
 import json
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -147,42 +146,6 @@ def accuracies(row: Mapping[str, Any]) -> dict[str, Interval]:
             if name.startswith("eval/") and len(numbers) == 3:
                 found[name] = Interval(*numbers)
     return found
-
-
-def change(before: Interval, after: Interval) -> Interval:
-    """after - before with the 95 % interval of two independent samples, from their own intervals.
-
-        low = d - √((p₂ - l₂)² + (u₁ - p₁)²),  high = d + √((u₂ - p₂)² + (p₁ - l₁)²)
-
-    Newcombe, 1998, https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<873::AID-SIM779>3.0.CO;2-I,
-    method 10. Where both were measured on the same problems it is rather too wide.
-    """
-    d = after.value - before.value
-    low = d - math.hypot(after.value - after.low, before.high - before.value)
-    high = d + math.hypot(after.high - after.value, before.value - before.low)
-    return Interval(d, low, high)
-
-
-def mean(values: Sequence[Number]) -> Interval:
-    """The mean, with Student's 95 % interval; of a single value the interval is (-∞, ∞)."""
-    n = len(values)
-    middle = sum(values) / n
-    if n == 1:
-        return Interval(middle, -math.inf, math.inf)
-    spread = math.sqrt(sum((v - middle) ** 2 for v in values) / (n - 1) / n)
-    return Interval(middle, middle - t95(n - 1) * spread, middle + t95(n - 1) * spread)
-
-
-def t95(degrees: int) -> float:
-    """The 97.5 % quantile of Student's t, to 0.1 %: a table, then its expansion in 1/degrees."""
-    if degrees <= len(STUDENT):
-        return STUDENT[degrees - 1]
-    z = 1.959964
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    return z + (z**3 + z) / (4 * degrees) + second / degrees**2
-
-
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 # ------------------------------------------------------------------------------------ config

@@ -117,15 +117,18 @@ def bootstrap_interval(
 
 def independent_difference(
     before: tuple[float, float, float], after: tuple[float, float, float]
-) -> tuple[float, float]:
-    """95 % interval of the difference of two (value, low, high), if they are independent.
+) -> tuple[float, float, float]:
+    """after - before of two (value, low, high), with its 95 % interval if they are independent.
 
-    The square-and-add interval (Newcombe, 1998; Zou and Donner, 2008). For two measurements of the
-    same problems it is wider than that of the pairs, of which it needs to know nothing.
+        low = d - √((p₂ - l₂)² + (u₁ - p₁)²),  high = d + √((u₂ - p₂)² + (p₁ - l₁)²)
+
+    The square-and-add interval (Newcombe, 1998, method 10; Zou and Donner, 2008). For two
+    measurements of the same problems it is wider than that of the pairs, of which it needs to know
+    nothing.
     """
     (a, a_low, a_high), (b, b_low, b_high) = before, after
     below, above = math.hypot(b - b_low, a_high - a), math.hypot(b_high - b, a - a_low)
-    return b - a - below, b - a + above
+    return b - a, b - a - below, b - a + above
 
 
 def pass_at_k(scores: Float[np.ndarray, "N K"], k: int) -> Float[np.ndarray, " N"]:
@@ -159,7 +162,7 @@ def over_seeds(values: Sequence[float]) -> dict[str, float]:
     return {"mean": mean, "low": low, "high": high, "n": len(values)}
 
 
-def t_interval(values: Sequence[float] | Float[np.ndarray, " n"]) -> tuple[float, float, float]:
+def t_interval(values: Sequence[float | int]) -> tuple[float, float, float]:
     """(mean, low, high): Student's 95 % interval of the mean; infinitely wide for one value."""
     x = np.asarray(values, float)
     n, mean = len(x), float(np.mean(x))

@@ -12,8 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from gspo_jax import summary
+from gspo_jax.advice import Advice, advise
 from gspo_jax.config import Config, load_config
+from gspo_jax.errors import DataError
 from gspo_jax.experiment import Experiment, told
+from gspo_jax.run_files import read_metrics
 from gspo_jax.statistics import independent_difference
 
 if TYPE_CHECKING:
@@ -55,7 +58,23 @@ def before_demo(config: Config) -> None:
 
 
 def after_run(config: Config, result: "Result") -> None:
-    """Accuracy before and after, and where everything lies."""
+    """Accuracy before and after, where everything lies, and what to change next time."""
+    _outcome(result)
+    for advice in _advice(result):
+        show(f"advice    {advice.text}")
+
+
+def _advice(result: "Result") -> list[Advice]:
+    if result.state != "finished":
+        return []
+    try:
+        rows = read_metrics(result.run_dir)
+    except DataError:
+        return []
+    return advise(rows, first=next((row for row in rows if row["step"] > 0), None))
+
+
+def _outcome(result: "Result") -> None:
     if result.before and result.after:
         show(comparison({"before": result.before, "after": result.after}))
     if result.state == "finished":
@@ -72,14 +91,15 @@ def after_run(config: Config, result: "Result") -> None:
 
 
 def after_demo(config: Config, result: "Result") -> None:
-    """The same, and where to go from here."""
-    after_run(config, result)
+    """Accuracy before and after, and where to go from here."""
+    _outcome(result)
     if result.state == "finished":
         show(
-            "\nNext: the new model on other problems; GRPO instead, for comparison; your own.\n"
+            "\nNext: its curves and samples in a browser; the new model on other problems; losses "
+            "compared; your own.\n"
+            f"  {program()} monitor {result.run_dir}\n"
             f"  {program()} eval {result.run_dir / 'export'} eval.split=val\n"
-            f"  {program()} demo run.name=demo-grpo algo.loss.name=grpo algo.loss.clip_low=0.2 "
-            "algo.loss.clip_high=0.2\n"
+            f"  {program()} compare demo.yaml --losses gspo,grpo --seeds 2 --jobs 2\n"
             f"  {program()} train model.path=Qwen/Qwen3-0.6B task.path=problems.jsonl --dry-run",
             wrap=False,
         )
@@ -157,8 +177,8 @@ def compared(found: Mapping[str, Any]) -> Table:
     """A comparison: the metric of each variant over seeds, and its distance from one of them."""
     name = found["metric"].removeprefix("eval/")
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    table.add_column(Text(f"{name}, {found['problems']} held-out problems"))
-    table.add_column("mean over seeds", justify="right")
+    table.add_column(Text(f"{name}, n {found['problems']}"))
+    table.add_column("mean over seeds", justify="right", no_wrap=True)
     table.add_column("seeds", justify="right")
     table.add_column(Text(f"minus {found['against']}"), justify="right")
     table.add_column("p", justify="right")
@@ -219,7 +239,7 @@ def _change(
     if None in ends:
         return f"{100 * by:+.1f}"
     old, new = ((m[name], m[f"{name}_low"], m[f"{name}_high"]) for m in (before, after))
-    low, high = independent_difference(old, new)
+    _, low, high = independent_difference(old, new)
     return f"{100 * by:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 

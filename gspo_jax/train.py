@@ -262,7 +262,8 @@ def trl_names(metrics: Metrics, loss: str) -> Metrics:
     As there, the region is a share of responses where the ratio is one per response, and of
     tokens where it is one per token; low and high are shares of tokens here in either case.
     """
-    region = "clip_frac_seq" if RATIO[loss] == "sequence" else "clip_frac"
+    # A loss that the user has added to LOSSES has no entry.
+    region = "clip_frac_seq" if RATIO.get(loss) == "sequence" else "clip_frac"
     return {
         "clip_ratio/region_mean": metrics[region],
         "clip_ratio/low_mean": metrics["clip_frac_low"],

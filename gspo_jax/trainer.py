@@ -7,8 +7,8 @@
     data = GSPOCustomDataset(seed=42).generate_dataset(500)
     metrics = trainer.train_step(data)
 
-whatever else a config can say belong to that command; here are names and shapes for a script.
-else that a config can say belong to that command; here are the names and the shape of a script.
+These are the functions of `gspo-jax train`. Checkpoints, resuming, several devices and what else a
+config can say belong to that command; here are the names and the shape of a script.
 """
 
 import atexit
@@ -26,7 +26,7 @@ import numpy as np
 
 from gspo_jax import rewards, train
 from gspo_jax.batch import Problem
-from gspo_jax.config import Config, load_config
+from gspo_jax.config import Config, load_config, model_dir
 from gspo_jax.errors import ConfigError, DataError
 from gspo_jax.evaluate import evaluate
 from gspo_jax.export import export_params
@@ -210,7 +210,7 @@ class GSPOTrainer:
     """A model in training.
 
     Args:
-        model: a Hugging Face directory or hub id, or a `Qwen` of ours; the latter is copied.
+        model: a Hugging Face directory or hub id, "demo", or a `Qwen` of ours, which is copied.
         tokenizer: its directory, one of `load_tokenizer` or of transformers; None is the model's.
         config: what to do.
         reward_fn: `f(query, response)` or `f(query, response, item)` per response, or any other
@@ -391,7 +391,7 @@ def directory_of(model: Any, tokenizer: Any) -> Path:
         ConfigError: a network of PyTorch, or a `Qwen` without a tokenizer that has a directory.
     """
     if isinstance(model, str | Path):
-        return resolve(str(model))
+        return model_dir(load_config(None, [f"model.path={model}"]))
     if not isinstance(model, Qwen):
         kind = f"{type(model).__module__}.{type(model).__name__}"
         raise ConfigError(

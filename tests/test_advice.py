@@ -74,6 +74,18 @@ def test_clipping_that_never_acts_in_50_updates_is_told_but_the_first_of_a_step_
     assert kinds(on_policy) == []
 
 
+def test_nine_dead_groups_in_ten_are_told_but_not_to_a_critic():
+    """A critic tells responses apart where their rewards do not."""
+    dead = [
+        {"step": k, **GOOD, "frac_reward_zero_std": 0.75 + 0.25 * (k > 5)} for k in range(1, 11)
+    ]
+    assert kinds(dead[:8]) == kinds(dead[5:9]) == ["equal"]  # 0.84 on average; only 4 steps
+    assert kinds(dead[:5]) == []
+    dead = [{**row, "frac_reward_zero_std": 0.875 + 0.0625 * (row["step"] > 1)} for row in dead]
+    assert kinds(dead) == ["few"] and "93% of the groups" in advise(dead)[0].text
+    assert kinds([row | {"critic/vf_loss": 0.1} for row in dead]) == []
+
+
 @pytest.mark.parametrize(
     ("age", "state", "due"),
     [

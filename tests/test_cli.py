@@ -15,7 +15,8 @@ import gspo_jax.run
 import gspo_jax.sft
 import gspo_jax.train
 from gspo_jax import story
-from gspo_jax.cli import explain, main
+from gspo_jax.arguments import parsed
+from gspo_jax.cli import COMMANDS, explain, main
 from gspo_jax.config import load_config
 from gspo_jax.errors import ConfigError, DataError, NumericalError, StorageError
 from gspo_jax.metrics import RunLog
@@ -286,7 +287,7 @@ def test_the_demo_is_its_config_with_a_story_around_it(trained, capsys):
     assert "avg@8 accuracy 30.0% [28.0, 32.0] 72.5% [70.0, 74.8] +42.5 [+39.3, +45.5]" in out
     assert "512 held out before after change" in out
     assert "length in tokens 20.0 18.5 -1.5" in out
-    assert out.count(" gspo-jax ") == 3  # what to try next
+    assert out.count(" gspo-jax ") == 4  # what to try next
 
 
 def test_the_demo_promises_nothing_when_it_was_stopped(trained, capsys):
@@ -306,12 +307,21 @@ def test_the_commands_the_demo_suggests_parse(trained, capsys, monkeypatch, tmp_
     monkeypatch.setattr(gspo_jax.evaluate, "evaluate_path", lambda config: AFTER)
     story.after_demo(load_config(DEMO), Result(Path("runs/demo-seed0"), 100, "finished"))
     lines = [x.strip() for x in capsys.readouterr().out.splitlines() if "  gspo-jax " in x]
-    assert len(lines) == 3
-    for line in lines[:2]:
-        assert main(line.split()[1:]) == 0
-    assert capsys.readouterr().err == ""  # no warning either
-    assert trained.configs[-1].algo.loss["name"] == "grpo"
-    assert load_config(None, [w for w in lines[2].split() if "=" in w])
+    watch, measure, compare, own = (line.split()[1:] for line in lines)
+    assert parsed(watch, COMMANDS).runs == ["runs/demo-seed0"]
+    assert main(measure) == main([*compare, "--dry-run"]) == 0
+    told = capsys.readouterr()
+    assert told.err == "" and "4 runs" in told.out  # no warning either
+    assert load_config(None, [word for word in own if "=" in word])
+
+
+def test_a_config_of_the_package_is_found_by_its_name(trained, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "demo.yaml", "run.seed=5"]) == 0
+    Path("demo.yaml").write_text("run: {steps: 3}\n")
+    assert main(["train", "demo.yaml"]) == 0  # one that is here comes first
+    packaged, mine = trained.configs
+    assert packaged == load_config(DEMO, ["run.seed=5"]) and mine.run.steps == 3
 
 
 def test_eval_measures_an_export_as_its_run_did(monkeypatch, capsys, tmp_path):

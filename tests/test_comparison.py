@@ -256,8 +256,8 @@ def test_the_clipped_share_is_told_update_by_update():
     ]
     first, second = clipped_by_update(runs)
     assert first.value == 0
-    # 0.2 and 0.4: 0.3 ± 12.706 * 0.1414 / √2
-    assert second == pytest.approx((0.3, 0.3 - 1.2706, 0.3 + 1.2706))
+    # 0.2 and 0.4: 0.3 ± 12.70620 * 0.1414214 / √2
+    assert second == pytest.approx((0.3, 0.3 - 1.270620, 0.3 + 1.270620))
 
 
 def test_differences_are_between_the_same_seeds():

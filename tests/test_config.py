@@ -307,3 +307,12 @@ def test_credentials_do_not_reach_saved_text_which_still_loads(monkeypatch):
     assert "hunter2" not in text and "hf_x" not in text and "0f1e" not in text
     arguments = yaml.safe_load(text)["model"]["template_args"]
     assert arguments == {"a": "https://(removed)@host/x", "b": "(removed)", "c": "(removed)"}
+
+
+def test_off_is_a_text_where_it_is_a_choice_although_yaml_reads_false(tmp_path):
+    path = tmp_path / "off.yaml"
+    path.write_text("algo: {routing_replay: off}")
+    for config in (load_config(path), load_config(None, ["algo.routing_replay=off"])):
+        assert config.algo.routing_replay == "off"
+    with pytest.raises(ConfigError, match=r"model\.remat=false: expected one of"):
+        load_config(None, ["model.remat=false"])

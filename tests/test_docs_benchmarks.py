@@ -75,12 +75,3 @@ def test_every_score_of_the_actual_run_has_n_and_an_interval():
     for row in scores:
         assert row[2].isdigit()
         assert all(re.fullmatch(r"[+-]?[\d.]+%? \[[+-]?[\d.]+, [+-]?[\d.]+\]", c) for c in row[3:])
-
-
-def test_links_and_anchors_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", PAGE):
-        file, _, anchor = target.partition("#")
-        page = (ROOT / "docs" / file).read_text(encoding="utf-8")
-        headings = re.findall(r"^#+ (.+)$", page, re.M)
-        anchors = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
-        assert not anchor or anchor in anchors, target

@@ -31,11 +31,6 @@ def test_tests_that_guard_a_row_exist(row):
         assert test in {getattr(node, "name", None) for node in body}, f"{path}::{test}"
 
 
-def test_files_that_are_linked_exist():
-    targets = re.findall(r"\]\((?!http)([^)#]+)", PAGE)
-    assert targets and [t for t in targets if not (ROOT / "docs" / t).exists()] == []
-
-
 def test_commands_settings_and_functions_exist(capsys):
     here = "\n".join(row[2] for row in ROWS)
     with pytest.raises(SystemExit):

@@ -557,3 +557,11 @@ def test_texts_are_read_up_to_a_limit_and_as_utf8(tmp_path):
     (tmp_path / "x").write_bytes(b"ab\xff")
     with pytest.raises(DataError, match="x is not UTF-8: invalid start byte at byte 2"):
         files.read_text(tmp_path / "x")
+
+
+def test_a_run_is_told_from_its_model(tmp_path):
+    (tmp_path / "runs" / "a" / "export").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "export" / "config.json").write_text("{}")
+    with pytest.raises(DataError, match=r"runs/a is the directory of a run; .* is .*runs/a/export"):
+        files.resolve(tmp_path / "runs" / "a")
+    assert files.resolve(tmp_path / "runs" / "a" / "export").name == "export"

@@ -18,9 +18,10 @@ def snippets(language):
 
 
 @pytest.mark.parametrize("code", snippets("python"))
-def test_python_snippets_run_as_written(code, tmp_path, monkeypatch):
+def test_python_snippets_run_as_written(code, tmp_path, monkeypatch, tiny_dir):
+    """Only the hub's model is a tiny one."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code.replace("Qwen/Qwen3-0.6B", str(tiny_dir)), "README.md", "exec"), {})
 
 
 @pytest.mark.parametrize("line", [x for s in snippets("bash") for x in s.strip().splitlines()])
@@ -50,12 +51,6 @@ def test_the_map_names_every_module_once_and_nothing_else():
     modules = {path.removeprefix("gspo_jax/") for path in tracked("gspo_jax/*.py")}
     modules = {path for path in modules if not path.endswith("__init__.py")}
     assert sorted(named) == sorted(modules)
-
-
-def test_links_lead_to_files_that_exist():
-    targets = re.findall(r"\]\((?!http)([^)#]+)", README)
-    assert targets
-    assert [t for t in targets if not (ROOT / t).exists()] == []
 
 
 def test_the_headline_equation_is_defined_once():

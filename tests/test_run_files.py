@@ -4,20 +4,15 @@ import json
 import math
 
 import pytest
-from scipy.special import stdtrit
 
 from gspo_jax import run_files
 from gspo_jax.errors import DataError
 from gspo_jax.run_files import (
-    Interval,
     accuracies,
-    change,
-    mean,
     read_metrics,
     read_run,
     series,
     settings,
-    t95,
 )
 
 ROWS = [{"step": step, "reward": 0.3 + 0.01 * step} for step in range(11)]
@@ -139,18 +134,3 @@ def test_an_accuracy_needs_n_and_both_ends_of_its_interval():
     }
     assert accuracies(row) == {"eval/greedy": (0.5, 0.4, 0.7)}
     assert accuracies({**row, "eval/n": None}) == {}
-
-
-def test_the_change_of_two_accuracies_is_newcombes():
-    # Newcombe 1998, table II, contrast (a), method 10: 56/70 against 48/80, Wilson intervals
-    # [0.69183, 0.87695] and [0.49045, 0.70038]; difference 0.2 with interval [0.0524, 0.3339].
-    found = change(Interval(0.6, 0.49045, 0.70038), Interval(0.8, 0.69183, 0.87695))
-    assert found == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
-
-
-def test_the_mean_has_students_interval():
-    # mean 3, sd of (1, 3, 5) is 2; 4.303 * 2 / sqrt(3) = 4.969
-    assert mean([1, 3, 5]) == pytest.approx((3, 3 - 4.969, 3 + 4.969), abs=1e-3)
-    assert mean([2.5]) == (2.5, -math.inf, math.inf)
-    for degrees in (1, 2, 3, 4, 9, 10, 11, 20, 100, 1000):
-        assert t95(degrees) == pytest.approx(stdtrit(degrees, 0.975), rel=1e-3)

@@ -8,6 +8,7 @@ from flax import nnx
 
 from gspo_jax import GSPOConfig, GSPOCustomDataset, GSPOTrainer, load_model
 from gspo_jax.errors import ConfigError, DataError
+from gspo_jax.tokenizer import load_tokenizer
 from gspo_jax.trainer import as_problem, verified
 
 SEVEN = ("loss", "clip_fraction", "importance_ratio_mean", "importance_ratio_std")
@@ -31,10 +32,43 @@ def trainer(tiny_dir):
         batch_size=4,
         minibatches_per_rollout=2,
         max_prompt_length=32,
-        max_new_tokens=8,
+        max_new_tokens=32,
         num_epochs=2,
     )
     return GSPOTrainer(tiny_dir, config=config, reward_fn=short)
+
+
+FIRST_SYSTEM = """
+config = GSPOConfig(
+    learning_rate=1e-6,
+    left_clip_range=0.002,
+    right_clip_range=0.002,
+    group_size=4,
+    batch_size=2,
+    num_epochs=3,
+    max_new_tokens=32,
+)
+trainer = GSPOTrainer(model, tokenizer, config)
+
+dataset = GSPOCustomDataset()
+train_data = dataset.generate_dataset(500)
+
+for epoch in range(config.num_epochs):
+    metrics = trainer.train_step(train_data)
+    print(f"loss {metrics['loss']:.4f}, reward {metrics['reward_mean']:.2f}")
+"""
+
+
+def test_a_script_for_the_first_system_runs_with_another_import(tiny_dir, capsys):
+    """Its names, its order of arguments, its keys; only the model is one of ours."""
+    model, tokenizer = load_model(tiny_dir), load_tokenizer(tiny_dir)
+    imports = "from gspo_jax import GSPOTrainer, GSPOConfig, GSPOCustomDataset\n"
+    names = {"model": model, "tokenizer": tokenizer}
+    exec(compile(imports + FIRST_SYSTEM, "README.md", "exec"), names)
+    assert len(names["train_data"]) == 500 and names["trainer"].state.step == 3
+    assert set(SEVEN) <= set(names["metrics"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(" ")[0] for line in lines if line.startswith("loss")] == ["loss"] * 3
 
 
 def test_a_step_takes_the_next_items_and_says_seven_numbers(trainer):

@@ -58,6 +58,9 @@ def resolve(path: str | os.PathLike) -> Path:
     """
     directory = Path(path).expanduser()
     if directory.is_dir():
+        model = directory / "export"
+        if (model / "config.json").is_file() and not (directory / "config.json").exists():
+            raise DataError(f"{directory} is the directory of a run; its model is {model}.")
         return directory
     if directory.exists():
         raise DataError(f"{directory} is a file; wanted a model directory.")

@@ -116,3 +116,4 @@ TASKS: dict[str, Callable[..., Task]] = {
     "zebra-synth": zebra_synth,
     **READERS,
 }
+"""Every built-in task by its name in the configuration: the function that makes it of a seed."""
