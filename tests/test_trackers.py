@@ -6,6 +6,7 @@ import re
 import struct
 import sys
 import threading
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -163,7 +164,9 @@ def records(path):
             at += left
             continue
         size, kind = struct.unpack("<HB", data[at + 4 : at + 7])
-        whole += data[at + 7 : at + 7 + size]
+        if len(part := data[at + 7 : at + 7 + size]) < size or not kind:
+            return  # not yet written
+        whole += part
         at += 7 + size
         if kind in (1, 4):  # whole, or the last part
             record, whole = wandb_internal_pb2.Record.FromString(whole), b""
@@ -171,8 +174,15 @@ def records(path):
 
 
 def offline(directory):
-    paths = sorted(directory.glob("wandb/off*/*.wandb"))
-    return [record for path in paths for record in records(path)]
+    """All of wandb's records; its service, a process, writes the last ones when it gets to it."""
+    found = []
+    for path in sorted(directory.glob("wandb/off*/*.wandb")):
+        until = time.monotonic() + 60
+        while not (rows := list(records(path))) or rows[-1].WhichOneof("record_type") != "exit":
+            assert time.monotonic() < until, f"{path} has no end"
+            time.sleep(0.05)
+        found += rows
+    return found
 
 
 def history(directory):
