@@ -20,6 +20,7 @@ def run(tmp_path):
             "eval.problems=4",
             "eval.samples=0",
             "mesh.data=1",
+            "task.options.sizes={train: 300, val: 8, test: 8}",
             f"run.dir={tmp_path}",
             "run.steps=2",
             *overrides,

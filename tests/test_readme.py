@@ -26,7 +26,8 @@ def test_python_snippets_run_as_written(code, tmp_path, monkeypatch, tiny_dir):
 
 @pytest.mark.parametrize("line", [x for s in snippets("bash") for x in s.strip().splitlines()])
 def test_commands_are_accepted_as_written(line, tmp_path, monkeypatch, capsys, tiny_dir):
-    """Dry, in a directory that has the README's own files; the hub's model is a tiny one."""
+    """Dry, in a directory that has the README's own files; the hub's model is a tiny one, and the
+    demo has fewer problems."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "problems.jsonl").write_text(snippets("json")[0])
     judge = next(code for code in snippets("python") if "judge.py" in code)
@@ -34,7 +35,8 @@ def test_commands_are_accepted_as_written(line, tmp_path, monkeypatch, capsys, t
     monkeypatch.chdir(tmp_path)
     program, *arguments = shlex.split(line.replace("Qwen/Qwen3-0.6B", str(tiny_dir)))
     assert program == "gspo-jax"
-    assert main([*arguments, *([] if "--dry-run" in arguments else ["--dry-run"])]) == 0
+    fewer = ["task.options.sizes={train: 40}"] if "configs/demo.yaml" in arguments else []
+    assert main([*arguments, *fewer, *([] if "--dry-run" in arguments else ["--dry-run"])]) == 0
     assert "responses" in capsys.readouterr().out
 
 
