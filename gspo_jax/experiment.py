@@ -311,7 +311,7 @@ def _told_of(experiment: Experiment, directory: Path, trial: Trial) -> str:
 
 
 def _eta(seconds: float) -> str:
-    return f", {seconds / 60:.0f} min left" if seconds else ""
+    return f", {max(seconds / 60, 1):.0f} min left" if seconds else ""
 
 
 # -------------------------------------------------------------------------------- what came out

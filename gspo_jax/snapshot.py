@@ -66,7 +66,10 @@ def of_run(follower: Follower, name: str, now: float, points: int) -> dict[str, 
         "newest": {n: _rounded(v) for n, v in last.items() if n in CURVES},
         "accuracies": _accuracies(follower.last_eval),
         "phases": phases(last),
-        "by_update": last.get("clip_frac_by_update", []),
+        "by_update": {
+            "clipped": last.get("clip_frac_by_update", []),
+            "spread": last.get("ratio_std_by_update", []),
+        },
         "advice": [
             {"kind": a.kind, "text": page.shown(a.text)}
             for a in advise(recent, first=follower.begun, state=state, age=age)

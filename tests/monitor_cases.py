@@ -12,6 +12,7 @@ def row(step, **more):
         "reward": 0.25 + step / 1000,
         "entropy": 0.5,
         "clip_frac_by_update": [0.0, 0.25],
+        "ratio_std_by_update": [0.0, 0.002],
         "step_time": 2.0,
         "compile_time": 0.0,
         "time/generate": 0.5,

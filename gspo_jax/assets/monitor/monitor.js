@@ -304,21 +304,26 @@
     return el(
       "div", { class: "time" },
       el("h3", {}, swatch(run.name), `${run.name}: step ${run.step}, ${seconds(total)}`),
-      bar, list, run.by_update.length > 1 ? updatesOf(run) : null,
+      bar, list,
+      el(
+        "div", { class: "updates" },
+        updatesOf("clipped tokens, update by update", run.by_update.clipped, percent),
+        updatesOf("spread of the ratio (standard deviation)", run.by_update.spread, number),
+      ),
     );
   }
 
-  // Clip fraction update by update: the first after a rollout must be 0.
-  function updatesOf(run) {
-    const most = Math.max(...run.by_update.map((v) => v ?? 0), 1e-9);
-    const bars = run.by_update.slice(0, 16).map((value) => {
+  // A number for each update of a step: on the first after a rollout, at ratio 1, it must be 0.
+  function updatesOf(title, values, shown) {
+    if (values.length < 2) return null;
+    const most = Math.max(...values.map((v) => v ?? 0), 1e-9);
+    const bars = values.slice(0, 16).map((value) => {
       const bar = el("span", { class: "bar", "aria-hidden": "true" });
       bar.style.height = `${Math.max((100 * (value ?? 0)) / most, 2)}%`;
-      return el("li", {}, el("span", { class: "bar-space" }, bar), percent(value));
+      return el("li", {}, el("span", { class: "bar-space" }, bar), shown(value));
     });
     return el(
-      "div", { class: "updates" }, el("p", { class: "note" }, "clipped tokens, update by update"),
-      el("ol", { class: "bars" }, ...bars),
+      "div", {}, el("p", { class: "note" }, title), el("ol", { class: "bars" }, ...bars),
     );
   }
 
