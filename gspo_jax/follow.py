@@ -40,6 +40,8 @@ CURVES = (
 OTHERS = ("updates", "num_tokens", "step_time", "compile_time", "critic/vf_loss")
 OTHERS += ("skipped_updates", "skipped_spikes")
 KEPT = frozenset(CURVES + OTHERS)
+BY_UPDATE = ("clip_frac_by_update", "ratio_q05_by_update", "ratio_q50_by_update")
+BY_UPDATE += ("ratio_q95_by_update",)
 MOST_EVALS = 24  # numbers of an evaluation
 MOST_UPDATES = 64  # of one step that are looked at singly
 MOST_RECENT = 200  # steps held whole
@@ -227,7 +229,7 @@ def numbers(record: dict[str, Any]) -> dict[str, Any]:
 def singles(record: dict[str, Any]) -> dict[str, Any]:
     """What is shown of the newest steps alone: update by update, phase by phase, errors."""
     found: dict[str, Any] = {}
-    for name in ("clip_frac_by_update", "ratio_std_by_update"):
+    for name in BY_UPDATE:
         values = record.get(name)
         if isinstance(values, list):
             found[name] = [v if is_number(v) else None for v in values[:MOST_UPDATES]]

@@ -68,7 +68,7 @@ def of_run(follower: Follower, name: str, now: float, points: int) -> dict[str, 
         "phases": phases(last),
         "by_update": {
             "clipped": last.get("clip_frac_by_update", []),
-            "spread": last.get("ratio_std_by_update", []),
+            "ratio": [last.get(f"ratio_q{q}_by_update", []) for q in ("05", "50", "95")],
         },
         "advice": [
             {"kind": a.kind, "text": page.shown(a.text)}

@@ -433,6 +433,10 @@ def _blocks(tree: PyTree, count: int) -> list[PyTree]:
     return [jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], tree) for i in range(count)]
 
 
+BY_UPDATE = ("clip_frac", "loss", "router/changed", "ratio_std")
+BY_UPDATE += ("ratio_q05", "ratio_q50", "ratio_q95")
+
+
 def summarise(per_update: list[Metrics]) -> Metrics:
     """A step's metrics from those of its updates: means, extremes, and lists of what differs."""
     host = jax.device_get(per_update)
@@ -441,6 +445,6 @@ def summarise(per_update: list[Metrics]) -> Metrics:
         values = [float(m[name]) for m in host if name in m]
         combine = min if name.endswith("_min") else max if name.endswith("_max") else np.mean
         summary[name] = float(combine(values))
-        if name in ("clip_frac", "ratio_std", "loss", "router/changed"):
+        if name in BY_UPDATE:
             summary[f"{name}_by_update"] = values
     return summary

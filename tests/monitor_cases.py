@@ -3,6 +3,9 @@
 import json
 from datetime import UTC, datetime
 
+RATIO_NAMES = ("ratio_q05_by_update", "ratio_q50_by_update", "ratio_q95_by_update")
+RATIOS = [[1.0, 0.996], [1.0, 1.0], [1.0, 1.003]]
+
 
 def row(step, **more):
     return {
@@ -12,7 +15,7 @@ def row(step, **more):
         "reward": 0.25 + step / 1000,
         "entropy": 0.5,
         "clip_frac_by_update": [0.0, 0.25],
-        "ratio_std_by_update": [0.0, 0.002],
+        **dict(zip(RATIO_NAMES, RATIOS, strict=True)),
         "step_time": 2.0,
         "compile_time": 0.0,
         "time/generate": 0.5,

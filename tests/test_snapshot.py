@@ -4,7 +4,7 @@ import json
 import time
 
 import pytest
-from monitor_cases import make_run, measured, row
+from monitor_cases import RATIOS, make_run, measured, row
 
 from gspo_jax.follow import Watch
 from gspo_jax.snapshot import MOST_TEXT, snapshot
@@ -29,7 +29,7 @@ def test_a_run_stands_as_its_files_say(tmp_path):
         {"name": "greedy", "value": 0.5, "low": 0.375, "high": 0.5625, "n": 64, "step": 10}
     ]
     assert run["phases"] == [["sampling", 0.5], ["updates", 1.5]]
-    assert run["by_update"] == {"clipped": [0.0, 0.25], "spread": [0.0, 0.002]}
+    assert run["by_update"] == {"clipped": [0.0, 0.25], "ratio": RATIOS}
 
 
 def test_curves_have_three_axes_and_null_where_there_is_no_number(tmp_path):

@@ -308,7 +308,7 @@
       el(
         "div", { class: "updates" },
         updatesOf("clipped tokens, update by update", run.by_update.clipped, percent),
-        updatesOf("spread of the ratio (standard deviation)", run.by_update.spread, number),
+        rangesOf("importance ratio: 5 %, median, 95 %", ...run.by_update.ratio),
       ),
     );
   }
@@ -321,6 +321,28 @@
       const bar = el("span", { class: "bar", "aria-hidden": "true" });
       bar.style.height = `${Math.max((100 * (value ?? 0)) / most, 2)}%`;
       return el("li", {}, el("span", { class: "bar-space" }, bar), shown(value));
+    });
+    return el(
+      "div", {}, el("p", { class: "note" }, title), el("ol", { class: "bars" }, ...bars),
+    );
+  }
+
+  // From the 5 % to the 95 % quantile of each update, with the median as a mark, on one scale.
+  function rangesOf(title, low, middle, high) {
+    const numbers = [...low, ...middle, ...high];
+    if (low.length < 2 || numbers.length !== 3 * low.length) return null;
+    if (numbers.some((v) => v === null)) return null;
+    const least = Math.min(...numbers), span = Math.max(...numbers) - least || 1;
+    const place = (value) => `${(100 * (value - least)) / span}%`;
+    const bars = low.slice(0, 16).map((from, k) => {
+      const bar = el("span", { class: "range", "aria-hidden": "true" });
+      bar.style.bottom = place(from);
+      bar.style.height = `max(2px, ${(100 * (high[k] - from)) / span}%)`;
+      const mark = el("span", { class: "median", "aria-hidden": "true" });
+      mark.style.bottom = place(middle[k]);
+      const text = `${ratio(from)}, ${ratio(middle[k])}, ${ratio(high[k])}`;
+      return el("li", { title: text }, el("span", { class: "bar-space" }, bar, mark),
+        `${ratio(from)} – ${ratio(high[k])}`);
     });
     return el(
       "div", {}, el("p", { class: "note" }, title), el("ol", { class: "bars" }, ...bars),
