@@ -39,7 +39,7 @@ IS_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is returned, the error printed."""
-    arguments = _parse(argv)
+    arguments = usage.parsed(argv, COMMANDS)
     if not arguments.debug:  # XLA's own account of an error: hundreds of lines where memory ends
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         _hush()
@@ -61,10 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, text = explain(error)
         say_error(text)
         return _leave(code)
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    return usage.parsed(argv, COMMANDS)
 
 
 def _leave(code: int) -> int:

@@ -15,9 +15,10 @@ import pytest
 import yaml
 
 import gspo_jax
-from gspo_jax import arguments as usage
-from gspo_jax import cli, doctor
+from gspo_jax import doctor
+from gspo_jax.arguments import parsed
 from gspo_jax.checks import AT_LEAST
+from gspo_jax.cli import COMMANDS, main
 from gspo_jax.config import SETTINGS, load_config
 from gspo_jax.errors import ConfigError
 from gspo_jax.model_card import CITATION
@@ -137,19 +138,12 @@ def commands(program):
     return found
 
 
-def parsed(words):
-    """What a command line means."""
-    if hasattr(usage, "parsed"):
-        return usage.parsed(words, cli.COMMANDS)
-    return cli._parse(words)
-
-
 @pytest.mark.parametrize("line", commands("gspo-jax"))
 def test_commands_have_options_settings_and_configs_that_exist(line):
     words = [word for word in shlex.split(line, comments=True)[1:] if word != "..."]
     for old, new in {"N": "2", "I": "0", "K": "1"}.items():
         words = [new if word == old else word for word in words]
-    arguments = parsed([word for word in words if word != "section.key=value"])
+    arguments = parsed([word for word in words if word != "section.key=value"], COMMANDS)
     file = ROOT / str(getattr(arguments, "config", None))
     is_config = file.is_file() and words[0] not in ("compare", "sweep")
     load_config(file if is_config else None, getattr(arguments, "overrides", []))
@@ -173,7 +167,7 @@ def test_experiments_on_the_page_about_comparing_can_be_run(tmp_path, capsys):
         path = tmp_path / f"{name}.yaml"
         path.write_text(text)
         out = str(tmp_path / name)
-        assert cli.main([name, str(path), "--dry-run", "--out", out]) == 0
+        assert main([name, str(path), "--dry-run", "--out", out]) == 0
         printed = capsys.readouterr().out
         assert f"{runs} runs" in printed and "gspo" in printed
 
