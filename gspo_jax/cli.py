@@ -19,8 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gspo_jax import arguments as usage
-from gspo_jax.arguments import say_error
+from gspo_jax.arguments import parsed, say_error
 from gspo_jax.errors import (
     INTERRUPTED,
     UNEXPECTED,
@@ -39,7 +38,7 @@ IS_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is returned, the error printed."""
-    arguments = usage.parsed(argv, COMMANDS)
+    arguments = parsed(argv, COMMANDS)
     if not arguments.debug:  # XLA's own account of an error: hundreds of lines where memory ends
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         _hush()
