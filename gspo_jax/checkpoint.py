@@ -15,6 +15,7 @@ tells whether it still is. Randomness and data order are functions of (seed, ste
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +31,7 @@ from gspo_jax.distributed import barrier, is_writer
 from gspo_jax.errors import StorageError
 
 NAME = re.compile(r"(\d+)(?:\+(\d+))?")
+PATIENCE = 50  # tenths of a second that what is left is removed again, while it still grows
 LEFTOVER = re.compile(r"\.\d+(\+\d+)?\.(writing|removed)|.*\.orbax-checkpoint-tmp")
 
 
@@ -277,7 +279,12 @@ def clean(directory: Path) -> list[Path]:
         return []
     found = [path for path in directory.iterdir() if LEFTOVER.match(path.name)]
     for path in found:
-        shutil.rmtree(path, ignore_errors=True)
+        # Of a save that failed Orbax may still be writing, from threads of its own.
+        for _ in range(PATIENCE):
+            shutil.rmtree(path, ignore_errors=True)
+            if not path.is_dir():
+                break
+            time.sleep(0.1)
     return found
 
 

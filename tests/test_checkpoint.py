@@ -214,3 +214,18 @@ def test_what_comes_after_the_resumed_one_goes_once_another_is_whole(tmp_path, f
         saver.save(2, values(20), {})
     assert checkpoint.steps(tmp_path) == [1, 2]
     assert (value_of(tmp_path, 1), value_of(tmp_path, 2)) == (1, 20)
+
+
+def test_what_a_failed_save_left_is_removed_though_its_writers_are_not_done(tmp_path, monkeypatch):
+    """A file that appears while a directory is being removed keeps it; here twice."""
+    left, tried, real = tmp_path / ".3.writing", [], checkpoint.shutil.rmtree
+    left.mkdir()
+
+    def rmtree(path, **how):
+        tried.append(path)
+        if len(tried) > 2:
+            real(path, **how)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", rmtree)
+    assert checkpoint.clean(tmp_path) == [left]
+    assert len(tried) == 3 and list(tmp_path.iterdir()) == []

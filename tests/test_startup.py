@@ -72,11 +72,13 @@ def run(tmp_path):
 
 
 FETCHED = """
-import _thread, threading, urllib.request, webbrowser
+import os, signal, threading, urllib.request, webbrowser
 def fetch(url):
-    pages = [urllib.request.urlopen(url + path, timeout=30).read() for path in ("", "data")]
-    print("fetched" if b"</html>" in pages[0] and b"a-run" in pages[1] else pages, flush=True)
-    _thread.interrupt_main()
+    try:
+        pages = [urllib.request.urlopen(url + path, timeout=60).read() for path in ("", "data")]
+        print("fetched" if b"</html>" in pages[0] and b"a-run" in pages[1] else pages, flush=True)
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)
 webbrowser.open = lambda url: threading.Thread(target=fetch, args=[url], daemon=True).start()
 """
 
