@@ -73,6 +73,7 @@ def run(tmp_path):
 
 FETCHED = """
 import os, signal, threading, urllib.request, webbrowser
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
 def fetch(url):
     try:
         pages = [urllib.request.urlopen(url + path, timeout=60).read() for path in ("", "data")]
