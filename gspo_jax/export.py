@@ -10,11 +10,10 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from gspo_jax.config import Config
-from gspo_jax.errors import DataError
 from gspo_jax.model_card import model_card, stated
 from gspo_jax.models.hf import save_model
 from gspo_jax.policy import Policy
-from gspo_jax.run_files import read_metrics
+from gspo_jax.run_files import logged
 from gspo_jax.tokenizer import token_ids
 
 
@@ -48,14 +47,6 @@ def run_card(config: Config, policy: Policy, directory: Path, step: int) -> str:
         after=logged_eval(directory, step),
         source=stated(policy.directory),
     )
-
-
-def logged(directory: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; none before the first."""
-    try:
-        return read_metrics(directory)
-    except DataError:
-        return []
 
 
 def logged_step(directory: Path, step: int) -> dict[str, Any]:

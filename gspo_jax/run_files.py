@@ -109,6 +109,14 @@ def read_metrics(run: Path, *, most: int = MOST_ROWS) -> Rows:
     return [rows[step] for step in sorted(rows)]
 
 
+def logged(run: Path) -> Rows:
+    """What `read_metrics` gives; nothing before the first step."""
+    try:
+        return read_metrics(run)
+    except DataError:
+        return []
+
+
 # ----------------------------------------------------------------------------------- numbers
 
 

@@ -12,11 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from gspo_jax import summary
-from gspo_jax.advice import Advice, advise
+from gspo_jax.advice import advise
 from gspo_jax.config import Config, load_config
-from gspo_jax.errors import DataError
 from gspo_jax.experiment import Experiment, told
-from gspo_jax.run_files import read_metrics
+from gspo_jax.run_files import logged
 from gspo_jax.statistics import independent_difference
 
 if TYPE_CHECKING:
@@ -60,18 +59,9 @@ def before_demo(config: Config) -> None:
 def after_run(config: Config, result: "Result") -> None:
     """Accuracy before and after, where everything lies, and what to change next time."""
     _outcome(result)
-    for advice in _advice(result):
+    rows = logged(result.run_dir) if result.state == "finished" else []
+    for advice in advise(rows, first=next((row for row in rows if row["step"] > 0), None)):
         show(f"advice    {advice.text}")
-
-
-def _advice(result: "Result") -> list[Advice]:
-    if result.state != "finished":
-        return []
-    try:
-        rows = read_metrics(result.run_dir)
-    except DataError:
-        return []
-    return advise(rows, first=next((row for row in rows if row["step"] > 0), None))
 
 
 def _outcome(result: "Result") -> None:

@@ -101,26 +101,15 @@ class GSPOConfig:
             )
         parts = self.minibatches_per_rollout
         parts = parts or max(n for n in (1, 2, 3, 4) if self.batch_size % n == 0)
-        settings = {
+        advantage = "group_normalised" if self.advantage_normalization else "group_centred"
+        settings = {name: getattr(self, own) for name, own in FIELDS.items()} | {
             "model.path": str(directory),
             "model.remat": "full" if self.use_gradient_checkpointing else "auto",
-            "task.max_prompt_length": self.max_prompt_length,
-            "rollout.prompts": self.batch_size,
-            "rollout.group_size": self.group_size,
             "rollout.max_completion_length": new,
-            "rollout.temperature": self.temperature,
             "algo.loss.name": "gspo",
-            "algo.loss.clip_low": self.left_clip_range,
-            "algo.loss.clip_high": self.right_clip_range,
-            "algo.advantage.name": "group_normalised"
-            if self.advantage_normalization
-            else "group_centred",
+            "algo.advantage.name": advantage,
             "algo.minibatches": parts,
-            "algo.microbatch": self.mini_batch_size,
-            "optim.learning_rate": self.learning_rate,
-            "optim.max_grad_norm": self.max_grad_norm,
             "optim.state": "8bit" if self.use_8bit_optimizer else "float32",
-            "run.seed": self.seed,
         }
         try:
             return load_config(None, [f"{name}={value}" for name, value in settings.items()])
