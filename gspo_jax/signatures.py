@@ -111,13 +111,17 @@ def _reasoning_gym(batch: Batch, b: int) -> dict[str, Any]:
 
 
 def _query(batch: Batch, b: int) -> dict[str, Any]:
-    problem = batch.problems[b]
-    item = {**_row(batch, b), "prompt": problem.prompt}
-    return {**_row(batch, b), "query": problem.prompt, "response": batch.texts[b], "item": item}
+    row, prompt = _row(batch, b), batch.problems[b].prompt
+    return {
+        **row,
+        "query": prompt,
+        "response": batch.texts[b],
+        "item": {**row, "prompt": prompt},
+    }
 
 
 def convention(name: str, function: Callable) -> Callable:
-    """Which of the four ways a function wants to be called, from its parameters' names."""
+    """Which of these ways a function wants to be called, from its parameters' names."""
     if not callable(function):
         raise DataError(f"reward {name}: got {type(function).__name__}, wanted a function.")
     parameters = parameters_of(name, function)
