@@ -23,12 +23,15 @@ class Problem:
         prompt: the question, or a chat as a list of `{"role": ..., "content": ...}`.
         answer: the gold answer; None where only a user's reward function can tell.
         columns: every other field of the data row, passed by name to reward functions.
+        opened: what the rendered prompt opened and left to the response to close: "<think>" where
+            the chat template begins the reasoning itself, else "". `rollout.rendered` sets it.
     """
 
     id: str
     prompt: str | list[dict[str, str]]
     answer: str | None = None
     columns: dict[str, Any] = field(default_factory=dict)
+    opened: str = ""
 
 
 class Completions(NamedTuple):

@@ -243,7 +243,7 @@ def _annotated(problem: Problem, row: Record) -> Record:
     by = {name: columns[name] for name in summary.COLUMNS if _is_label(columns.get(name))}
     extra: dict[str, Any] = {"gold": problem.answer, "by": by}
     if "puzzle" in columns and isinstance(columns.get("solution"), dict):
-        grid = score_grid(row["text"], json.loads(problem.answer or "{}"))
+        grid = score_grid(row.get("opened", "") + row["text"], json.loads(problem.answer or "{}"))
         extra |= {"right": grid.right, "cells": grid.cells}
     return {**row, **extra, "text": row["text"]}
 

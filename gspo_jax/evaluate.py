@@ -18,7 +18,7 @@ from gspo_jax.config import Config
 from gspo_jax.errors import DataError
 from gspo_jax.generate import PureModel
 from gspo_jax.policy import Policy, Problems, load_policy, load_problems
-from gspo_jax.rollout import Scorer, encode_prompts, sample_completions, score_together
+from gspo_jax.rollout import Scorer, encode_prompts, rendered, sample_completions, score_together
 from gspo_jax.statistics import estimate
 from gspo_jax.summary import Record, measures
 from gspo_jax.tasks.task import boxed_in
@@ -108,7 +108,7 @@ def responses(
     """
     group, first = max(samples, 1), min(samples, 1)
     for begin in range(start, len(problems), batch):
-        part = list(problems[begin : begin + batch])
+        part = rendered(tokenizer, problems[begin : begin + batch])
         completions, texts = sample_completions(
             model,
             tokenizer,
@@ -139,7 +139,9 @@ def responses(
 def _record(
     problem: Problem, text: str, answer_in: Callable[[Problem, str], str | None], **rest: Any
 ) -> Record:
-    return {"id": problem.id, **rest, "answer": answer_in(problem, text), "text": text}
+    opened = {"opened": problem.opened} if problem.opened else {}
+    answer = answer_in(problem, problem.opened + text)
+    return {"id": problem.id, **rest, "answer": answer, **opened, "text": text}
 
 
 def evaluate_policy(

@@ -14,6 +14,8 @@ from gspo_jax.continuations import Pair, complete, continuation_logps
 from gspo_jax.errors import ConfigError
 from gspo_jax.models.hf import read_config
 from gspo_jax.policy import load_policy
+from gspo_jax.tasks.verify import after_reasoning
+from gspo_jax.tokenizer import THINK
 
 try:
     from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
@@ -147,7 +149,7 @@ class Harness(TemplateLM):
             raise ConfigError(f"max_gen_toks={given['max_gen_toks']} of {self.max_length} tokens.")
         sampled = {name: given[name] for name in ("top_p", "top_k") if name in given}
         with jax.set_mesh(self.policy.mesh):
-            return complete(
+            texts = complete(
                 self.model,
                 self.policy.tokenizer,
                 [self.tok_encode(c)[-room:] or [self.prefix_token_id] for c in contexts],
@@ -158,3 +160,8 @@ class Harness(TemplateLM):
                 temperature=given.get("temperature", 0.0),
                 **sampled,
             )
+        # What the context opens is reasoning, and lm-eval looks for the answer in all that it gets.
+        opens = [THINK if c.rstrip().endswith(THINK) else "" for c in contexts]
+        return [
+            after_reasoning(o + text) if o else text for o, text in zip(opens, texts, strict=True)
+        ]

@@ -173,7 +173,7 @@ def answers(
     Raises:
         DataError: what it returned is not what it should be.
     """
-    wanted = convention(name, function)
+    wanted, batch = convention(name, function), batch.as_read(function)
     rows = range(len(batch.texts)) if rows is None else rows
     if whole := wanted is trl:
         calls = [(list(rows), trl(batch))]

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -21,6 +22,11 @@ Scorer = Callable[..., tuple[dict[str, np.ndarray], np.ndarray, dict[str, float]
 def encode_prompts(tokenizer: Tokenizer, problems: Sequence[Problem]) -> list[list[int]]:
     """Token ids of each prompt under the chat template."""
     return [tokenizer.encode_prompt(p.prompt) for p in problems]
+
+
+def rendered(tokenizer: Tokenizer, problems: Sequence[Problem]) -> list[Problem]:
+    """The problems, each with what its prompt opens under the chat template (`Problem.opened`)."""
+    return [replace(p, opened=tokenizer.opened(p.prompt)) for p in problems]
 
 
 def sample_completions(

@@ -14,14 +14,14 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from types import SimpleNamespace
 from typing import Any
 
 from gspo_jax.batch import Problem
 from gspo_jax.errors import DataError
-from gspo_jax.tasks.verify import boxed
+from gspo_jax.tasks.verify import COUNTS_REASONING, after_reasoning, boxed
 
 _TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _RESERVED = {"prompt", "prompts", "completion", "completions", "completion_ids"}
@@ -54,6 +54,13 @@ class Batch:
         if isinstance(self.problems[b].prompt, str):
             return self.texts[b]
         return [{"role": "assistant", "content": self.texts[b]}]
+
+    def as_read(self, function: Callable) -> "Batch":
+        """This batch as `function` reads it: see `tasks.verify.counts_reasoning`."""
+        opened = [problem.opened for problem in self.problems]
+        if not any(opened) or not getattr(function, COUNTS_REASONING, False):
+            return self
+        return replace(self, texts=[a + b for a, b in zip(opened, self.texts, strict=True)])
 
     def log(self, name: str, value: Any) -> None:
         self.logged[name].append(float(value))
@@ -101,7 +108,8 @@ def _verifiers(batch: Batch, b: int) -> dict[str, Any]:
 
 
 def _reasoning_gym(batch: Batch, b: int) -> dict[str, Any]:
-    problem, text = batch.problems[b], batch.texts[b]
+    problem = batch.problems[b]
+    text = after_reasoning(problem.opened + batch.texts[b])  # the answer is read here, for it
     tagged = _TAGGED.findall(text)
     row = _row(batch, b)
     return {

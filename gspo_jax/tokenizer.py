@@ -12,6 +12,7 @@ from gspo_jax.chat_template import ChatTemplate
 from gspo_jax.errors import ConfigError, DataError
 from gspo_jax.models import files
 
+THINK = "<think>"  # begins the reasoning, in the templates of all Qwen families
 Prompt = str | list[dict[str, str]]
 
 
@@ -84,6 +85,14 @@ class Tokenizer:
                 "add_generation_prompt": True,
             }
         )
+
+    def opened(self, prompt: Prompt) -> str:
+        """ "<think>" where `render(prompt)` ends with it, else "".
+
+        The templates of R1, QwQ, Qwen3-Thinking and Qwen3.5 begin the reasoning themselves; the
+        response then has only its end. A prompt that mentions the mark elsewhere opens nothing.
+        """
+        return THINK if self.render(prompt).rstrip().endswith(THINK) else ""
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """The ids of `render(prompt)`; see `encode_prompts`."""

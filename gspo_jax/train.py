@@ -35,6 +35,7 @@ from gspo_jax.rollout import (
     encode_prompts,
     fill_with_spread,
     groups_with_spread,
+    rendered,
     rollout_metrics,
     sample_completions,
     sample_rows,
@@ -214,6 +215,7 @@ def respond(
 ) -> Rollout:
     """The policy's responses to these problems, and their scores."""
     c, roll = loop.config, loop.config.rollout
+    asked = rendered(loop.policy.tokenizer, asked)
     with phase("generate"):
         prompts = encode_prompts(loop.policy.tokenizer, asked)
         completions, texts = sample_completions(  # 2 rollout

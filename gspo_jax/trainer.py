@@ -39,7 +39,7 @@ from gspo_jax.rollout import encode_prompts, sample_completions, token_count
 from gspo_jax.spelling import meant
 from gspo_jax.tasks import load_task
 from gspo_jax.tasks.reasoning import MIX, reasoning_mix
-from gspo_jax.tasks.verify import list_accuracy
+from gspo_jax.tasks.verify import counts_reasoning, list_accuracy
 from gspo_jax.tokenizer import Tokenizer
 
 Item = Mapping[str, Any]
@@ -184,6 +184,7 @@ class GSPOCustomDataset:
         return verified
 
 
+@counts_reasoning
 def verified(query: str, response: str, item: Item) -> float:
     """1.0 where what `response` boxes is the answer of `item`, else 0.0."""
     (score,) = list_accuracy(prompts=[query], completions=[response], answer=[gold(item)])

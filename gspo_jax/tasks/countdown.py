@@ -22,7 +22,7 @@ from gspo_jax.tasks.draw import (
     weighted,
 )
 from gspo_jax.tasks.task import Task
-from gspo_jax.tasks.verify import boxed, one_box
+from gspo_jax.tasks.verify import boxed, counts_reasoning, one_box
 
 COUNTDOWN_SIZES = {"train": 10_000, "val": 400, "test": 800}
 COUNT = {"easy": 3, "medium": 4, "hard": 5}  # numbers given
@@ -114,6 +114,7 @@ def make_countdown(rng: Random, count: int) -> tuple[list[int], int, str]:
                 return shuffled(rng, numbers), target, expression
 
 
+@counts_reasoning
 def countdown_reward(completions, numbers, target, **columns) -> list[float | None]:
     """1 where the boxed expression is worth the target and uses each number once, else 0."""
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]

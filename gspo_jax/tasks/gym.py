@@ -20,7 +20,7 @@ from gspo_jax.batch import Problem
 from gspo_jax.errors import ConfigError
 from gspo_jax.tasks.draw import Drawn, between, chosen_sizes, chosen_weights, made_up, weighted
 from gspo_jax.tasks.task import Task, fingerprint
-from gspo_jax.tasks.verify import boxed, numeric, one_box, own_words, unwrapped
+from gspo_jax.tasks.verify import boxed, counts_reasoning, numeric, one_box, own_words, unwrapped
 
 GYM_SIZES = {"train": 1_000, "val": 50, "test": 100}
 COMPARED = (
@@ -135,6 +135,7 @@ def gym_reward() -> Callable[..., list[float | None]]:
         "gspo_jax.tasks.gym_judge:full_marks", seconds=SECONDS, memory=MEMORY, losses=LOSSES
     )
 
+    @counts_reasoning
     def gym(prompts, completions, answer, dataset, metadata, log_metric=None, **columns):
         rows = zip(prompts, completions, strict=True)
         given = [one_box(own_words(*row)) or "" for row in rows]

@@ -17,7 +17,7 @@ from gspo_jax.tasks.draw import (
     weighted,
 )
 from gspo_jax.tasks.task import Task
-from gspo_jax.tasks.verify import items, one_box
+from gspo_jax.tasks.verify import counts_reasoning, items, one_box
 
 KNIGHTS_SIZES = {"train": 5_000, "val": 400, "test": 800}
 PEOPLE = {"easy": 2, "medium": 3, "hard": 5}
@@ -177,6 +177,7 @@ def to_problem(text: str, names: Sequence[str], roles: Sequence[bool], level: st
     return Problem(f"knights-{len(names)}-{mark}", prompt, answer, columns)
 
 
+@counts_reasoning
 def knights_reward(completions, answer, names, **columns) -> list[float | None]:
     """1 where everyone's role is right, else 0."""
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]

@@ -10,7 +10,7 @@ from typing import Any
 
 from gspo_jax.errors import ConfigError
 from gspo_jax.tasks.math_verify import MISSING, decided
-from gspo_jax.tasks.verify import braced
+from gspo_jax.tasks.verify import braced, counts_reasoning
 
 try:
     import math_verify as library  # pyright: ignore[reportMissingImports]
@@ -25,6 +25,7 @@ _NORMAL = library.LatexNormalizationConfig(basic_latex=True, units=True, boxed="
 READ = [library.LatexExtractionConfig(boxed_match_priority=0, normalization_config=_NORMAL)]
 
 
+@counts_reasoning
 def math_verify(prompt: Any, completion: Any, answer: str | None) -> float | None:
     """1.0 where the boxed answer equals `answer` exactly or by math-verify, else 0.0.
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from gspo_jax.batch import Problem
 from gspo_jax.errors import ConfigError
-from gspo_jax.tasks.verify import Verdict, accuracy, check, numeric, own_words
+from gspo_jax.tasks.verify import Verdict, accuracy, check, counts_reasoning, numeric, own_words
 
 MISSING = "checker=math-verify needs the package math-verify: pip install 'gspo_jax[math]'."
 CHECKERS = ("exact", "math-verify")
@@ -53,6 +53,7 @@ def math_verify_apart() -> Callable[..., list[float | None]]:
     spec = "gspo_jax.tasks.latex:math_verify"
     ask = judge(spec, seconds=SECONDS, memory=MEMORY, losses=LOSSES)
 
+    @counts_reasoning
     def reward(prompts, completions, answer, log_metric=None, **columns):
         scores: list[float | None] = []
         left: list[tuple[int, str, Problem]] = []

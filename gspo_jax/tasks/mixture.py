@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from gspo_jax.batch import Problem
 from gspo_jax.errors import ConfigError
 from gspo_jax.tasks.task import SPLITS, Task, fingerprint
+from gspo_jax.tasks.verify import counts_reasoning
 
 
 class Part(NamedTuple):
@@ -62,6 +63,7 @@ def mix(parts: Mapping[str, Part], *, sizes: Mapping[str, int] | None = None) ->
 def mixed_reward(tasks: Mapping[str, Task]) -> Any:
     """A reward function that gives each response to the one of its problem's task."""
 
+    @counts_reasoning
     def mixture(prompts, completions, task, **columns):
         rows = range(len(completions))
         scores: list[float | None] = [None] * len(completions)

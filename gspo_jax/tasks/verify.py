@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from gspo_jax.tasks.units import Unit, unit
 
+COUNTS_REASONING = "counts_reasoning"  # an attribute of reward functions
 MAX_TEXT = 200_000  # characters after the reasoning that are read, counted from the end
 MAX_ANSWER = 400  # characters of a boxed answer; a longer one is never right
 MAX_LISTS = 50  # boxes that are compared with each other as lists, counted from the end
@@ -30,6 +31,17 @@ _WITH_UNIT = re.compile(
 _LETTER_UNIT = re.compile(r"[0-9}][A-Za-z](?:\^\{?[23]\}?)?$")
 _UNITS = re.compile(rf"^(?:{_TEXT.pattern})+|(?:{_TEXT.pattern})+$")  # not between two numbers
 _VARIABLE = re.compile(r"[A-Za-z]=")
+
+
+def counts_reasoning(function: Callable) -> Callable:
+    """Mark a reward function that tells reasoning from answer: all of this library's do.
+
+    Where the prompt itself opens the reasoning, a response shows only its end, or nothing of it if
+    it was cut off. A marked function gets the response with the opening before it, so that
+    `after_reasoning` holds; others get the response as it was sampled.
+    """
+    setattr(function, COUNTS_REASONING, True)
+    return function
 
 
 class Verdict(NamedTuple):
@@ -79,6 +91,7 @@ def check(text: str, gold: str | int | float) -> Verdict:
     return Verdict(float(right), answer, "correct" if right else "wrong")
 
 
+@counts_reasoning
 def accuracy(
     prompts: list[Any], completions: list[Any], answer: list[Any], **columns: Any
 ) -> list[float | None]:
@@ -90,6 +103,7 @@ def accuracy(
     return _scores(check, prompts, completions, answer)
 
 
+@counts_reasoning
 def list_accuracy(
     prompts: list[Any], completions: list[Any], answer: list[Any], **columns: Any
 ) -> list[float | None]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from gspo_jax.batch import Problem
-from gspo_jax.tasks.verify import MAX_TEXT, after_reasoning
+from gspo_jax.tasks.verify import MAX_TEXT, after_reasoning, counts_reasoning
 
 Grid = dict[str, dict[str, str]]  # "House 1" -> column -> value
 
@@ -139,6 +139,7 @@ def grid_reward(kind: str) -> Callable[..., list[float | None]]:
     frequent value everywhere, which is right in one of N cells, therefore earns nothing.
     """
 
+    @counts_reasoning
     def zebra(completions, answer, **columns):
         scores = []
         for completion, gold in zip(completions, answer, strict=True):
@@ -150,6 +151,7 @@ def grid_reward(kind: str) -> Callable[..., list[float | None]]:
     return zebra
 
 
+@counts_reasoning
 def mc_reward(completions, answer, choices, **columns) -> list[float | None]:
     """1 where the letter is the right one, else 0."""
     return [
