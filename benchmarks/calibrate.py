@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +59,7 @@ def timed(functions: Mapping[str, Callable[[], Any]], *, repeats: int = 5) -> di
     }
 
 
+@cache
 def rates(dtype: str, *, repeats: int = 5) -> dict[str, float]:
     """`copy` in bytes per second and `matmul` in operations per second: the best of `repeats`."""
     large = jax.default_backend() != "cpu"

@@ -35,6 +35,7 @@ from gspo_jax.models.qwen import Qwen
 
 NAMES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
 MODELS = {  # name -> NAMES, key/value heads, vocabulary, tied
+    "tiny": ((32, 1, 64, 2), 1, 1024, True),
     "1m": ((128, 4, 384, 4), 2, 1024, True),
     "10m": ((384, 6, 1024, 6), 2, 1024, True),
     "r1-1.5b": ((1536, 28, 8960, 12), 2, 151936, False),

@@ -1,6 +1,6 @@
 """What only a GPU can show: its tests, and the speed and memory that are aimed at, in one table.
 
-    python benchmarks/gpu_check.py               an H100 or H200, at most 9 minutes
+    python benchmarks/gpu_check.py               an H200, at most 9 minutes
     python benchmarks/gpu_check.py --quick       the same parts at toy sizes, on anything
 
 It needs this checkout and the packages of `gspo_jax` (pytest for the tests; no network, no weights:
@@ -28,13 +28,18 @@ ROOT = HERE.parent
 
 
 class Part(NamedTuple):
-    """One process: a script of this directory with its options on a GPU, or in a quick check."""
+    """One process: a script of this directory with its options on a GPU, or in a quick check.
+
+    `needs` is what `memory.stages` gives for the full form, in GB of the H200's 140 (the parts
+    that train), or what the arrays of the script add up to.
+    """
 
     name: str
     script: str
     full: str
     quick: str
-    limit: float  # seconds
+    limit: float  # seconds; all of them, with those of the tests, add up to MINUTES
+    needs: float
 
 
 class Goal(NamedTuple):
@@ -47,46 +52,65 @@ class Goal(NamedTuple):
     read: Callable[[dict[str, Any]], float]
 
 
-STEP_QUICK = "--json --model 1m --prompts 2 --group-size 2 --prompt-length 8 --new-tokens 16"
+MINUTES = 9
+TESTS_LIMIT = 60.0  # seconds for the tests marked `gpu`
+# Attention is cuDNN's: with our own, whose scores the backward pass keeps, the step would need 168.
 STEP_FULL = "--json --model r1-1.5b --prompt-length 256 --new-tokens 1024 --state 8bit"
+STEP_FULL += " --attention cudnn --warmup 1 --steps 1"
+STEP_QUICK = "--json --model tiny --prompts 2 --group-size 2 --prompt-length 8 --new-tokens 8"
+STEP_QUICK += " --warmup 1 --steps 1"
 PARTS = (
     # The step goes before the update: its compile time is to be that of an empty cache.
     Part(
         "step",
         "step.py",
-        f"{STEP_FULL} --prompts 64 --group-size 8 --minibatches 4 --warmup 1 --steps 1",
-        f"{STEP_QUICK} --minibatches 2 --warmup 1 --steps 1",
-        240,
+        f"{STEP_FULL} --prompts 64 --group-size 8 --minibatches 4 --remat none",
+        f"{STEP_QUICK} --minibatches 2 --remat none",
+        200,
+        needs=94,
     ),
     Part(
         "decode",
         "decode.py",
         "--model r1-1.5b --batches 64,256 --contexts 1024 --prompts 0",
-        "--model 1m --batches 4,8 --contexts 32 --prompts 0 --repeats 1",
-        120,
+        "--model tiny --batches 4 --contexts 32 --prompts 0 --repeats 1",
+        50,
+        needs=13,  # weights in bfloat16 and the cache of 256 rows: 3.6 + 7.5
     ),
     Part(
         "update",
         "update.py",
-        "--model r1-1.5b --microbatches 16384 --widths 1280 --rows 128 --repeats 2",
-        "--model 1m --microbatches 64 --widths 32 --rows 4 --repeats 1",
-        150,
+        "--model r1-1.5b --microbatches 16384 --widths 1280 --rows 128 --repeats 2"
+        " --remat none --attention cudnn",
+        "--model tiny --microbatches 64 --widths 32 --rows 4 --prompt-length 8 --repeats 1"
+        " --state float32 --remat none",
+        90,
+        needs=94,
     ),
     Part(
         "head",
         "head.py",
         "--model r1-1.5b --tokens 16384 --chunks 4096,16384",
-        "--model 1m --tokens 64 --chunks 32 --repeats 1",
-        60,
+        "--model tiny --tokens 64 --chunks 32 --repeats 1",
+        30,
+        needs=32,  # three times 16,384 x 151,936 float32, and the head with its gradient
     ),
     Part(
         "memory",
         "step.py",
-        f"{STEP_FULL} --prompts 1 --group-size 4 --microbatch 1280 --remat --warmup 1 --steps 1",
-        f"{STEP_QUICK} --microbatch 32 --remat --warmup 1 --steps 1",
-        120,
+        f"{STEP_FULL} --prompts 1 --group-size 4 --microbatch 1280 --remat full",
+        f"{STEP_QUICK} --microbatch 32 --remat full",
+        70,
+        needs=34,
     ),
-    Part("optimizer", "optimizer.py", "--model r1-1.5b", "--model 1m --repeats 1", 60),
+    Part(
+        "optimizer",
+        "optimizer.py",
+        "--model r1-1.5b",
+        "--model tiny --repeats 1",
+        40,
+        needs=43,  # masters, gradients and both moments in float32, and two of them once more
+    ),
 )
 
 
@@ -146,7 +170,7 @@ def main() -> None:
             if o.parts and name not in o.parts:
                 continue
             command = tests() if part == "tests" else command_of(part, o.quick, out)
-            limit = 120.0 if isinstance(part, str) else part.limit
+            limit = TESTS_LIMIT if isinstance(part, str) else part.limit
             limit = max(min(limit, deadline - time.monotonic()), 1)
             print(f"{name} (at most {limit:.0f} s) ... ", end="", flush=True)
             done = run(command, limit, cache, log) if command else {"status": "no pytest here"}
@@ -220,13 +244,18 @@ def run(command: list[str], limit: float, cache: str, log) -> dict[str, Any]:
     done: dict[str, Any] = {"status": status, "seconds": seconds, "command": command[1:]}
     if process.returncode:
         done["last_line"] = last
-    elif last.startswith("written to "):
-        done["result"] = json.loads(Path(last.removeprefix("written to ")).read_text())
-    elif last.startswith("{"):
-        done["result"] = json.loads(last)
+    elif (result := result_of(last)) is not None:
+        done["result"] = result
     else:
         done["status"] += f": {last}"
     return done
+
+
+def result_of(last: str) -> dict[str, Any] | None:
+    """What a part has found, from the last line that it prints; None where there is nothing."""
+    if last.startswith("written to "):
+        return json.loads(Path(last.removeprefix("written to ")).read_text())
+    return json.loads(last) if last.startswith("{") else None
 
 
 def table(parts: dict[str, Any], *, judged: bool) -> str:
@@ -258,7 +287,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="GPU tests and benchmarks beside their goals")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to see that all parts run")
     parser.add_argument("--parts", type=lambda text: text.split(","), help="only these")
-    parser.add_argument("--minutes", type=float, default=9, help="for everything")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything")
     parser.add_argument("--out", default=os.environ.get("OUT") or HERE / "results")
     return parser.parse_args()
 

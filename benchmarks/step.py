@@ -33,6 +33,8 @@ from gspo_jax.generate import generate
 from gspo_jax.losses import gspo
 from gspo_jax.microbatch import MICROBATCH_TOKENS
 from gspo_jax.models import load_model
+from gspo_jax.models.attention import KINDS
+from gspo_jax.models.remat import POLICIES
 from gspo_jax.objective import Objective, cast
 from gspo_jax.optim import make_optimizer
 from gspo_jax.rollout import to_train_batch
@@ -83,6 +85,7 @@ def make_step(o: argparse.Namespace):
         gspo,
         dtype=dtype,
         remat=o.remat,
+        attention=o.attention,
         microbatch=o.microbatch or MICROBATCH_TOKENS[platform],
         longest=longest,
         shortest_prompt=min(map(len, prompts)),
@@ -166,7 +169,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--minibatches", type=int, default=1)
     parser.add_argument("--microbatch", type=int, default=0, help="tokens; 0 chooses")
-    parser.add_argument("--remat", choices=["none", "dots", "full"], default="none")
+    parser.add_argument("--remat", choices=POLICIES, default="none")
+    parser.add_argument("--attention", choices=KINDS, default="xla")
     parser.add_argument("--eos", type=int, default=0, help="how many token ids end a row")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5)

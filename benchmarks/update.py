@@ -2,7 +2,7 @@
 
     python benchmarks/update.py                                      a 10 M model, on anything
     python benchmarks/update.py --model r1-1.5b --microbatches 8192,16384,32768 \\
-        --widths 1280,4352                                           one H200-sized GPU
+        --widths 1280,4352 --attention cudnn                         one H200-sized GPU
 
 The programs are those of a training run (`make_programs`): `add` once for all microbatches, then
 `apply`. Weights are random, every row fills its width, and all tokens but the prompt's are trained
@@ -39,7 +39,9 @@ from output import (
 
 from gspo_jax.batch import TrainBatch
 from gspo_jax.losses import gspo
+from gspo_jax.models.attention import KINDS
 from gspo_jax.models.config import QwenConfig
+from gspo_jax.models.remat import POLICIES
 from gspo_jax.objective import Given, Gradients, Objective
 from gspo_jax.optim import make_optimizer
 from gspo_jax.update import Accumulated, init_state, make_programs, microbatches
@@ -53,7 +55,8 @@ def main() -> None:
     config = qwen2(o.model)
     rates = calibrate.rates(o.dtype)
     cases = [case(config, o, rates, m, w) for w in o.widths for m in o.microbatches]
-    result = {"model": o.model, "dtype": o.dtype, "state": o.state, "remat": o.remat}
+    result = {"model": o.model, "dtype": o.dtype, "state": o.state}
+    result |= {"remat": o.remat, "attention": o.attention}
     result |= {"rates": rates, "cases": cases}
     report("update", result, COLUMNS, [row(c) for c in cases], o.out)
 
@@ -66,6 +69,7 @@ def case(config: QwenConfig, o, rates, tokens: int, width: int) -> dict[str, Any
         gspo,
         dtype=o.dtype,
         remat=o.remat,
+        attention=o.attention,
         microbatch=tokens,
         longest=width,
         shortest_prompt=prompt,
@@ -156,7 +160,8 @@ def parse() -> argparse.Namespace:
     options = parser("seconds and FLOP/s of one update")
     options.add_argument("--model", choices=MODELS, default="10m" if small else "r1-1.5b")
     options.add_argument("--state", default="8bit", choices=["float32", "8bit"])
-    options.add_argument("--remat", action="store_true")
+    options.add_argument("--remat", choices=POLICIES, default="none")
+    options.add_argument("--attention", choices=KINDS, default="xla")
     options.add_argument("--rows", type=int, default=32 if small else 128)
     options.add_argument("--prompt-length", type=int, default=32 if small else 256)
     options.add_argument(

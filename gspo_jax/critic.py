@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from gspo_jax.advantages import batch_whitened, gae, token_rewards
 from gspo_jax.batch import TrainBatch
+from gspo_jax.errors import check_choice
 from gspo_jax.microbatch import Microbatches, fold, put, take
 from gspo_jax.models.qwen import Qwen, head_logits
 from gspo_jax.objective import (
@@ -54,7 +55,11 @@ def make_critic(kind: str, graphdef: nnx.GraphDef, params: PyTree) -> tuple[nnx.
 
     Args:
         kind: "separate" or "shared".
+
+    Raises:
+        ConfigError: another `kind`.
     """
+    check_choice("kind", kind, ("separate", "shared"))
     policy = nnx.merge(graphdef, params)
     if kind == "shared":
         return nnx.split(Critic(policy.config.hidden_size))

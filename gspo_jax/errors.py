@@ -4,6 +4,8 @@ Every message is one line: what was got, what is wanted, what to change, with th
 user typed. The command line prints it and exits with `exit_code`; a traceback needs `--debug`.
 """
 
+from typing import Any
+
 FINISHED, UNEXPECTED, INTERRUPTED, PREEMPTED = 0, 1, 130, 75
 
 
@@ -35,3 +37,17 @@ class StorageError(OSError):
     """A run directory or a checkpoint cannot be read, written or locked."""
 
     exit_code = 6
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuse an argument that is none of `choices`; a boolean is never one.
+
+    To be called where a choice is taken: an unknown word that falls through to the last branch
+    would compute something else without a word.
+
+    Raises:
+        ConfigError: names the argument, what it was, and the choices.
+    """
+    if not isinstance(value, str) or value not in choices:
+        wanted = ", ".join(map(repr, choices))
+        raise ConfigError(f"{name}={value!r:.60}: wanted one of {wanted}.")

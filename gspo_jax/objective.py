@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from gspo_jax.batch import TrainBatch
+from gspo_jax.errors import check_choice
 from gspo_jax.logps import token_logps
 from gspo_jax.losses import entropy_bonus
 from gspo_jax.losses import kl as kl_penalty
@@ -103,7 +104,12 @@ def forward(
 
     Of a text that is cut to fewer than T response tokens, those states alone; the others, which
     the mask leaves out, have zeros.
+
+    Raises:
+        ConfigError: the objective has another `routing_replay`, `remat` or `attention` than there
+            are.
     """
+    check_choice("routing_replay", objective.routing_replay, ("off", "R2", "R3"))
     model = nnx.merge(graphdef, cast(params, objective.dtype))
     hidden, routing = model.routed(
         batch.tokens,

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PyTree
 
+from gspo_jax.errors import check_choice
 from gspo_jax.quant import Quantised, block_size, dequantise, hashed, quantise
 
 NON_NEGATIVE = ("nu", "v")  # optax's names for second moments
@@ -205,7 +206,11 @@ def make_schedule(
         kind: "constant", "linear" or "cosine" (the latter two end at 0 after `updates`).
         warmup: updates of linear rise; the first one already has learning_rate / warmup.
         updates: updates of the whole run.
+
+    Raises:
+        ConfigError: another `kind`.
     """
+    check_choice("kind", kind, ("constant", "linear", "cosine"))
     decay = max(updates - warmup, 1)
     after = {
         "constant": optax.constant_schedule(learning_rate),
@@ -228,7 +233,12 @@ def make_optimizer(
     max_grad_norm: float = 1.0,
     state: str = "8bit",
 ) -> LeafByLeaf:
-    """AdamW with its moments in 8 bits ("8bit") or in float32; decay on matrices alone."""
+    """AdamW with its moments in 8 bits ("8bit") or in float32; decay on matrices alone.
+
+    Raises:
+        ConfigError: another `state`.
+    """
+    check_choice("state", state, ("8bit", "float32"))
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
     inner = optax.chain(
         compress_state(adam) if state == "8bit" else adam,

@@ -20,13 +20,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from gspo_jax.masked import float_dtype
-from gspo_jax.models.attention import attend, fused
+from gspo_jax.models.attention import attend, check_attention, fused
 from gspo_jax.models.cache import Cache, LayerCache, write
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.init import constant, kernel
 from gspo_jax.models.linear import dense, lookup
 from gspo_jax.models.moe import Experts, Routing, join
-from gspo_jax.models.remat import recomputed
+from gspo_jax.models.remat import check_remat, recomputed
 from gspo_jax.models.rope import inverse_frequencies
 from gspo_jax.sharding import constrain
 
@@ -157,7 +157,12 @@ class Qwen(nnx.Module):
                 with a window keep the former.
             replay: experts to use in the M layers that have them; negative ids are the router's.
             counted: the tokens over which the sums in `Routing` run; None is all.
+
+        Raises:
+            ConfigError: another `remat` or `attention`.
         """
+        check_remat(remat)
+        check_attention(attention)
         rope = self._rope(_positions(tokens, mask))
         masks: list[Array | None] = [*self._masks(_causal(tokens, mask))]
         if attention == "cudnn" and mask is None:

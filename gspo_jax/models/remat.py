@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 
+from gspo_jax.errors import check_choice
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.sharding import regathering
 
@@ -28,8 +29,22 @@ POLICIES = ("none", "dots", "full")  # largest first
 SHARE = 0.8  # of the free memory: the allocator leaves gaps, and the estimate is one
 
 
+def check_remat(remat: str) -> None:
+    """Refuse what is not in POLICIES.
+
+    Raises:
+        ConfigError: "auto" included, which `policy.passes` decides, and booleans.
+    """
+    check_choice("remat", remat, POLICIES)
+
+
 def recomputed(layer: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """`layer` with what its backward pass recomputes; gathered weights are never kept."""
+    """`layer` with what its backward pass recomputes; gathered weights are never kept.
+
+    Raises:
+        ConfigError: `remat` is none of POLICIES.
+    """
+    check_remat(remat)
     if remat == "none":
         return regathering(layer)
     # A product of activations with each other has batch dimensions, one with weights has none.
@@ -43,7 +58,11 @@ def compiler_options(remat: str, regathers: bool = False) -> dict[str, Any]:
     XLA's CPU compiler removes the barriers around what is recomputed, finds it to be the same as
     what was computed before, and keeps that: it must not, nor where weights that devices share are
     gathered again (`regathers`).
+
+    Raises:
+        ConfigError: `remat` is none of POLICIES.
     """
+    check_remat(remat)
     if (remat == "none" and not regathers) or jax.default_backend() != "cpu":
         return {}
     return {"xla_disable_hlo_passes": "cse_barrier_expander"}
