@@ -15,7 +15,7 @@ from zlib import crc32
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
 from gspo_jax.errors import check_choice
 from gspo_jax.quant import Quantised, block_size, dequantise, hashed, quantise
@@ -103,8 +103,8 @@ class LeafByLeaf(NamedTuple):
 
     Attributes:
         init, update: as optax has them.
-        step: (gradients, state, parameters, go) -> the parameters and state after the update, or
-            the very same where the scalar `go` is false.
+        step: (gradients, state, parameters, go) -> the parameters and state after the update; where
+            the scalar `go` is false, the very same parameters, and the state that `let_pass` gives.
     """
 
     init: Callable[..., Any]
@@ -140,14 +140,39 @@ def leaf_by_leaf(inner: optax.GradientTransformation, *, max_grad_norm: float) -
 
         leaves, tree = jax.tree.flatten(params)
         first, parts = state[0], _parts(state[1], tree)
+        def none(_, state, param):
+            return param, let_pass(state)
+
         done = [
-            jax.lax.cond(go, one, lambda _, state, param: (param, state), *leaf)
+            jax.lax.cond(go, one, none, *leaf)
             for leaf in zip(tree.flatten_up_to(grads), parts, leaves, strict=True)
         ]
         params = tree.unflatten([param for param, _ in done])
         return params, (first, _whole(state[1], tree, [state for _, state in done]))
 
     return LeafByLeaf(whole.init, whole.update, step)
+
+
+def let_pass(state: PyTree) -> PyTree:
+    """The optimizer's state after an update that is left out.
+
+    The moments and their count stay, the schedule's count rises: a schedule is laid over all
+    updates of a run, so its warm-up and its end come when they were planned.
+    """
+
+    def later(x: Any) -> Any:
+        return x._replace(count=x.count + jnp.ones_like(x.count)) if _is_clock(x) else x
+
+    return jax.tree.map(later, state, is_leaf=_is_clock)
+
+
+def schedule_count(state: PyTree) -> Int[Array, ""]:
+    """How many updates the schedule of `make_optimizer` has seen, those left out included."""
+    return next(x.count for x in jax.tree.leaves(state, is_leaf=_is_clock) if _is_clock(x))
+
+
+def _is_clock(x: Any) -> bool:
+    return isinstance(x, optax.ScaleByScheduleState)
 
 
 def _parts(state: PyTree, tree: Any) -> list[PyTree]:
@@ -199,7 +224,7 @@ def _count_of(state: PyTree) -> jax.Array:
 def make_schedule(
     learning_rate: float, *, kind: str = "constant", warmup: int = 0, updates: int = 1
 ) -> optax.Schedule:
-    """Learning rate against the count of optimizer updates.
+    """Learning rate against the count of updates, those that are left out included (`let_pass`).
 
     Args:
         learning_rate: the peak.

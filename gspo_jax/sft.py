@@ -14,6 +14,7 @@ from gspo_jax.config import Config
 from gspo_jax.errors import DataError
 from gspo_jax.losses import LOSSES
 from gspo_jax.objective import Objective
+from gspo_jax.optim import schedule_count
 from gspo_jax.policy import load_policy, load_problems, passes, text_sizes
 from gspo_jax.rollout import encode_prompts
 from gspo_jax.run import Result, open_run
@@ -61,7 +62,7 @@ def sft(config: Config) -> Result:
             chosen = problems.visit(first, c.sft.batch_size, total=total, seed=c.run.seed)
             shown = problems.get("train", chosen)
             batch = solutions(shown, policy.tokenizer, config, objective.longest)
-            rate = float(schedule(int(state.updates)))
+            rate = float(schedule(schedule_count(state.opt_state)))
             state, stats, _ = programs.update(state, batch, phase=run.phase)
             state = state._replace(step=state.step + 1)
             metrics = {name: float(stats[name]) for name in ("loss", "grad_norm", "entropy")}

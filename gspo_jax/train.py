@@ -26,7 +26,7 @@ from gspo_jax.losses import LOSSES, RATIO, token_kl
 from gspo_jax.memory import Sketch, explained, held_by, refuse_hopeless, short_memory
 from gspo_jax.models.hf import read_config
 from gspo_jax.objective import CriticTerm, Metrics, Objective, Targets
-from gspo_jax.optim import Optimizer
+from gspo_jax.optim import Optimizer, schedule_count
 from gspo_jax.policy import Passes, Policy, Problems, load_policy, load_problems, passes, text_sizes
 from gspo_jax.resume import Begun
 from gspo_jax.rollout import (
@@ -149,7 +149,7 @@ def judge(loop: Loop, state: TrainState, step: int, rollout: Rollout, everything
     judged = loop.advantage(state, rollout)
     metrics = rollout_metrics(everything) | judged.metrics
     metrics["completions/digest"] = digest(everything.completions)
-    metrics["learning_rate"] = float(loop.schedule(int(state.updates)))
+    metrics["learning_rate"] = float(loop.schedule(schedule_count(state.opt_state)))
     metrics["groups_without_spread"] = prompts - len(groups_with_spread(rollout))
     shown = every and (step == 1 or step % every == 0)
     return Begun(

@@ -38,7 +38,7 @@ from gspo_jax.objective import (
     pad_to,
     share_of_loss,
 )
-from gspo_jax.optim import LeafByLeaf, Optimizer
+from gspo_jax.optim import LeafByLeaf, Optimizer, let_pass
 from gspo_jax.sharding import batch_ways, regathers
 
 SPIKE_WINDOW = 128  # updates that a gradient is compared with
@@ -260,6 +260,7 @@ def apply_guarded(
     What is not finite, or a spike, moves nothing. A policy gradient that is exactly zero (every
     advantage is, and no other term has a gradient) does not move the policy: Adam's momentum and
     the weight decay would, though nothing was learned. It counts neither as update nor as skipped.
+    The learning rate's schedule goes on in any case, as the run does (`optim.let_pass`).
     """
 
     def step(optimizer, grads, params, opt_state, good):
@@ -270,7 +271,11 @@ def apply_guarded(
         with jax.numpy_dtype_promotion("standard"):  # optax relies on implicit promotion
             if isinstance(optimizer, LeafByLeaf):
                 return optimizer.step(grads, opt_state, params, good)
-            return jax.lax.cond(good, apply, lambda *same: same, params, opt_state)
+            
+            def none(params, opt_state):
+                return params, let_pass(opt_state)
+
+            return jax.lax.cond(good, apply, none, params, opt_state)
 
     good = finite & ~spike
     moved = good & (norm > 0)

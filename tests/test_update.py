@@ -14,10 +14,11 @@ from gspo_jax import objective as objective_module
 from gspo_jax.batch import TrainBatch
 from gspo_jax.losses import LOSSES
 from gspo_jax.objective import Gradients, Objective
-from gspo_jax.optim import make_optimizer
+from gspo_jax.optim import let_pass, make_optimizer, make_schedule, schedule_count
 from gspo_jax.update import (
     Pending,
     Programs,
+    apply_guarded,
     continue_updates,
     init_state,
     make_programs,
@@ -166,10 +167,36 @@ def test_a_gradient_that_is_not_finite_leaves_the_state_bit_unchanged_and_is_cou
     batch.adv[3] = np.inf
     state, metrics, _ = programs.update(state, on_device(batch))
     assert not np.isfinite(metrics["grad_norm"])
-    assert leaves_equal(kept, (state.params, state.opt_state))
+    assert leaves_equal((kept[0], let_pass(kept[1])), (state.params, state.opt_state))
     assert (int(state.updates), int(state.skipped)) == (1, 1)
     state, *_ = programs.update(state, on_device(make_batch(seed=1)))
     assert not leaves_equal(kept[0], state.params)
+
+
+@pytest.mark.parametrize("left_out", ["zero", "not finite", "spike"])
+@pytest.mark.parametrize("leaf_by_leaf", [True, False])
+def test_a_schedule_goes_on_through_updates_that_are_left_out(left_out, leaf_by_leaf):
+    """Linear from 1e-3 to 0 over 20 updates: the last one is at 1e-3 (1 - 19/20) = 5e-5, whichever
+    ten before it were left out. Under a gradient of 1 throughout, Adam moves by the rate itself.
+    """
+    schedule = make_schedule(1e-3, kind="linear", updates=20)
+    if leaf_by_leaf:
+        optimizer = make_optimizer(schedule, state="float32")
+    else:
+        optimizer = optax.adam(schedule, b1=0.9, b2=0.99)
+    params = {"w": jnp.zeros(3)}
+    state, step = init_state(params, optimizer), jax.jit(apply_guarded, static_argnums=(2, 3))
+    for number in range(20):
+        out = 5 <= number < 15
+        grad = jnp.full(3, 0.0 if out and left_out == "zero" else 0.5)
+        norm = jnp.sqrt(jnp.sum(grad**2))
+        finite, spike = jnp.bool_(not (out and left_out == "not finite")), jnp.bool_(out)
+        spike &= left_out == "spike"
+        before = state.params["w"]
+        state = step(state, Gradients({"w": grad}), optimizer, Objective(GSPO), norm, finite, spike)
+        moved = np.asarray(before - state.params["w"])
+        np.testing.assert_allclose(moved, 0 if out else 1e-3 * (1 - number / 20), rtol=1e-3)
+    assert int(schedule_count(state.opt_state)) == 20 and int(state.updates) == 10
 
 
 def test_an_rl_learning_rate_of_1e_6_moves_every_matrix_of_float32_masters(tiny_view):
