@@ -5,6 +5,7 @@ rewards are all equal gives exactly 0, not the rounding error of its mean divide
 Half precision is computed in float32; float64 stays float64.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -126,19 +127,24 @@ def sum_then_normalise(
 
 
 def normalise_then_sum(
-    rewards: Float[Array, "B F"], weights: Float[Array, " F"], group_size: int, **options: Any
+    rewards: Float[Array, "B F"],
+    weights: Float[Array, " F"],
+    group_size: int,
+    *,
+    ddof: int = 1,
+    eps: float = 1e-4,
+    scale: str = "group",
 ) -> Float[Array, " B"]:
     """The weighted sum of each function's `group_normalised`, normalised over the batch (GDPO).
 
     So that each function counts by its weight, whatever its units. Liu et al., 2026,
     https://arxiv.org/abs/2601.05242; TRL's `multi_objective_aggregation="normalize_then_sum"`.
     """
-    by_function = jnp.stack(
-        [group_normalised(column, group_size, **options) for column in rewards.T], axis=1
-    )
-    total = weighted_sum(jnp.where(jnp.isnan(rewards), jnp.nan, by_function), weights)
-    options = {name: options[name] for name in ("ddof", "eps") if name in options}
-    return group_normalised(total, total.size, **options)
+    normalise = partial(group_normalised, ddof=ddof, eps=eps)
+    by_function = [normalise(column, group_size, scale=scale) for column in rewards.T]
+    by_function = jnp.where(jnp.isnan(rewards), jnp.nan, jnp.stack(by_function, axis=1))
+    total = weighted_sum(by_function, weights)
+    return normalise(total, total.size)
 
 
 def gae(
@@ -257,3 +263,6 @@ ADVANTAGES = {
     "reinforce_pp": reinforce_pp,
 }
 """What makes advantages [B] of rewards [B] and `group_size`, by its name in the configuration."""
+
+BY_FUNCTION = {"normalise_then_sum": normalise_then_sum}
+"""What makes them of the rewards of each function, [B, F], their weights and `group_size`."""

@@ -40,6 +40,7 @@ AT_LEAST = {
     "algo.epochs": 1,
     "algo.microbatch": 0,
     "algo.kl.coef": 0,
+    "algo.kl.target": 0,
     "algo.entropy_coef": 0,
     "algo.router_aux_coef": 0,
     "algo.router_z_coef": 0,
@@ -181,6 +182,7 @@ def check_algo(algo: AlgoConfig, rollout: RolloutConfig) -> None:
     _check_loss(algo.loss)
     _check_advantage(algo.advantage)
     _check_critic(algo)
+    _check_kl(algo)
     if rollout.prompts % algo.minibatches:
         raise ConfigError(
             f"rollout.prompts={rollout.prompts} do not split into algo.minibatches="
@@ -273,6 +275,21 @@ def _check_critic(algo: AlgoConfig) -> None:
         )
     if algo.critic.clip <= 0:
         raise ConfigError(f"algo.critic.clip={shown(algo.critic.clip)}: must be above 0.")
+
+
+def _check_kl(algo: AlgoConfig) -> None:
+    """A penalty that the advantage can take, and a weight that can be steered."""
+    kl, in_reward = algo.kl, algo.kl.coef > 0 and algo.kl.placement == "reward"
+    if kl.target and not in_reward:
+        raise ConfigError(
+            f"algo.kl.target={shown(kl.target)}: steers the weight of a penalty in the reward; set "
+            "algo.kl.placement=reward and algo.kl.coef above 0, or leave it out."
+        )
+    if in_reward and algo.advantage["name"] == "normalise_then_sum":
+        raise ConfigError(
+            "algo.kl.placement=reward: normalise_then_sum normalises each reward function apart, "
+            "and the penalty is none; set algo.kl.placement=loss."
+        )
 
 
 def check_rest(optim: OptimConfig, mesh: MeshConfig, run: RunConfig) -> None:

@@ -374,3 +374,7 @@ LOSSES: dict[str, Callable[..., tuple[Mean, Metrics]]] = {
 RATIO = dict.fromkeys(LOSSES, "token")
 RATIO |= dict.fromkeys(("gspo", "gspo_token", "luspo", "gmpo"), "sequence")
 """What one importance ratio covers. Clip ranges of the two kinds differ by three decades."""
+
+MEAN = dict.fromkeys(LOSSES, "responses")
+MEAN |= dict.fromkeys(("dapo", "ppo", "cispo", "reinforce"), "tokens") | {"dr_grpo": "constant"}
+"""What a loss is the mean over, as `penalties.kl` names it."""

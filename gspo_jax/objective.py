@@ -76,7 +76,7 @@ class Objective(NamedTuple):
     loss: Callable[..., Any]  # one of losses.LOSSES with its keywords bound
     temperature: float = 1.0
     kl_coef: float = 0.0
-    kl_kind: str = "k3"
+    kl: Callable[..., Any] = kl_penalty  # likewise, over what the loss is the mean over
     entropy_coef: float = 0.0
     dtype: str = "float32"  # of activations; parameters and gradients stay float32
     remat: str = "none"  # of models.remat.POLICIES
@@ -178,7 +178,7 @@ def share_of_loss(
     """
     zeros = jnp.zeros(batch.mask.shape, jnp.float32)
     weight = objective.loss(zeros, zeros, batch.adv, batch.mask)[0].weight
-    kl_weight = kl_penalty(zeros, zeros, batch.mask, kind=objective.kl_kind)[0].weight
+    kl_weight = objective.kl(zeros, zeros, batch.mask)[0].weight
     tokens = jnp.sum(batch.mask, dtype=jnp.float32)
     real = jnp.sum(real_tokens(batch), dtype=jnp.float32)
 
@@ -188,7 +188,7 @@ def share_of_loss(
         old = _own_where_unknown(given.old_logp, logp)
         total = objective.loss(logp, old, micro.adv, micro.mask)[0].total / jnp.maximum(weight, 1)
         if given.ref_logp is not None:
-            penalty = kl_penalty(logp, given.ref_logp, micro.mask, kind=objective.kl_kind)[0]
+            penalty = objective.kl(logp, given.ref_logp, micro.mask)[0]
             total += objective.kl_coef * penalty.total / jnp.maximum(kl_weight, 1)
         if objective.entropy_coef:
             bonus = entropy_bonus(entropy, micro.mask)[0]
@@ -214,9 +214,9 @@ def measure(
     (sum_, weight), metrics = objective.loss(at.logp, old, batch.adv, batch.mask)
     loss = sum_ / jnp.maximum(weight, 1)
     if given.ref_logp is not None:
-        penalty, _ = kl_penalty(at.logp, given.ref_logp, batch.mask, kind=objective.kl_kind)
-        metrics["kl"] = penalty.total / jnp.maximum(penalty.weight, 1)
-        loss += objective.kl_coef * metrics["kl"]
+        penalty, found = objective.kl(at.logp, given.ref_logp, batch.mask)
+        loss += objective.kl_coef * penalty.total / jnp.maximum(penalty.weight, 1)
+        metrics |= found
     bonus, found = entropy_bonus(at.entropy, batch.mask)
     loss += objective.entropy_coef * bonus.total / jnp.maximum(bonus.weight, 1)
     grad_norm = optax.global_norm(grads.policy)

@@ -140,6 +140,7 @@ def leaf_by_leaf(inner: optax.GradientTransformation, *, max_grad_norm: float) -
 
         leaves, tree = jax.tree.flatten(params)
         first, parts = state[0], _parts(state[1], tree)
+
         def none(_, state, param):
             return param, let_pass(state)
 

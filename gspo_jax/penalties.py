@@ -3,6 +3,8 @@
 Called and returned as in `losses`: a `Mean` to be minimised and its diagnostics.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
@@ -12,6 +14,7 @@ from gspo_jax.masked import (
     Metrics,
     PerToken,
     log_ratio,
+    mean_over_constant,
     mean_over_responses,
     mean_over_tokens,
     on_mask,
@@ -26,6 +29,7 @@ def kl(
     kind: str = "k3",
     *,
     over: str = "responses",
+    max_length: int | None = None,
     old_logp: PerToken | None = None,
 ) -> tuple[Mean, Metrics]:
     """KL(π_θ ‖ π_ref) estimated from the sampled tokens, as a loss.
@@ -37,14 +41,23 @@ def kl(
     reward (`advantages.token_rewards`). Schulman, 2020, http://joschu.net/blog/kl-approx.html.
 
     Args:
-        over: "responses" for the mean of their token means, or "tokens"; that of the policy loss.
+        over: "responses" for the mean of their token means, "tokens", or "constant" for the sum
+            over B `max_length` as in `losses.dr_grpo`; in a run that of the policy loss.
+        max_length: with "constant", the longest response there may be; None is T.
         old_logp: if given, each token counts w = π_θ / π_old times, which makes the gradient of k3
             that of KL(π_θ ‖ π_ref) (TRL's `use_bias_correction_kl`, with the ratio of the token).
+
+    Returns:
+        The mean to be minimised, and {"kl": the mean over tokens}.
     """
     estimate = token_kl(logp, ref_logp, mask, kind)
     if old_logp is not None:
         estimate *= jnp.exp(saturated(log_ratio(logp, old_logp, mask)))
-    means = {"responses": mean_over_responses, "tokens": mean_over_tokens}
+    means = {
+        "responses": mean_over_responses,
+        "tokens": mean_over_tokens,
+        "constant": partial(mean_over_constant, weight=None, max_length=max_length),
+    }
     if over not in means:
         raise ValueError(f"kl over={over!r} is not known; choose from {list(means)}.")
     total, tokens = mean_over_tokens(stop_gradient(estimate), mask)

@@ -32,10 +32,10 @@ from gspo_jax.models.qwen import Qwen
 from gspo_jax.objective import CriticTerm, Given, Gradients, Targets
 from gspo_jax.policy import Passes, Policy, Problems, compiled_to_sample, resolve_dtype, to_sample
 from gspo_jax.sharding import sharding_for, state_shardings
-from gspo_jax.state import optimizer_at
+from gspo_jax.state import optimizer_at, starter
 from gspo_jax.tokenizer import Tokenizer
 from gspo_jax.train import objective
-from gspo_jax.update import CriticState, init_state, make_programs
+from gspo_jax.update import CriticState, make_programs
 
 
 def sketch(
@@ -55,8 +55,7 @@ def sketch(
     policy = Policy(graphdef, params, tokenizer, mesh, dtype, directory)  # pyright: ignore
     updates = config.run.steps * config.algo.minibatches * config.algo.epochs
     optimizer, _ = optimizer_at(config, config.optim.learning_rate, updates)
-    spikes = config.run.spike_sigmas > 0
-    state = jax.eval_shape(lambda p: init_state(p, optimizer, spikes=spikes), params)
+    state = jax.eval_shape(starter(config, optimizer), params)
     state = _placed(state, state_shardings(state, params, mesh))
     # What "auto" would choose is known on the device alone: here it recomputes nothing.
     kept = config.model.remat if config.model.remat != "auto" else "none"

@@ -24,8 +24,9 @@ from gspo_jax.metrics import plain
 from gspo_jax.objective import Targets
 from gspo_jax.policy import Problems
 from gspo_jax.spelling import meant
+from gspo_jax.spikes import empty_window
 from gspo_jax.tasks.task import fingerprint
-from gspo_jax.update import Pending, Scored, TrainState, empty_window
+from gspo_jax.update import Pending, Scored, TrainState
 
 SAME = (  # what makes a run the one it is; another value is another run
     *("model.path", "model.init", "model.dtype", "model.template_args"),
@@ -203,19 +204,21 @@ def identity(config: Config, problems: Problems) -> dict[str, Any]:
 
 
 def restore(found: Found, meta: dict[str, Any], state: TrainState) -> TrainState:
-    """The checkpoint's state like `state`; run.spike_sigmas may be switched on and off in between.
+    """The checkpoint's state like `state`; run.spike_sigmas and algo.kl.target may be switched on
+    and off in between.
 
-    Switched on, its window begins here.
+    Switched on, the window and the steered weight begin here.
     """
-    own, had = state.spikes, (yaml.safe_load(meta["config"])["run"].get("spike_sigmas") or 0) > 0
-    like = state._replace(spikes=None)
-    if had:
-        everywhere: Any = state.step.sharding
-        there = partial(place, sharding=everywhere)
-        like = state._replace(spikes=own or jax.tree.map(there, empty_window()))
+    then, everywhere = yaml.safe_load(meta["config"]), state.step.sharding
+    had = {
+        "spikes": empty_window() if (then["run"].get("spike_sigmas") or 0) > 0 else None,
+        "kl_coef": np.float32(0) if (then["algo"]["kl"].get("target") or 0) > 0 else None,
+    }
+    had = jax.tree.map(partial(place, sharding=everywhere), had)
     root, name = found.path.parent, found.path.name
-    state, _ = checkpoint.restore(root, name, like, verified=True)
-    return state if had and own is not None else state._replace(spikes=own)
+    restored, _ = checkpoint.restore(root, name, state._replace(**had), verified=True)
+    anew = {k: getattr(state, k) for k in had if had[k] is None or getattr(state, k) is None}
+    return restored._replace(**anew)
 
 
 def compare(meta: dict[str, Any], config: Config, problems: Problems, found: Found, say: Say):

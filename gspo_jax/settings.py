@@ -93,6 +93,9 @@ class KLConfig:
     """The estimator in the loss, from losses.kl; in the reward it is k1."""
     placement: Literal["loss", "reward"] = "loss"
     """Where the penalty goes; "reward" takes it from every token's reward, as in PPO."""
+    target: float = 0.0
+    """KL in nats per token to which the weight is steered, with the placement "reward", by at most
+    a fifth in 10,000 responses; 0 leaves it as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +137,7 @@ ADVANTAGES: dict[str, dict[str, Any]] = {
     "group_centred": {},
     "leave_one_out": {},
     "reinforce_pp": {"eps": 1e-8},
+    "normalise_then_sum": {"ddof": 1, "eps": 1e-4, "scale": "group"},
     "gae": GAE,
 }
 """What algo.advantage takes beside each name, and the defaults: likewise those of advantages."""
@@ -147,7 +151,7 @@ class AlgoConfig:
     """`name` of a loss, and what LOSSES says that it takes."""
     advantage: dict[str, Any] = field(default_factory=lambda: {"name": "group_normalised"})
     """`name` of a function of advantages, and what ADVANTAGES says that it takes. gae needs
-    algo.critic."""
+    algo.critic; normalise_then_sum puts several reward functions on one scale."""
     minibatches: int = 4
     """Updates per pass over a rollout; 1 means on-policy, and clipping can never act."""
     epochs: int = 1

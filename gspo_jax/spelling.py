@@ -30,6 +30,7 @@ ELSEWHERE = {
     "max_new_tokens": "rollout.max_completion_length",
     "max_steps": "run.steps",
     "model_name_or_path": "model.path",
+    "multi_objective_aggregation": "algo.advantage.name",
     "num_iterations": "algo.epochs",
     "output_dir": "run.dir",
     "per_device_train_batch_size": "algo.microbatch",

@@ -24,7 +24,7 @@ def make_state(
     The state takes over the policy's parameters: the first update donates them.
     """
     optimizer, schedule = optimizer_at(config, config.optim.learning_rate, updates)
-    begin = partial(init_state, optimizer=optimizer, spikes=config.run.spike_sigmas > 0)
+    begin = starter(config, optimizer)
     shapes = jax.eval_shape(begin, policy.params)
     shardings = state_shardings(shapes, policy.params, policy.mesh)
 
@@ -33,6 +33,13 @@ def make_state(
 
     start = jax.jit(rest, out_shardings=shardings._replace(params=None))
     return optimizer, schedule, start(policy.params)._replace(params=policy.params)
+
+
+def starter(config: Config, optimizer: Optimizer) -> Callable[[Any], TrainState]:
+    """parameters -> the policy's part of the state before the first step."""
+    kl, spikes = config.algo.kl, config.run.spike_sigmas > 0
+    coef = kl.coef if kl.target else None
+    return partial(init_state, optimizer=optimizer, spikes=spikes, kl_coef=coef)
 
 
 def add_critic(

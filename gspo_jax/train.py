@@ -17,12 +17,13 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from gspo_jax import costs
-from gspo_jax.advantages import ADVANTAGES
+from gspo_jax.advantages import ADVANTAGES, BY_FUNCTION, adapted_coef
 from gspo_jax.batch import Completions, Problem, Rollout, TrainBatch
 from gspo_jax.config import Config
 from gspo_jax.critic import estimate, make_values
-from gspo_jax.distributed import host
-from gspo_jax.losses import LOSSES, RATIO, token_kl
+from gspo_jax.distributed import host, place
+from gspo_jax.losses import LOSSES, MEAN, RATIO, token_kl
+from gspo_jax.losses import kl as kl_penalty
 from gspo_jax.memory import Sketch, explained, held_by, refuse_hopeless, short_memory
 from gspo_jax.models.hf import read_config
 from gspo_jax.objective import CriticTerm, Metrics, Objective, Targets
@@ -57,6 +58,8 @@ from gspo_jax.update import (
     old_logps,
     summarise,
 )
+
+KL_HORIZON = 1e4  # responses in which algo.kl.target may move the coefficient by a fifth
 
 Phase = Callable[[str], AbstractContextManager[None]]
 
@@ -179,7 +182,25 @@ def update(
         phase=phase,
         stop=stop,
     )
-    return state, begun._replace(pending=pending)
+    begun = begun._replace(pending=pending)
+    if len(pending.stats) == algo.minibatches * algo.epochs:
+        state = steer(loop.config, state, begun.metrics)
+    return state, begun
+
+
+def steer(config: Config, state: TrainState, metrics: Metrics) -> TrainState:
+    """The state after a step, its KL coefficient moved towards algo.kl.target if there is one."""
+    kl, roll, coef = config.algo.kl, config.rollout, state.kl_coef
+    if coef is None:
+        return state
+    adapted = adapted_coef(
+        float(host(coef)),
+        metrics["kl"],
+        target=kl.target,
+        horizon=KL_HORIZON,
+        count=roll.prompts * roll.group_size,
+    )
+    return state._replace(kl_coef=place(np.float32(adapted), coef.sharding))
 
 
 def step_metrics(config: Config, begun: Begun) -> Metrics:
@@ -294,7 +315,7 @@ def objective(
         loss=partial(LOSSES[options.pop("name")], **options),
         temperature=config.rollout.temperature,
         kl_coef=config.algo.kl.coef,
-        kl_kind=config.algo.kl.kind,
+        kl=kl_term(config),
         entropy_coef=config.algo.entropy_coef,
         dtype=policy.dtype,
         remat=how.remat,
@@ -307,6 +328,14 @@ def objective(
         router_z_coef=config.algo.router_z_coef,
         critic=critic,
     )
+
+
+def kl_term(config: Config) -> Callable[..., Any]:
+    """The configured KL to the reference, the mean over what the policy loss is the mean over."""
+    loss = config.algo.loss
+    # A loss that the user has added to LOSSES has no entry in MEAN.
+    mean = {"over": MEAN.get(loss["name"], "responses"), "max_length": loss.get("max_length")}
+    return partial(kl_penalty, kind=config.algo.kl.kind, **mean)
 
 
 class Judged(NamedTuple):
@@ -347,10 +376,12 @@ def make_advantage(
         penalty, metrics = np.zeros(batch.mask.shape, np.float32), {}
         if ref_logp is not None and kl.placement == "reward":
             logp = programs.score(state.params, batch).logp
-            penalty = host(token_kl(logp, ref_logp, jnp.asarray(batch.mask), "k1"))
-            ref_logp = None
-            metrics["kl"] = float(penalty.sum() / max(batch.mask.sum(), 1))
-        batch, targets, more = estimated(state, batch, penalty)
+            coef = np.float32(kl.coef if state.kl_coef is None else host(state.kl_coef))
+            divergence = host(token_kl(logp, ref_logp, jnp.asarray(batch.mask), "k1"))
+            ref_logp, penalty = None, coef * divergence
+            metrics["kl"] = float(divergence.sum() / max(batch.mask.sum(), 1))
+            metrics["kl_coef"] = float(coef)
+        batch, targets, more = estimated(state, batch, rollout, penalty)
         return Judged(batch, ref_logp, targets, metrics | more)
 
     return advantage
@@ -359,12 +390,18 @@ def make_advantage(
 def by_group(config: Config):
     """The configured advantage of rewards within their groups, one per response."""
     options = dict(config.algo.advantage)
-    function = ADVANTAGES[options.pop("name")]
+    name, weights = options.pop("name"), list(config.task.reward_weights)
+    function = (ADVANTAGES | BY_FUNCTION)[name]
     function = jax.jit(partial(function, group_size=config.rollout.group_size, **options))
 
-    def estimated(state: TrainState, batch: TrainBatch, penalty: np.ndarray):
-        reward = batch.adv - config.algo.kl.coef * penalty.sum(1)
-        return batch._replace(adv=np.asarray(function(reward))), None, {}
+    def estimated(state: TrainState, batch: TrainBatch, rollout: Rollout, penalty: np.ndarray):
+        if name in BY_FUNCTION:
+            rewards = np.stack(list(rollout.rewards.values()), axis=1)
+            ones = [1.0] * (rewards.shape[1] - len(weights))  # also of "overlong", the last
+            adv = function(rewards, np.asarray([*weights, *ones], np.float32))
+        else:
+            adv = function(batch.adv - penalty.sum(1))
+        return batch._replace(adv=np.asarray(adv)), None, {}
 
     return estimated
 
@@ -372,11 +409,11 @@ def by_group(config: Config):
 def by_token(config: Config, policy: Policy, goal: Objective, critic: CriticTerm):
     """Generalised advantage estimation with the critic's values, one advantage per token."""
     options = GAE | {k: v for k, v in config.algo.advantage.items() if k != "name"}
-    function = jax.jit(partial(estimate, kl_coef=config.algo.kl.coef, **options))
+    function = jax.jit(partial(estimate, kl_coef=1.0, **options))  # the penalty has its weight
     place = partial(shard_batch, mesh=policy.mesh)
     values = make_values(policy.graphdef, goal, critic, place=place)
 
-    def estimated(state: TrainState, batch: TrainBatch, penalty: np.ndarray):
+    def estimated(state: TrainState, batch: TrainBatch, rollout: Rollout, penalty: np.ndarray):
         scored = ~np.isnan(batch.adv)  # what was not scored is not learned from
         batch = batch._replace(mask=batch.mask & scored[:, None])
         found = function(batch.adv, values(state, batch), penalty, batch.mask)

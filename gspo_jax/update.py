@@ -40,10 +40,7 @@ from gspo_jax.objective import (
 )
 from gspo_jax.optim import LeafByLeaf, Optimizer, let_pass
 from gspo_jax.sharding import batch_ways, regathers
-
-SPIKE_WINDOW = 128  # updates that a gradient is compared with
-SPIKE_FEWEST = 32  # without so many, nothing is a spike
-SPIKE_PATIENCE = 8  # so many in a row are a new level; the window begins anew
+from gspo_jax.spikes import Spikes, empty_window, is_spike, remember
 
 
 class CriticState(NamedTuple):
@@ -51,14 +48,6 @@ class CriticState(NamedTuple):
 
     params: PyTree
     opt_state: PyTree
-
-
-class Spikes(NamedTuple):
-    """What says whether a gradient is unusually long; kept with the state, so resuming is exact."""
-
-    norms: Float[Array, " window"]  # of the last updates; NaN for those still to come
-    in_a_row: Int[Array, ""]
-    skipped: Int[Array, ""]
 
 
 class TrainState(NamedTuple):
@@ -71,6 +60,7 @@ class TrainState(NamedTuple):
     skipped: Int[Array, ""]  # updates skipped because a number was not finite
     critic: CriticState | None = None  # has no leaves where there is none
     spikes: Spikes | None = None  # likewise
+    kl_coef: Float[Array, ""] | None = None  # likewise; the weight of a penalty that is steered
 
 
 class Scored(NamedTuple):
@@ -128,17 +118,19 @@ class Programs(NamedTuple):
     apply: Any
 
 
-def init_state(params: PyTree, optimizer: Optimizer, *, spikes: bool = False) -> TrainState:
-    """The state before the first step; with `spikes`, what is needed to skip those."""
+def init_state(
+    params: PyTree, optimizer: Optimizer, *, spikes: bool = False, kl_coef: float | None = None
+) -> TrainState:
+    """The state before the first step; with `spikes`, what is needed to skip those, and with
+    `kl_coef` the weight from which a steered KL penalty begins."""
     counts = [jnp.int32(0) for _ in range(3)]  # buffers of their own: all are donated
-    window = empty_window() if spikes else None
-    return TrainState(params, optimizer.init(params), *counts, spikes=window)
-
-
-def empty_window() -> Spikes:
-    """Before the first update."""
-    norms = jnp.full(SPIKE_WINDOW, jnp.nan, jnp.float32)
-    return Spikes(norms, jnp.int32(0), jnp.int32(0))
+    return TrainState(
+        params,
+        optimizer.init(params),
+        *counts,
+        spikes=empty_window() if spikes else None,
+        kl_coef=None if kl_coef is None else jnp.float32(kl_coef),
+    )
 
 
 def make_programs(
@@ -271,7 +263,7 @@ def apply_guarded(
         with jax.numpy_dtype_promotion("standard"):  # optax relies on implicit promotion
             if isinstance(optimizer, LeafByLeaf):
                 return optimizer.step(grads, opt_state, params, good)
-            
+
             def none(params, opt_state):
                 return params, let_pass(opt_state)
 
@@ -290,36 +282,6 @@ def apply_guarded(
         skipped=state.skipped + (~finite).astype(jnp.int32),
         critic=critic,
     )
-
-
-def is_spike(
-    spikes: Spikes, norm: Float[Array, ""], sigmas: float | Float[Array, ""]
-) -> Bool[Array, ""]:
-    """norm > mean + sigmas std of the last norms, but for the next of SPIKE_PATIENCE in a row."""
-    known = ~jnp.isnan(spikes.norms)
-    mean, std = jnp.mean(spikes.norms, where=known), jnp.std(spikes.norms, where=known)
-    enough = jnp.sum(known, dtype=jnp.int32) >= SPIKE_FEWEST
-    return enough & (norm > mean + sigmas * std) & (spikes.in_a_row < SPIKE_PATIENCE)
-
-
-def remember(
-    spikes: Spikes,
-    norm: Float[Array, ""],
-    updates: Int[Array, ""],
-    spike: Bool[Array, ""],
-    taken: Bool[Array, ""],
-) -> Spikes:
-    """The window after update number `updates`, whose gradient was a spike, or taken, or neither.
-
-    One that is taken after SPIKE_PATIENCE spikes in a row is the first of a new window.
-    """
-    anew = taken & (spikes.in_a_row >= SPIKE_PATIENCE)
-    earlier = jnp.where(anew, jnp.nan, spikes.norms)
-    place = updates % SPIKE_WINDOW
-    norms = earlier.at[place].set(jnp.where(taken, norm, earlier[place]))
-    one = spike.astype(jnp.int32)
-    in_a_row = jnp.where(taken, 0, spikes.in_a_row + one)
-    return Spikes(norms, in_a_row, spikes.skipped + one)
 
 
 @jax.jit

@@ -16,6 +16,7 @@ LAYERS = [
     {"distributed", "jsonl", "tasks.verify", "summary", "names"},
     {"arguments", "trackers"}
     | {"models.fields", "models.init", "penalties", "mismatch", "advantages", "logps", "quant"}
+    | {"spikes"}
     | {"sharding", "chat_template", "tasks.task", "tasks.zebra_score", "integrity", "run_files"},
     {"losses", "models.attention", "models.linear", "models.cache", "models.files", "optim"}
     | {"models.rope", "signatures", "tasks.draw", "tasks.mixture", "tasks.sources"}

@@ -9,7 +9,7 @@ import yaml
 
 from gspo_jax import config as module
 from gspo_jax import settings
-from gspo_jax.advantages import ADVANTAGES
+from gspo_jax.advantages import ADVANTAGES, BY_FUNCTION
 from gspo_jax.config import (
     SETTINGS,
     Config,
@@ -172,7 +172,7 @@ def test_the_tables_of_losses_and_advantages_are_what_the_functions_take():
         return {name: value for name, value in found.items() if name not in arrays}
 
     assert {n: keywords(f, "weight") for n, f in LOSSES.items()} == settings.LOSSES
-    found = {n: keywords(f, "groups") for n, f in ADVANTAGES.items()}
+    found = {n: keywords(f, "groups") for n, f in (ADVANTAGES | BY_FUNCTION).items()}
     assert found | {"gae": settings.GAE} == settings.ADVANTAGES
 
 

@@ -15,7 +15,7 @@ from conftest import TINY
 from flax import nnx
 
 from gspo_jax import checkpoint
-from gspo_jax.batch import TrainBatch
+from gspo_jax.batch import Completions, Rollout, TrainBatch
 from gspo_jax.checks import ONE_PER_RESPONSE
 from gspo_jax.config import load_config, packaged_config
 from gspo_jax.console import advice
@@ -264,6 +264,15 @@ def test_explained_variance_of_a_perfect_a_constant_and_a_contrary_critic():
     assert float(flat) == 0  # nothing varies: nothing to explain
 
 
+def rollout_of(reward):
+    """Of these scores, and nothing else."""
+    none = np.zeros((B, 0))
+    sampled = Completions(
+        none.astype("i4"), none.astype(bool), none.astype("f4"), np.zeros(B, bool)
+    )
+    return Rollout([], [], sampled, [], {}, reward)
+
+
 def small_policy(view):
     return Policy(*view, None, make_mesh(data=1), "float32", Path())
 
@@ -278,7 +287,9 @@ def test_a_response_that_was_not_scored_is_not_learned_from(view):
     _, _, objective, state = setup(view, "separate")
     judge = loop.by_token(ppo(), small_policy(view), objective, objective.critic)
     batch = make_batch()._replace(adv=np.array([1.0, np.nan, 0.0, 2.0]))
-    batch, targets, metrics = judge(state, batch, np.zeros((B, T), np.float32))
+    batch, targets, metrics = judge(
+        state, batch, rollout_of(batch.adv), np.zeros((B, T), np.float32)
+    )
     np.testing.assert_array_equal(batch.mask, MASK & (np.arange(B) != 1)[:, None])
     assert np.isfinite(batch.adv).all() and not batch.adv[1].any()
     assert np.isfinite(targets.returns).all()
@@ -291,9 +302,9 @@ def test_without_a_critic_the_kl_in_the_reward_is_taken_from_each_responses_scor
         ["rollout.group_size=2", "algo.advantage=group_centred", "algo.kl.coef=0.5"],
     )
     batch = make_batch()._replace(adv=np.array([1.0, 0.0, np.nan, 3.0]))
-    penalty = np.where(MASK, 0.1, 0).astype(np.float32)
+    penalty = np.where(MASK, 0.5 * 0.1, 0).astype(np.float32)
     state = setup(view, "shared")[-1]
-    judged, targets, _ = loop.by_group(config)(state, batch, penalty)
+    judged, targets, _ = loop.by_group(config)(state, batch, rollout_of(batch.adv), penalty)
     # 6 and 1 tokens: 1 - 0.5 * 0.6 = 0.7 and 0 - 0.5 * 0.1 = -0.05; the third is not scored.
     np.testing.assert_allclose(judged.adv, [0.375, -0.375, 0, 0], atol=1e-6)
     assert targets is None

@@ -180,7 +180,7 @@ def test_the_oldest_norm_makes_room_and_what_was_not_taken_leaves_none():
 @pytest.fixture
 def eager(monkeypatch):
     """Two updates are enough to compare with, so that runs of a few steps have spikes."""
-    monkeypatch.setattr("gspo_jax.update.SPIKE_FEWEST", 2)
+    monkeypatch.setattr("gspo_jax.spikes.SPIKE_FEWEST", 2)
 
 
 def test_spikes_are_skipped_bitwise_and_a_resumed_run_skips_the_same(tiny_dir, tmp_path, eager):

@@ -93,6 +93,7 @@ def experts(tiny_dir, path):
 
 KINDS = {
     "kl": ["algo.kl.coef=0.02", "algo.epochs=2", "optim.schedule=linear"],
+    "steered": ["algo.kl.coef=0.02", "algo.kl.placement=reward", "algo.kl.target=1e-4"],
     "critic": ["algo.loss=ppo", "algo.advantage=gae", "algo.critic.kind=separate"],
     "experts": ["algo.routing_replay=R2", "algo.epochs=2"],
     "resample": ["rollout.resample=1", "optim.state=float32"],
