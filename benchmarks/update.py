@@ -123,6 +123,7 @@ def full_batch(config: QwenConfig, rows: int, width: int, prompt: int) -> TrainB
     return TrainBatch(
         rng.integers(0, config.vocab_size, (rows, width), dtype=np.int32),
         np.full(rows, prompt, np.int32),
+        np.full(rows, width - prompt, np.int32),
         np.ones((rows, width - prompt), bool),
         np.where(np.arange(rows) % 2, 1, -1).astype(np.float32),
     )

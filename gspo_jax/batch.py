@@ -82,8 +82,11 @@ class TrainBatch(NamedTuple):
 
     Attributes:
         tokens: prompt ids, then response ids, then padding.
-        prompt_length: where each response starts; response token t is `tokens[:, length + t]`.
-        mask: true on response tokens that are trained on.
+        prompt_length: where each response starts: response token t of row b is
+            `tokens[b, prompt_length[b] + t]`.
+        length: tokens of each response, trained on or not: the text ends after them.
+        mask: true on response tokens that are trained on; it may have holes, and end before the
+            response does. A row without any is not run.
         adv: one advantage per response, or one per token where the loss takes them.
         routing: the X experts chosen earlier for each token in the M layers that have experts,
             -1 where not known; None where nobody recorded them.
@@ -91,6 +94,7 @@ class TrainBatch(NamedTuple):
 
     tokens: Int[Any, "B S"]
     prompt_length: Int[Any, " B"]
+    length: Int[Any, " B"]
     mask: Bool[Any, "B T"]
     adv: Float[Any, " B"] | Float[Any, "B T"]
     routing: Int[Any, "B S M X"] | None = None

@@ -115,7 +115,7 @@ def _batch(pairs: list[Pair], width: int) -> TrainBatch:
         row[: len(context) + len(continuation)] = context + continuation
     lengths = np.array([[len(context), len(c)] for context, c in pairs], np.int32)
     mask = np.arange(T)[None] < lengths[:, 1:]
-    return TrainBatch(tokens, lengths[:, 0], mask, np.zeros(len(pairs), np.float32))
+    return TrainBatch(tokens, *lengths.T, mask, np.zeros(len(pairs), np.float32))
 
 
 @partial(jax.jit, static_argnums=0)

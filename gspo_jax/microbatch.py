@@ -56,7 +56,7 @@ def rows_of(width: int, tokens: int, rows: int, ways: int = 1) -> int:
 def split(
     length: Int[np.ndarray, " B"], longest: int, *, tokens: int, ways: int = 1
 ) -> list[Microbatches]:
-    """Every row in one microbatch, longest first.
+    """Every row in one microbatch, longest first; those of length 0 in none.
 
     Args:
         length: tokens of each row.
@@ -65,7 +65,7 @@ def split(
         ways: devices that rows are split over.
     """
     B, done, groups = len(length), 0, []
-    order = np.argsort(-length, kind="stable").astype(np.int32)
+    order = np.argsort(-length, kind="stable").astype(np.int32)[: np.count_nonzero(length)]
     for width, narrower in zip(widths(longest), [*widths(longest)[1:], 0], strict=True):
         m = rows_of(width, tokens, B, ways)
         too_long = int((length > narrower).sum()) - done  # for the next width, and still to run

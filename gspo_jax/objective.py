@@ -142,8 +142,8 @@ def read_logps(
 
 
 def real_tokens(batch: TrainBatch) -> Bool[Array, "B S"]:
-    """True on the prompt and on the response tokens that are trained on."""
-    end = batch.prompt_length + jnp.sum(batch.mask, axis=1, dtype=jnp.int32)
+    """True on prompt and response of the rows that are run, whatever of them is trained on."""
+    end = jnp.where(batch.mask.any(axis=1), batch.prompt_length + batch.length, 0)
     return jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)[None] < end[:, None]
 
 

@@ -248,6 +248,7 @@ def _batch(run: Sketch, rows: int, routed: bool, *, scalar_adv: bool = False) ->
     return TrainBatch(
         _batched(run, (rows, S), "int32"),
         _batched(run, (rows,), "int32"),
+        _batched(run, (rows,), "int32"),
         _batched(run, (rows, T), "bool"),
         _batched(run, (rows, T) if by_token else (rows,), "float32"),
         ids,

@@ -96,8 +96,11 @@ def unpack(kept: checkpoint.Pending) -> Begun:
         fields = {name: found.get(f"{prefix}.{name}") for name in kind._fields}
         return None if all(x is None for x in fields.values()) else kind(**fields)
 
+    batch = read(TrainBatch, "batch")
+    if batch.length is None:  # written before masks could have holes
+        batch = batch._replace(length=found["completions.mask"].sum(1, dtype=np.int32))
     pending = Pending(
-        batch=read(TrainBatch, "batch"),
+        batch=batch,
         ref_logp=found.get("ref_logp"),
         targets=read(Targets, "targets"),
         old=tuple(read(Scored, f"old.{i}") for i in range(record["scored"])),

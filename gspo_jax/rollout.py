@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from gspo_jax.advantages import soft_overlong
 from gspo_jax.batch import Completions, Problem, Rollout, TrainBatch
@@ -116,9 +116,19 @@ def score_together(
     )
 
 
-def groups_with_spread(rollout: Rollout) -> list[int]:
-    """Groups with at least two different scores: the only ones that a baseline can learn from."""
-    reward = rollout.reward.reshape(len(rollout.problems), -1)
+def trained_mask(completions: Completions, mask_truncated: bool) -> Bool[np.ndarray, "B T"]:
+    """The tokens to train on: with `mask_truncated`, none of a response that hit the limit."""
+    left = ~completions.truncated if mask_truncated else np.ones_like(completions.truncated)
+    return completions.mask & left[:, None]
+
+
+def groups_with_spread(rollout: Rollout, mask_truncated: bool = False) -> list[int]:
+    """Groups with two different scores at least: the only ones that a baseline can learn from.
+
+    Compared are the responses that are trained on.
+    """
+    trained = trained_mask(rollout.completions, mask_truncated).any(1)
+    reward = np.where(trained, rollout.reward, np.nan).reshape(len(rollout.problems), -1)
     scored = np.isfinite(reward)
     highest = np.where(scored, reward, -np.inf).max(1)
     lowest = np.where(scored, reward, np.inf).min(1)
@@ -154,7 +164,7 @@ def join_groups(parts: Sequence[tuple[Rollout, Sequence[int]]]) -> Rollout:
 
 
 def fill_with_spread(
-    sample: Callable[[int], Rollout], prompts: int, rounds: int
+    sample: Callable[[int], Rollout], prompts: int, rounds: int, mask_truncated: bool = False
 ) -> tuple[Rollout, Rollout]:
     """Dynamic sampling: draw whole rollouts until `prompts` groups have spread, `rounds` at most.
 
@@ -163,6 +173,7 @@ def fill_with_spread(
 
     Args:
         sample: round number -> a rollout of that round's own prompts.
+        mask_truncated: whether spread among responses at the length limit counts for nothing.
 
     Returns:
         The rollout to train on, and all that was sampled, to report rewards without selection.
@@ -170,7 +181,7 @@ def fill_with_spread(
     drawn, chosen, count = [], [], 0
     for number in range(rounds):
         drawn.append(sample(number))
-        good = groups_with_spread(drawn[-1])[: prompts - count]
+        good = groups_with_spread(drawn[-1], mask_truncated)[: prompts - count]
         chosen.append(good)
         count += len(good)
         if count == prompts:
@@ -197,20 +208,17 @@ def to_train_batch(
     `mask_truncated`, responses that ran into the length limit are not trained on.
     """
     completions = rollout.completions
-    mask = completions.mask
-    if mask_truncated:
-        mask = mask & ~completions.truncated[:, None]
+    mask = trained_mask(completions, mask_truncated)
     group_size = mask.shape[0] // len(rollout.prompts)
-    lengths = np.repeat([len(p) for p in rollout.prompts], group_size).astype(np.int32)
-    used = completions.mask.sum(1)
+    prompt_length, length = (x.astype(np.int32) for x in text_lengths(rollout))
     B = mask.shape[0]
-    tokens = np.full((B, width or bucket(int((lengths + used).max()))), pad_id, np.int32)
+    tokens = np.full((B, width or bucket(int((prompt_length + length).max()))), pad_id, np.int32)
     for row in range(B):
-        response = completions.tokens[row, : used[row]]
+        response = completions.tokens[row, : length[row]]
         filled = [*rollout.prompts[row // group_size], *response.tolist()]
         tokens[row, : len(filled)] = filled
     routing = None if completions.routing is None else _routing(completions, tokens.shape[1])
-    return TrainBatch(tokens, lengths, mask, np.asarray(adv), routing)
+    return TrainBatch(tokens, prompt_length, length, mask, np.asarray(adv), routing)
 
 
 def _routing(completions: Completions, width: int) -> Int[np.ndarray, "B S M X"]:

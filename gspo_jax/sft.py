@@ -66,7 +66,7 @@ def sft(config: Config) -> Result:
             state, stats, _ = programs.update(state, batch, phase=run.phase)
             state = state._replace(step=state.step + 1)
             metrics = {name: float(stats[name]) for name in ("loss", "grad_norm", "entropy")}
-            tokens = int(batch.prompt_length.sum() + batch.mask.sum())
+            tokens = int(batch.prompt_length.sum() + batch.length.sum())
             run.record(state, metrics | {"learning_rate": rate}, tokens=tokens)
             run.save(state)
         return run.finish(state)
@@ -79,7 +79,7 @@ def solutions(
     limit = config.rollout.max_completion_length
     rows = len(problems)
     tokens = np.full((rows, width), tokenizer.pad_id, np.int32)
-    lengths, mask = np.zeros(rows, np.int32), np.zeros((rows, limit), bool)
+    prompt_length, length = np.zeros((2, rows), np.int32)
     for row, (problem, prompt) in enumerate(
         zip(problems, encode_prompts(tokenizer, problems), strict=True)
     ):
@@ -92,7 +92,7 @@ def solutions(
                 f"problem {problem.id}: its completion has {len(answer)} tokens; raise "
                 f"rollout.max_completion_length={limit}."
             )
-        lengths[row] = len(prompt)
+        prompt_length[row], length[row] = len(prompt), len(answer)
         tokens[row, : len(prompt) + len(answer)] = [*prompt, *answer]
-        mask[row, : len(answer)] = True
-    return TrainBatch(tokens, lengths, mask, np.ones(rows, np.float32))
+    mask = np.arange(limit)[None] < length[:, None]
+    return TrainBatch(tokens, prompt_length, length, mask, np.ones(rows, np.float32))

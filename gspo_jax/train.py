@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from gspo_jax import costs
 from gspo_jax.advantages import ADVANTAGES, BY_FUNCTION, adapted_coef
-from gspo_jax.batch import Completions, Problem, Rollout, TrainBatch
+from gspo_jax.batch import Problem, Rollout, TrainBatch
 from gspo_jax.config import Config
 from gspo_jax.critic import estimate, make_values
 from gspo_jax.distributed import host, place
@@ -139,9 +139,9 @@ def assemble(
 
 def begin(loop: Loop, state: TrainState, step: int, phase: Phase = nullcontext) -> Begun:
     """A step up to its updates; `phase` is entered for each stage of it."""
-    roll = loop.config.rollout
+    roll, mask_truncated = loop.config.rollout, loop.config.algo.mask_truncated
     draw = partial(sample, loop, state, step, phase)  # 1 prompt, 2 rollout, 3 reward
-    rollout, everything = fill_with_spread(draw, roll.prompts, 1 + roll.resample)
+    rollout, everything = fill_with_spread(draw, roll.prompts, 1 + roll.resample, mask_truncated)
     with phase("advantage"):
         return judge(loop, state, step, rollout, everything)  # 4 advantage
 
@@ -153,7 +153,8 @@ def judge(loop: Loop, state: TrainState, step: int, rollout: Rollout, everything
     metrics = rollout_metrics(everything) | judged.metrics
     metrics["completions/digest"] = digest(everything.completions)
     metrics["learning_rate"] = float(loop.schedule(schedule_count(state.opt_state)))
-    metrics["groups_without_spread"] = prompts - len(groups_with_spread(rollout))
+    with_spread = groups_with_spread(rollout, loop.config.algo.mask_truncated)
+    metrics["groups_without_spread"] = prompts - len(with_spread)
     shown = every and (step == 1 or step % every == 0)
     return Begun(
         Pending(judged.batch, judged.ref_logp, judged.targets),
@@ -206,7 +207,8 @@ def steer(config: Config, state: TrainState, metrics: Metrics) -> TrainState:
 def step_metrics(config: Config, begun: Begun) -> Metrics:
     """What the rollout of a step and all its updates have to say."""
     stats = summarise(list(begun.pending.stats))
-    stats |= mismatch(old_logps(begun.pending), begun.completions)
+    trained = np.asarray(begun.pending.batch.mask)
+    stats |= mismatch(old_logps(begun.pending), begun.completions.logp, trained)
     return begun.metrics | stats | trl_names(stats, config.algo.loss["name"])
 
 
@@ -294,13 +296,17 @@ def trl_names(metrics: Metrics, loss: str) -> Metrics:
     }
 
 
-def mismatch(old_logp: Float[np.ndarray, "B T"], completions: Completions) -> dict[str, float]:
-    """|log π_old of the training program - that of the sampler|, over response tokens.
+def mismatch(
+    old_logp: Float[np.ndarray, "B T"],
+    rollout_logp: Float[np.ndarray, "B T"],
+    mask: Bool[np.ndarray, "B T"],
+) -> dict[str, float]:
+    """|log π_old of the training program - that of the sampler|, over tokens that are trained on.
 
     Zero in exact arithmetic; what is left is the rounding of two programs. It should stay far
     below the clip range times the response length.
     """
-    difference = np.abs(old_logp - completions.logp)[completions.mask]
+    difference = np.abs(old_logp - rollout_logp)[mask]
     name = "sampling/sampling_logp_difference"
     difference = difference if difference.size else np.zeros(1)
     return {f"{name}/mean": float(difference.mean()), f"{name}/max": float(difference.max())}

@@ -232,8 +232,12 @@ def make_programs(
 
 
 def microbatches(batch: TrainBatch, objective: Objective) -> list[Microbatches]:
-    """How the rows of a minibatch are grouped; needs their lengths on the host."""
-    length = np.asarray(batch.prompt_length) + np.asarray(batch.mask).sum(1)
+    """How the rows of a minibatch are grouped; needs their lengths on the host.
+
+    Rows of which nothing is trained on are left out: what is found of them stays 0.
+    """
+    length = np.asarray(batch.prompt_length) + np.asarray(batch.length)
+    length = np.where(np.asarray(batch.mask).any(1), length, 0)
     longest = objective.longest or batch.tokens.shape[1]
     return split(length, longest, tokens=objective.microbatch, ways=batch_ways())
 

@@ -79,10 +79,14 @@ def batch(kind: str) -> TrainBatch:
         draws = rng.permuted(np.tile(np.arange(8, dtype=np.int16), (rows, S, 2, 1)), axis=-1)
         routing = draws[..., :2].copy()
         routing[::2] = -1
+    tokens = rng.integers(0, 160, (rows, S)).astype("int32")
+    prompt_length = rng.integers(3, 12, rows).astype("int32")
+    length = rng.integers(1, T, rows).astype("int32")
     return TrainBatch(
-        rng.integers(0, 160, (rows, S)).astype("int32"),
-        rng.integers(3, 12, rows).astype("int32"),
-        np.arange(T)[None] < rng.integers(1, T, rows)[:, None],
+        tokens,
+        prompt_length,
+        length,
+        np.arange(T)[None] < length[:, None],
         rng.normal(size=rows).astype("float32"),
         routing,
     )

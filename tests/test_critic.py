@@ -50,14 +50,14 @@ loop = importlib.import_module("gspo_jax.train")
 KINDS = ("separate", "shared")
 B, S, T = 4, 14, 6
 # Responses of 6, 1, 4 and 2 tokens after prompts of 3, 8, 5 and 2.
-PROMPT, RESPONSE = np.array([3, 8, 5, 2], np.int32), np.array([6, 1, 4, 2])
+PROMPT, RESPONSE = np.array([[3, 8, 5, 2], [6, 1, 4, 2]], np.int32)
 MASK = np.arange(T)[None] < RESPONSE[:, None]
 
 
 def make_batch(seed=0):
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, 64, (B, S)).astype(np.int32)  # padding holds random tokens
-    return TrainBatch(tokens, PROMPT, MASK, rng.normal(size=(B, T)).astype(np.float32))
+    return TrainBatch(tokens, PROMPT, RESPONSE, MASK, rng.normal(size=(B, T)).astype(np.float32))
 
 
 def on_device(tree):

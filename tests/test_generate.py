@@ -67,7 +67,9 @@ def test_log_probabilities_equal_those_of_the_training_program(tiny_view):
     for row, length in enumerate(lengths):
         tokens[row, :length] = PROMPTS[row // 2]
         tokens[row, length : length + 8] = got.tokens[row]
-    batch = TrainBatch(tokens, lengths, got.mask, np.ones(6, np.float32))
+    batch = TrainBatch(
+        tokens, lengths, got.mask.sum(1, dtype=np.int32), got.mask, np.ones(6, np.float32)
+    )
     objective = Objective(loss=LOSSES["gspo"], temperature=temperature)
     score = jax.jit(forward_logps, static_argnums=(0, 3))
     logp, _ = score(graphdef, params, jax.tree.map(jnp.asarray, batch), objective)

@@ -51,11 +51,11 @@ def batch():
     """Rows of different lengths, poisoned with a constant token where they are padding."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, SHAPE["vocab_size"], (ROWS, WIDTH), dtype=np.int32)
-    length = np.linspace(40, WIDTH - PROMPT, ROWS).astype(int)
+    length = np.linspace(40, WIDTH - PROMPT, ROWS).astype(np.int32)
     mask = np.arange(WIDTH - PROMPT)[None] < length[:, None]
     tokens[:, PROMPT:][~mask] = 7
     adv = rng.normal(size=ROWS).astype(np.float32)
-    return TrainBatch(tokens, np.full(ROWS, PROMPT, np.int32), mask, adv)
+    return TrainBatch(tokens, np.full(ROWS, PROMPT, np.int32), length, mask, adv)
 
 
 def on(device, function, *args):
@@ -121,7 +121,7 @@ def test_sampling_in_bfloat16_reports_the_log_probabilities_of_float32(view):
     rows = [prompts[b // 4] + drawn.tokens[b].tolist() for b in range(8)]
     start = np.array([len(prompts[b // 4]) for b in range(8)], np.int32)
     tokens = np.array([row + [0] * (96 - len(row)) for row in rows], np.int32)
-    batch = TrainBatch(tokens, start, drawn.mask, np.zeros(8, np.float32))
+    batch = TrainBatch(tokens, start, np.full(8, 64, np.int32), drawn.mask, np.zeros(8, np.float32))
     exact = on(
         jax.devices("cpu")[0],
         lambda p, b: forward_logps(graphdef, p, b, Objective(gspo))[0],

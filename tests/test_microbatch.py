@@ -68,7 +68,12 @@ def make_batch():
     mask = np.array([[1, 1, 0], [1, 1, 1], [1, 0, 0]], bool)
     routing = np.arange(3 * 8 * 2, dtype=np.int16).reshape(3, 8, 1, 2)
     return TrainBatch(
-        tokens, np.array([2, 3, 4], np.int32), mask, np.array([0.5, -1, 2], np.float32), routing
+        tokens,
+        np.array([2, 3, 4], np.int32),
+        mask.sum(1, dtype=np.int32),
+        mask,
+        np.array([0.5, -1, 2], np.float32),
+        routing,
     )
 
 

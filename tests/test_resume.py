@@ -24,6 +24,7 @@ def begun(rich):
     batch = TrainBatch(
         rng.integers(0, 9, (B, S)).astype(np.int32),
         np.array([1, 2, 1, 2], np.int32),
+        np.full(B, T, np.int32),
         rng.random((B, T)) < 0.5,
         table if rich else table[:, 0],
         routing,

@@ -30,7 +30,11 @@ def test_rewards_of_unequal_units_can_be_normalised_apart():
     total = np.nansum([2 * rewards["a"], rewards["b"], rewards["overlong"]], axis=0)
     rollout = Rollout([], [], NOTHING, [], rewards, total.astype(np.float32))
     batch = TrainBatch(
-        np.zeros((8, 4), np.int32), np.ones(8, np.int32), np.ones((8, 2), bool), rollout.reward
+        np.zeros((8, 4), np.int32),
+        np.ones(8, np.int32),
+        np.full(8, 2, np.int32),
+        np.ones((8, 2), bool),
+        rollout.reward,
     )
     overrides = ["rollout.group_size=4", "task.rewards=[f.py:a,f.py:b]"]
     overrides += ["task.reward_weights=[2,1]"]
@@ -74,7 +78,11 @@ def test_the_kl_of_a_run_is_the_mean_over_what_its_loss_is_the_mean_over(loss, o
     config = load_config(None, [f"algo.loss.name={loss}", *options])
     goal = Objective(LOSSES[loss], kl_coef=0.5, kl=loop.kl_term(config))
     batch = TrainBatch(
-        jnp.zeros((3, 6), jnp.int32), jnp.ones(3, jnp.int32), jnp.asarray(mask), jnp.zeros(3)
+        jnp.zeros((3, 6), jnp.int32),
+        jnp.ones(3, jnp.int32),
+        jnp.array([1, 4, 3]),
+        jnp.asarray(mask),
+        jnp.zeros(3),
     )
     logp = jnp.where(mask, -1.0, NAN)
     at, given = Forward(logp, jnp.where(mask, 1.0, NAN)), Given(logp, logp + d)

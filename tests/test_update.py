@@ -37,14 +37,14 @@ GSPO = partial(LOSSES["gspo"], clip_low=3e-3, clip_high=4e-3)
 def make_batch(seed=0, poison=0):
     """Rows of very unequal length; padding holds the token `poison`."""
     rng = np.random.default_rng(seed)
-    prompt, response = rng.integers(2, 9, B), np.array([1, 10, 3, 7, 2, 9, 5, 10])
+    prompt, response = rng.integers(2, 9, B), np.array([1, 10, 3, 7, 2, 9, 5, 10], np.int32)
     tokens = np.full((B, S), poison, np.int32)
     mask = np.arange(T)[None] < response[:, None]
     for row in range(B):
         used = prompt[row] + response[row]
         tokens[row, :used] = rng.integers(1, 64, used)
     adv = rng.normal(size=B).astype(np.float32)
-    return TrainBatch(tokens, prompt.astype(np.int32), mask, adv)
+    return TrainBatch(tokens, prompt.astype(np.int32), response, mask, adv)
 
 
 def fresh(tiny_view, learning_rate=1e-3, state="8bit"):
@@ -271,6 +271,7 @@ def test_rows_of_any_length_compile_one_program_per_width_at_most(tiny_view, cap
         batch = TrainBatch(
             rng.integers(1, 64, (B, 200)).astype(np.int32),
             prompt,
+            response.astype(np.int32),
             np.arange(180)[None] < response[:, None],
             rng.normal(size=B).astype(np.float32),
         )

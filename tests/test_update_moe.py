@@ -53,13 +53,13 @@ def view():
 
 def make_batch(poison=0):
     rng = np.random.default_rng(0)
-    prompt, response = np.array([3, 5, 2, 6], np.int32), np.array([6, 1, 4, 5])
+    prompt, response = np.array([3, 5, 2, 6], np.int32), np.array([6, 1, 4, 5], np.int32)
     tokens = np.full((B, S), poison, np.int32)
     for row in range(B):
         used = prompt[row] + response[row]
         tokens[row, :used] = rng.integers(1, 64, used)
     mask = np.arange(T)[None] < response[:, None]
-    return TrainBatch(tokens, prompt, mask, np.array([1.0, -2.0, 0.5, -0.3], np.float32))
+    return TrainBatch(tokens, prompt, response, mask, np.array([1.0, -2.0, 0.5, -0.3], np.float32))
 
 
 def fresh(view, learning_rate=1e-2):

@@ -99,7 +99,7 @@ def test_row_26_a_response_of_no_token_adds_no_zero_over_zero(name, lengths):
 def test_row_26_the_mismatch_of_nothing_is_0():
     nobody, nothing = np.zeros((2, 3), bool), np.zeros((2, 3), np.float32)
     sampled = Completions(np.zeros((2, 3), np.int32), nobody, nothing, nobody[:, 0])
-    assert set(mismatch(nothing, sampled).values()) == {0.0}
+    assert set(mismatch(nothing, sampled.logp, sampled.mask).values()) == {0.0}
 
 
 # -------------------------------------------------------------------- 27: a policy far away
@@ -142,7 +142,7 @@ def test_row_27_a_policy_that_changed_since_the_rollout_is_clipped_and_trains_on
         filled = [*prompts[row // 4], *sampled.tokens[row, :used]]
         tokens[row, : len(filled)] = filled
     adv = np.linspace(-2, 3, 8).astype(np.float32)
-    batch = TrainBatch(tokens, lengths, sampled.mask, adv)
+    batch = TrainBatch(tokens, lengths, sampled.mask.sum(1, dtype=np.int32), sampled.mask, adv)
 
     noise = iter(jax.random.split(jax.random.key(1), 1000))
     moved = jax.tree.map(lambda p: p + 3.0 * jax.random.normal(next(noise), p.shape), params)
