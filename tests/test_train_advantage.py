@@ -1,5 +1,6 @@
 """What a run makes of rewards and of the KL: parts of `losses` and `advantages` behind settings."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -11,6 +12,7 @@ from gspo_jax.config import load_config
 from gspo_jax.errors import ConfigError
 from gspo_jax.losses import LOSSES
 from gspo_jax.objective import Forward, Given, Gradients, Objective, measure
+from gspo_jax.sharding import make_mesh, sharding_for
 from gspo_jax.update import init_state
 
 NAN = np.nan
@@ -97,7 +99,8 @@ def test_a_steered_penalty_follows_its_target_by_the_published_rule():
     options += ["rollout.prompts=200", "rollout.group_size=4"]
     config = load_config(None, options)
     optimizer = optax.identity()
-    state = init_state({}, optimizer, kl_coef=config.algo.kl.coef)
+    everywhere = sharding_for((), make_mesh(data=1), ())
+    state = jax.device_put(init_state({}, optimizer, kl_coef=config.algo.kl.coef), everywhere)
     for kl, factor in ((0.0, 0.984), (0.105, 1.004), (5.0, 1.016), (0.1, 1.0)):
         before, state = float(state.kl_coef), loop.steer(config, state, {"kl": kl})
         assert float(state.kl_coef) == pytest.approx(before * factor, rel=1e-6)
