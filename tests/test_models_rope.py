@@ -245,6 +245,8 @@ def without_type(rope):
             {**YARN, "original_max_position_embeddings": 32768.0},
             "rope_scaling.original_max_position_embeddings=32768.0: wanted an integer",
         ),
+        # As DeepSeek-R1-0528-Qwen3-8B has it.
+        ({**YARN, "attn_factor": 0.8782488562869419}, "attn_factor=0.878.* remove it .* write att"),
         ({**YARN, "attention_factor": 0}, "rope_scaling.attention_factor=0.0: wanted a number"),
         ({**YARN, "attention_factor": "1"}, "rope_scaling.attention_factor='1': wanted a number"),
         ({**YARN, "beta_fast": -1}, "rope_scaling.beta_fast=-1.0: wanted a number"),

@@ -9,6 +9,7 @@ by that library, because here a tensor at a time is in memory (the library maps 
 wants whole files in memory to write them), and a name that is given twice is refused.
 """
 
+import errno
 import fcntl
 import json
 import math
@@ -70,10 +71,15 @@ def resolve(path: str | os.PathLike) -> Path:
 
     try:
         return Path(snapshot_download(str(path), allow_patterns=HUB_FILES, ignore_patterns="*/*"))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of the hub's client, of httpx under it, of the disk
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(
+                f"no space left for {path} in the hub's cache; set HF_HOME to another disk."
+            ) from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise DataError(
-            f"there is no directory {path}, and it cannot be fetched as a hub id: {reason}"
+            f"{reason[:300]} ({type(error).__name__}): {path} was not fetched from the hub; try "
+            "again, or give a directory with the model (there is none of this name)."
         ) from None
 
 
@@ -93,7 +99,10 @@ def file_in(directory: Path, name: str) -> Path:
     if root.parent.name == "snapshots":  # the hub's cache keeps files once, two levels up
         roots.append(root.parent.parent / "blobs")
     if not any(target.is_relative_to(r) for r in roots):
-        raise DataError(f"{path} is a link out of its directory; it is not read.")
+        raise DataError(
+            f"{path} is a link out of its directory; it is not read. Where the links are yours: "
+            f"cp -rL {directory} COPY, and give COPY."
+        )
     if not target.is_file():
         raise DataError(f"{path} is not a regular file.")
     return path

@@ -187,6 +187,13 @@ def _read_scaling(key: str, rope: dict[str, Any], hf: dict[str, Any]) -> RopeSca
         raise DataError(
             f"{key}.rope_type={short(kind)} is not implemented; wanted one of {', '.join(KEYS)}."
         )
+    if kind == "yarn" and "attn_factor" in rope:
+        # Some libraries multiply their default by it; transformers does not know it.
+        raise DataError(
+            f"{key}.attn_factor={short(rope['attn_factor'])} is not read; remove it to compute as "
+            "transformers, which ignores it, or write attention_factor, the whole factor of cos "
+            "and sin."
+        )
     extra = sorted(set(rope) - {*COMMON, *KEYS[kind]})
     if extra:
         raise DataError(f"{key}: {short(extra[0])} is not implemented for rope_type {kind!r}.")

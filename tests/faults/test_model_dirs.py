@@ -165,7 +165,7 @@ def prefix(directory):
 
 
 TEMPLATE = "chat_template.jinja"
-OUT = "is a link out of its directory; it is not read"
+OUT = "is a link out of its directory; it is not read. Where the links are yours: cp -rL "
 PLAIN = "is not a plain file name; it is not read"
 FAULTS = {
     "34 pickles": (pickle_only, "weights as pickles only (pytorch_model.bin)"),
