@@ -90,3 +90,40 @@ def test_the_capacity_is_no_more_than_this_process_may_have(monkeypatch):
     everything = memory.capacity()
     monkeypatch.setattr(resource, "getrlimit", lambda _: (8_000_000, 8_000_000))
     assert memory.capacity() == 8_000_000 // jax.local_device_count() < everything
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "limits"),
+    [
+        # Slurm and systemd limit a parent of the group in which the process is.
+        (
+            "0::/system.slice/job_7/step_0/task_0",
+            {
+                "system.slice/memory.max": "max",
+                "system.slice/job_7/memory.max": "4000",
+                "system.slice/job_7/step_0/memory.max": "5000",
+            },
+            [4000, 5000],
+        ),
+        ("0::/", {"memory.max": "3000"}, [3000]),  # a container with a namespace of its own
+        ("0::/docker/of/the/host", {"memory.max": "2000"}, [2000]),  # and one without
+        # Version 1; without a limit it says the largest number of whole pages below 2^63.
+        (
+            "9:cpu,cpuacct:/x\n5:memory:/slurm/job_7",
+            {
+                "memory/memory.limit_in_bytes": "9223372036854771712",
+                "memory/slurm/memory.limit_in_bytes": "6000",
+                "x/memory.max": "1",
+            },
+            [6000, 9223372036854771712],
+        ),
+        ("", {"memory.max": "1"}, []),
+    ],
+)
+def test_every_control_group_on_the_way_up_limits_the_memory(tmp_path, membership, files, limits):
+    root = tmp_path / "cgroup"
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    (tmp_path / "self").write_text(membership)
+    assert sorted(memory.cgroup_limits(tmp_path / "self", root)) == limits
