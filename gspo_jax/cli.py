@@ -28,6 +28,7 @@ from gspo_jax.errors import (
     OutOfMemory,
     StorageError,
 )
+from gspo_jax.streams import guarded, open_closed
 
 if TYPE_CHECKING:
     from gspo_jax.config import Config
@@ -38,7 +39,12 @@ IS_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is returned, the error printed."""
-    arguments = parsed(argv, COMMANDS)
+    open_closed()
+    with guarded("stderr"):
+        return _main(parsed(argv, COMMANDS))
+
+
+def _main(arguments: argparse.Namespace) -> int:
     if not arguments.debug:  # XLA's own account of an error: hundreds of lines where memory ends
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         _hush()
@@ -182,7 +188,8 @@ def compare(arguments: argparse.Namespace) -> int:
     from gspo_jax.comparison import comparison_page
 
     out = Path(arguments.out or experiment.default_directory(made, "compare", config))
-    outcomes = experiment.run_trials(made, out, jobs=arguments.jobs, say=story.show)
+    with guarded("stdout"):
+        outcomes = experiment.run_trials(made, out, jobs=arguments.jobs, say=story.show)
     found = plain(comparing.found(made, outcomes, ["gspo-jax", *sys.argv[1:]]))
     write_whole(out / "compare.json", json.dumps(found, indent=1) + "\n")
     page = comparison_page(found, out)
@@ -207,7 +214,8 @@ def sweep(arguments: argparse.Namespace) -> int:
         story.show(story.planned(made))
         return 0
     out = Path(arguments.out or experiment.default_directory(made, "sweep", config))
-    outcomes = experiment.run_trials(made, out, jobs=arguments.jobs, say=story.show)
+    with guarded("stdout"):
+        outcomes = experiment.run_trials(made, out, jobs=arguments.jobs, say=story.show)
     rows = sweeping.ranked(made, outcomes)
     result = {"metric": made.metric, "best": sweeping.best(rows), "rows": rows}
     write_whole(out / "sweep.json", json.dumps(plain(result), indent=1) + "\n")
@@ -311,13 +319,22 @@ def _run(
 
     check_named(config.run.resume, run_dir(config) / "checkpoints")  # before anything is loaded
     check_installed(config.run.report_to)
-    join(arguments.coordinator, arguments.processes, arguments.process)
-    if is_demo and is_writer():
-        story.before_demo(config)
-    result = action(config)
-    if is_writer():
-        (story.after_demo if is_demo else story.after_run)(config, result)
+    with guarded("stdout"):
+        join(arguments.coordinator, arguments.processes, arguments.process)
+        if is_demo and is_writer():
+            story.before_demo(config)
+        result = action(config)
+        if is_writer():
+            _told(story.after_demo if is_demo else story.after_run, config, result)
     return result.exit_code
+
+
+def _told(story: Callable[["Config", "Result"], None], config: "Config", result: "Result") -> None:
+    """What came out; the run has ended as it has, whatever goes wrong in telling it."""
+    try:
+        story(config, result)
+    except Exception as error:
+        say_error(f"warning: {explain(error)[1]}")
 
 
 def _resolve(arguments: argparse.Namespace) -> "Config | None":

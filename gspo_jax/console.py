@@ -1,7 +1,8 @@
 """What a run shows while it goes: a live bar on a terminal, plain lines anywhere else.
 
 Colour follows the terminal and NO_COLOR. Text that a model wrote is shown inert: never read as
-markup, without control characters, on one line. Credentials are not shown at all.
+markup, without control characters, on one line. Credentials are not shown at all. A console that
+goes away takes nothing with it.
 """
 
 import os
@@ -12,7 +13,7 @@ import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -21,6 +22,8 @@ from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
+
+from gspo_jax.streams import Unfailing
 
 PLAIN_LINES = 20  # of a whole run, where there is no terminal
 PLAIN_SECONDS = 30.0  # but at least one in this time
@@ -41,6 +44,8 @@ class Display:
 
     def __init__(self, console: Console, of: int):
         self.console, self.of = console, of
+        if not isinstance(console.file, Unfailing):
+            console.file = cast(Any, Unfailing(console.file))
         self._step, self._metrics, self._phase = 0, {}, ""
         self._times: deque[float] = deque(maxlen=20)
         self._advised: set[str] = set()

@@ -16,7 +16,8 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +28,7 @@ from rich.console import Console
 from gspo_jax import jsonl
 from gspo_jax.console import Display, redact
 from gspo_jax.errors import StorageError
+from gspo_jax.streams import Unfailing
 from gspo_jax.trackers import Trackers
 
 PACKAGES = ("gspo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -68,11 +70,11 @@ class RunLog:
         console: Console | None = None,
     ):
         self.directory, self.of = Path(directory), of
+        self._warned: set[str] = set()
         self.display = Display(console or Console(), of)
         self._config, self._devices = redact(config), list(devices)
         self._step, self._written, self._state = 0, -1, "running"
         self._files: dict[str, BinaryIO] = {}
-        self._warned: set[str] = set()
         self._trackers = Trackers(
             report_to, self.directory, self._config, say=self.say, warn=self._warn
         )
@@ -115,7 +117,7 @@ class RunLog:
         self._trackers.log(step, record)
         self.status("running")
         if step and not again:
-            self.display.step(step, record)
+            self._show(self.display.step, step, record)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]], *, show: bool = True) -> None:
         """Responses with their scores: `prompt`, `completion`, `answer`, `reward`, and the like."""
@@ -124,7 +126,7 @@ class RunLog:
             self._append("samples.jsonl", {"step": step, **row})
         self._trackers.samples(step, rows)
         if show:
-            self.display.samples(step, rows)
+            self._show(self.display.samples, step, rows)
 
     def doing(self, phase: str) -> None:
         """What the run is busy with, for the live line."""
@@ -153,15 +155,25 @@ class RunLog:
     def close(self) -> None:
         """Give the terminal, the files and the lock back."""
         logging.getLogger("gspo_jax").removeHandler(self._heard)
-        self.display.end()
-        for file in self._files.values():
-            file.close()
+        self._show(self.display.end)
+        for name, file in self._files.items():
+            try:
+                file.close()  # a network's file system may tell only now
+            except OSError as error:
+                self._warn(f"{name} may be missing lines ({error.strerror}).")
         self._files = {}
         self._trackers.finish()
+        self._tell_losses(None)
         unlock(self._lock)
+
+    def _tell_losses(self, lost: Callable[[str], None] | None) -> None:
+        for stream in {self.display.console.file, sys.stdout, sys.stderr}:
+            if isinstance(stream, Unfailing):
+                stream.tell_losses(lost)
 
     def __enter__(self) -> "RunLog":
         logging.getLogger("gspo_jax").addHandler(self._heard)
+        self._tell_losses(self._warn)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
@@ -186,9 +198,28 @@ class RunLog:
             self._warn(f"{name} is missing lines ({error.strerror}); the run goes on.")
 
     def _warn(self, text: str) -> None:
+        """Show a warning and keep it in warnings.log; each text once."""
         if text not in self._warned:
             self._warned.add(text)
-            self.display.say(f"warning: {text}", style="yellow")
+            self.warn(text)
+
+    def warn(self, text: str) -> None:
+        """Keep a warning in warnings.log, and show it."""
+        text = redact(text)
+        try:
+            with (self.directory / "warnings.log").open("a", encoding="utf-8") as file:
+                file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")
+        except OSError:
+            pass  # it is shown
+        self.display.say(f"warning: {text}", style="yellow")
+
+    def _show(self, shown: Callable[..., None], *what: Any) -> None:
+        """Show something; what goes wrong there is a warning."""
+        try:
+            shown(*what)
+        except Exception as error:  # a library's: whatever it may raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self._warn(f"the display has gaps ({reason[:200]}); the run goes on.")
 
 
 class _Heard(logging.Handler):
@@ -199,13 +230,10 @@ class _Heard(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = redact(record.getMessage().rstrip())
-        self._log.say(f"warning: {text}", style="yellow")
         try:
-            with (self._log.directory / "warnings.log").open("a", encoding="utf-8") as file:
-                file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")
-        except OSError:
-            return  # it was shown
+            self._log.warn(record.getMessage().rstrip())
+        except Exception:  # a message that does not fit its arguments
+            self.handleError(record)
 
 
 def lock(directory: Path) -> TextIO:
@@ -283,9 +311,10 @@ def _unwritable(directory: Path, error: OSError) -> StorageError:
 
 def unlock(file: TextIO) -> None:
     """Give a claim back; the file stays, because removing it would race with the next claim."""
-    if not file.closed:
-        file.truncate(0)
-        file.close()
+    with suppress(OSError):  # a full disk, a stale mount: the claim ends with the process
+        if not file.closed:
+            file.truncate(0)
+            file.close()
 
 
 def keep_until(path: Path, step: int | None) -> None:

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 from gspo_jax.errors import ConfigError, DataError
 from gspo_jax.rewards import answers, calls_one_by_one, load_rewards, own_name
+from gspo_jax.streams import guarded
 from gspo_jax.workers import HEADER
 
 LAST_SECONDS = 1.0  # between the end of the parent and that of a function that goes on regardless
@@ -34,7 +35,7 @@ def main(reading: int, writing: int, parent: int) -> None:
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(os.fdopen(reading, "rb"), requests), daemon=True).start()
     functions: list[tuple[str, Any]] = []
-    with os.fdopen(writing, "wb") as out:
+    with guarded("stdout"), guarded("stderr"), os.fdopen(writing, "wb") as out:
         while (data := requests.get()) is not None:
             try:
                 for reply in _replies(_unpickled(data), functions):

@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -220,7 +221,8 @@ def _fail(name: str, failed: list[Answer], batch: Batch, strict: bool, told: set
     batch.log(f"rewards/{name}/errors", count)
     if name not in told:
         told.add(name)
-        logger.warning("%s They score 0, here and later.\n%s", text, trace)
+        with suppress(Exception):  # a handler of the user's own may raise
+            logger.warning("%s They score 0, here and later.\n%s", text, trace)
 
 
 def _await_all(waiting: list[Any], seconds: float | None) -> list[Any]:

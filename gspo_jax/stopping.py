@@ -1,12 +1,16 @@
 """Asking a run to stop: signals, and a budget of wall-clock time.
 
     SIGTERM, SIGUSR1   exit code 75, "preempted": the queue starts the same command again later
+    SIGHUP             the same: the terminal was closed; not heard where nohup has it ignored
     SIGINT             exit code 130, "interrupted"
 
 The first of them asks. While a step generates or scores nothing has changed yet, so that step is
 given up at the next safe point (`raise_if_asked`). Between two updates the run stops, too: then the
 rollout is saved with the state. Slurm's --signal=USR1@120 is a warning that the end is near: the
 same as SIGTERM.
+
+A terminal that closes sends SIGHUP by way of its shell and once more by way of the kernel, and
+systemd sends it after SIGTERM: it never counts as the second.
 
 A second one ends the process at once, whatever it is doing. Python's own handlers run between two
 bytecodes of the main thread, which may be many minutes into one call of the compiler; so the byte
@@ -28,6 +32,7 @@ Why = Literal["preempted", "interrupted"]
 SIGNALS: dict[int, Why] = {
     signal.SIGTERM: "preempted",
     signal.SIGUSR1: "preempted",
+    signal.SIGHUP: "preempted",
     signal.SIGINT: "interrupted",
 }
 ECHO = 0.1  # seconds; `timeout` and job managers send one signal to the process and to its group
@@ -70,7 +75,7 @@ def raise_if_asked() -> None:
 
 @contextmanager
 def listening(say: Callable[[str], None], *, abandon: bool = True) -> Iterator[Stop]:
-    """Hear SIGTERM, SIGINT and SIGUSR1; outside the main thread, where Python hears none, do not.
+    """Hear the SIGNALS; outside the main thread, where Python hears none, do not.
 
     Args:
         say: tells the user that the first signal was heard.
@@ -82,7 +87,8 @@ def listening(say: Callable[[str], None], *, abandon: bool = True) -> Iterator[S
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     earlier_fd = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    earlier = {n: signal.signal(n, lambda n, _: stop.ask(SIGNALS[n])) for n in SIGNALS}
+    heard = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    earlier = {n: signal.signal(n, lambda n, _: stop.ask(SIGNALS[n])) for n in heard}
     watcher = threading.Thread(target=_watch, args=(reading, earlier_fd, stop, say), daemon=True)
     watcher.start()
     _listening.append(stop)
@@ -116,7 +122,7 @@ def _watch(reading: int, earlier_fd: int, stop: Stop, say: Callable[[str], None]
             )
             # In a thread of its own: a terminal that is held up must not hold up the watcher.
             threading.Thread(target=say, args=(text,), daemon=True).start()
-        elif number != first or time.monotonic() - when > ECHO:
+        elif number != signal.SIGHUP and (number != first or time.monotonic() - when > ECHO):
             _leave(number)
 
 

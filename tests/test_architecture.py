@@ -10,10 +10,10 @@ import gspo_jax
 PACKAGE = Path(gspo_jax.__file__).parent
 
 LAYERS = [
-    {"errors", "batch", "masked", "console", "sandbox", "stopping", "tasks.units", "statistics"}
+    {"errors", "batch", "masked", "sandbox", "streams", "stopping", "tasks.units", "statistics"}
     | {"settings", "spelling"}
     | {"tasks.zebra_words", "tasks.zebra_solve"},
-    {"distributed", "jsonl", "tasks.verify", "summary", "names"},
+    {"console", "distributed", "jsonl", "tasks.verify", "summary", "names"},
     {"arguments", "trackers"}
     | {"models.fields", "models.init", "penalties", "mismatch", "advantages", "logps", "quant"}
     | {"spikes"}
@@ -47,7 +47,7 @@ PURE = {"losses", "penalties", "mismatch", "advantages", "logps", "quant", "mask
 FILES_ONLY = {"report", "comparison", "page", "figures", "run_files", "metrics", "console"}
 FILES_ONLY |= {"jsonl", "errors", "cli", "integrity", "statistics", "summary", "arguments"}
 FILES_ONLY |= {"monitor", "terminal", "snapshot", "advice", "follow"}
-FILES_ONLY |= {"settings", "spelling", "names", "trackers"}
+FILES_ONLY |= {"settings", "spelling", "names", "trackers", "streams"}
 
 
 def module_name(path: Path) -> str:
