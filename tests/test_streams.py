@@ -118,8 +118,17 @@ def test_what_was_asked_to_be_printed_and_is_not_is_an_error(monkeypatch):
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
 
 
+@pytest.fixture
+def hangup():
+    """Sets what SIGHUP does, however these tests were started."""
+    earlier = signal.getsignal(signal.SIGHUP)
+    yield lambda handler: signal.signal(signal.SIGHUP, handler)
+    signal.signal(signal.SIGHUP, earlier)
+
+
 @pytest.mark.parametrize("times", [1, 3])
-def test_a_terminal_that_closes_asks_to_stop_however_often_it_says_so(times):
+def test_a_terminal_that_closes_asks_to_stop_however_often_it_says_so(hangup, times):
+    hangup(signal.SIG_DFL)
     with listening(lambda text: None) as stop:
         for _ in range(times):
             os.kill(os.getpid(), signal.SIGHUP)
@@ -127,12 +136,9 @@ def test_a_terminal_that_closes_asks_to_stop_however_often_it_says_so(times):
         assert stop.asked == "preempted"
 
 
-def test_nohup_is_believed():
-    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with listening(lambda text: None) as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.asked is None and signal.SIGHUP in SIGNALS
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, earlier)
+def test_nohup_is_believed(hangup):
+    hangup(signal.SIG_IGN)
+    with listening(lambda text: None) as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.asked is None and signal.SIGHUP in SIGNALS
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
