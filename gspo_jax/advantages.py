@@ -2,7 +2,9 @@
 
 A NaN reward means "not scored": its advantage is 0 and no baseline contains it. A group whose
 rewards are all equal gives exactly 0, not the rounding error of its mean divided by a small std.
-Half precision is computed in float32; float64 stays float64.
+Half precision is computed in float32; float64 stays float64. Means are of what rewards have above
+the lowest of them, and squares of shares of the largest, so that neither a large offset (1e7 + 1 of
+1e7) nor a large scale (1e20, whose square is none in float32) costs digits.
 """
 
 from functools import partial
@@ -106,10 +108,14 @@ def batch_whitened(
     x = x.astype(float_dtype(x))
     valid = ~jnp.isnan(x) if mask is None else mask & ~jnp.isnan(x)
     count = valid.sum(dtype=x.dtype)
-    centred = x - jnp.sum(x, where=valid) / jnp.maximum(count, 1)
-    spread = jnp.max(x, where=valid, initial=-jnp.inf) > jnp.min(x, where=valid, initial=jnp.inf)
-    variance = jnp.sum(centred**2, where=valid) / jnp.maximum(count - 1, 1)
-    return jnp.where(valid & spread, centred * jax.lax.rsqrt(variance + eps), 0)
+    lowest = jnp.min(x, where=valid, initial=jnp.inf)
+    spread = jnp.max(x, where=valid, initial=-jnp.inf) > lowest
+    above = jnp.where(valid & spread, x - lowest, 0)
+    centred = jnp.where(valid, above - jnp.sum(above) / jnp.maximum(count, 1), 0)
+    largest = jnp.where(spread, jnp.max(jnp.abs(centred)), 1)
+    unit = centred / largest
+    variance = jnp.sum(unit**2) / jnp.maximum(count - 1, 1)  # in units of largest²
+    return jnp.where(valid & spread, unit * jax.lax.rsqrt(variance + eps / largest / largest), 0)
 
 
 def weighted_sum(rewards: Float[Array, "B F"], weights: Float[Array, " F"]) -> Float[Array, " B"]:
@@ -242,18 +248,21 @@ def _centre(reward, group_size, groups):
 
     scored = ~jnp.isnan(reward)
     count = over_group(jnp.sum, scored.astype(reward.dtype))
-    mean = over_group(jnp.sum, jnp.where(scored, reward, 0)) / jnp.maximum(count, 1)
     highest = over_group(jnp.max, jnp.where(scored, reward, -jnp.inf), -jnp.inf)
     lowest = over_group(jnp.min, jnp.where(scored, reward, jnp.inf), jnp.inf)
-    centred = jnp.where(scored & (highest > lowest), reward - mean, 0)
+    above = jnp.where(scored & (highest > lowest), reward - lowest, 0)
+    mean = over_group(jnp.sum, above) / jnp.maximum(count, 1)
+    centred = jnp.where(scored, above - mean, 0)
     return centred, count, over_group
 
 
 def _scaled(adv, centred, count, over_group, ddof, eps):
     """`adv` over the standard deviation of what `_centre` returned."""
-    variance = over_group(jnp.sum, centred**2) / jnp.maximum(count - ddof, 1)
     # Where there is no spread `adv` is 0; the 1 keeps eps = 0 from making it 0 / 0.
-    return adv / jnp.where(variance > 0, jnp.sqrt(variance) + eps, 1)
+    largest = over_group(jnp.max, jnp.abs(centred))
+    unit = centred / jnp.where(largest > 0, largest, 1)
+    variance = over_group(jnp.sum, unit**2) / jnp.maximum(count - ddof, 1)
+    return adv / jnp.where(largest > 0, largest * jnp.sqrt(variance) + eps, 1)
 
 
 ADVANTAGES = {

@@ -198,6 +198,11 @@ def explained_variance(
     value: Float[Array, "B T"], returns: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
     """1 - Var(R - V) / Var(R) over tokens; 0 where R does not vary."""
-    spread = jnp.var(returns, where=mask)
-    left = jnp.var(returns - value, where=mask)
+    spread, left = _variance(returns, mask), _variance(returns - value, mask)
     return jnp.where(spread > 0, 1 - left / jnp.where(spread > 0, spread, 1), 0)
+
+
+def _variance(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
+    """Over tokens, above the lowest of them: the mean of large numbers has few digits."""
+    lowest = jnp.min(x, where=mask, initial=jnp.inf)
+    return jnp.var(jnp.where(mask, x - lowest, 0), where=mask)

@@ -6,6 +6,7 @@ the gradient of a masked branch is nan as well.
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float
@@ -18,6 +19,8 @@ Metrics = dict[str, Float[Array, ""]]
 
 # exp(±20) is far outside every clip range and far inside float32.
 LOG_RATIO_LIMIT = 20.0
+# In place of infinity, so that a row whose sum has it on both sides still has a mean.
+FARTHEST = 1e30
 
 
 class Mean(NamedTuple):
@@ -39,16 +42,34 @@ def on_mask(x: PerRowOrToken, mask: Mask, dtype: Any = None) -> PerToken:
 
 
 def log_ratio(logp: PerToken, old_logp: PerToken | None, mask: Mask) -> PerToken:
-    """log π_θ - log π_old, which is fixed; 0 where `mask` is false. None means π_θ itself."""
+    """log π_θ - log π_old, which is fixed; 0 where `mask` is false. None means π_θ itself.
+
+    Where one of them is -inf it is ±1e30, where both are it is 0: a token that a top-k mask left
+    out of one policy is as far away as can be, of both it is the same. The gradient stays 1.
+    """
     logp = on_mask(logp, mask)
     old_logp = logp if old_logp is None else on_mask(old_logp, mask, logp.dtype)
-    return logp - stop_gradient(old_logp)
+    old_logp = stop_gradient(old_logp)
+    fixed = stop_gradient(logp)
+    return _with_value(
+        logp, jnp.where(fixed == old_logp, 0, jnp.clip(fixed - old_logp, -FARTHEST, FARTHEST))
+    )
 
 
 def saturated(log_ratio: Float[Array, "..."]) -> Float[Array, "..."]:
     """Bounded to ±20 in value only: beyond, the gradient is that of the bound, not 0."""
-    bounded = jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return log_ratio + stop_gradient(bounded - log_ratio)
+    return _with_value(log_ratio, jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+
+
+@jax.custom_jvp
+def _with_value(x: Float[Array, "..."], value: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`value`, with the gradient of `x`: x + (value - x) would be NaN where x is infinite."""
+    return value
+
+
+@_with_value.defjvp
+def _slope_of_x(primals, tangents):
+    return _with_value(*primals), tangents[0]
 
 
 def row_mean(x: PerToken, mask: Mask) -> Float[Array, " B"]:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -23,8 +22,8 @@ from gspo_jax.losses import kl as kl_penalty
 from gspo_jax.losses import value as value_loss
 from gspo_jax.models.moe import Routing, balance, router_metrics
 from gspo_jax.models.qwen import Qwen
-from gspo_jax.optim import Optimizer
-from gspo_jax.sharding import by_rows, regathering, split_by
+from gspo_jax.optim import Optimizer, global_norm
+from gspo_jax.sharding import by_rows, regathering, split_by, widened
 
 Metrics = dict[str, Any]
 
@@ -164,8 +163,8 @@ def before_response(
     """
     predicted = batch.prompt_length[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
     predicted = jnp.clip(predicted, 1, batch.tokens.shape[1] - 1)  # padding and no rows; masked
-    before = jnp.take_along_axis(hidden, (predicted - 1)[..., None], axis=1)
-    return before, jnp.take_along_axis(batch.tokens, predicted, axis=1)
+    before = jnp.take_along_axis(widened(hidden), (predicted - 1)[..., None], axis=1)
+    return before.astype(hidden.dtype), jnp.take_along_axis(batch.tokens, predicted, axis=1)
 
 
 def share_of_loss(
@@ -219,7 +218,7 @@ def measure(
         metrics |= found
     bonus, found = entropy_bonus(at.entropy, batch.mask)
     loss += objective.entropy_coef * bonus.total / jnp.maximum(bonus.weight, 1)
-    grad_norm = optax.global_norm(grads.policy)
+    grad_norm = global_norm(grads.policy)
     metrics |= {"loss": loss, "grad_norm": grad_norm} | found
     finite = jnp.isfinite(loss + grad_norm)
     if objective.critic is not None:
@@ -249,7 +248,7 @@ def _critic_metrics(term, value, targets, mask, grads) -> Metrics:
     return {
         "critic/vf_loss": total / jnp.maximum(weight, 1),
         "critic/vf_clipfrac": found["value_clip_frac"],
-        "critic/grad_norm": optax.global_norm(grads),
+        "critic/grad_norm": global_norm(grads),
     }
 
 

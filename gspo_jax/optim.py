@@ -15,7 +15,7 @@ from zlib import crc32
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from gspo_jax.errors import check_choice
 from gspo_jax.quant import Quantised, block_size, dequantise, hashed, quantise
@@ -131,7 +131,7 @@ def leaf_by_leaf(inner: optax.GradientTransformation, *, max_grad_norm: float) -
     whole = optax.chain(optax.clip_by_global_norm(max_grad_norm), inner)
 
     def step(grads: PyTree, state: Any, params: PyTree, go: Bool[Array, ""]):
-        norm = optax.global_norm(grads)
+        norm = global_norm(grads)
 
         def one(grad, state, param):
             grad = jnp.where(norm < max_grad_norm, grad, grad / norm * max_grad_norm)
@@ -174,6 +174,11 @@ def schedule_count(state: PyTree) -> Int[Array, ""]:
 
 def _is_clock(x: Any) -> bool:
     return isinstance(x, optax.ScaleByScheduleState)
+
+
+def global_norm(grads: PyTree) -> Float[Array, ""]:
+    """√(Σ g²) over every element of every leaf: what is clipped by, logged and compared."""
+    return optax.tree.norm(grads)
 
 
 def _parts(state: PyTree, tree: Any) -> list[PyTree]:

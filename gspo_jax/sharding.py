@@ -166,7 +166,8 @@ def by_rows(
     def local(*given):
         shares = zip(given[len(rows) :], specs, weights, strict=True)
         whole = (gathered(share, spec, w.dtype) for share, spec, w in shares)
-        return function(*given[: len(rows)], *whole)
+        own = (x.astype(row.dtype) for x, row in zip(given, rows, strict=False))
+        return function(*own, *whole)
 
     count, split = len(rows[0]), partition_spec(("batch",), mesh)
     spread = jax.shard_map(
@@ -175,7 +176,7 @@ def by_rows(
         out_specs=split,
         check_vma=False,
     )
-    out = spread(*(fill_up(x, mesh) for x in rows), *map(widened, weights))
+    out = spread(*(fill_up(widened(x), mesh) for x in rows), *map(widened, weights))
     return jax.tree.map(lambda y: y[:count], out)
 
 
@@ -193,31 +194,38 @@ def gathered(x: jax.Array, spec: PartitionSpec, dtype: DTypeLike) -> jax.Array:
     x = x.astype(dtype)
     for i, part in enumerate(spec):
         if part == GATHERED:
-            x = _gather(x, i)
+            x = gather(x, i, GATHERED)
     return x
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(x: jax.Array, axis: int) -> jax.Array:
-    return jax.lax.all_gather(x, GATHERED, axis=axis, tiled=True)
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(x: jax.Array, axis: int, over: str) -> jax.Array:
+    """Inside `jax.shard_map`: the shares of the devices of `over`, side by side along `axis`.
+
+    Its gradient is scattered again, and summed over devices in float32 at least.
+    """
+    return jax.lax.all_gather(x, over, axis=axis, tiled=True)
 
 
-def _gather_forward(x: jax.Array, axis: int) -> tuple[jax.Array, None]:
-    return jax.lax.all_gather(x, GATHERED, axis=axis, tiled=True), None
+def _gather_forward(x: jax.Array, axis: int, over: str) -> tuple[jax.Array, None]:
+    return jax.lax.all_gather(x, over, axis=axis, tiled=True), None
 
 
-def _scatter(axis: int, _: None, g: jax.Array) -> tuple[jax.Array]:
-    wide = g.astype(float_dtype(g))
-    total = jax.lax.psum_scatter(wide, GATHERED, scatter_dimension=axis, tiled=True)
+def _scatter(axis: int, over: str, _: None, g: jax.Array) -> tuple[jax.Array]:
+    total = jax.lax.psum_scatter(widened(g), over, scatter_dimension=axis, tiled=True)
     return (total.astype(g.dtype),)
 
 
-_gather.defvjp(_gather_forward, _scatter)
+gather.defvjp(_gather_forward, _scatter)
 
 
 def widened(x: jax.Array) -> jax.Array:
-    """A weight as it enters `jax.shard_map`: so that its gradient is summed in float32 there."""
-    return x.astype(float_dtype(x))
+    """What is about to be repeated, picked from or shared, in float32 at least.
+
+    Whoever takes it rounds it to its own dtype after that, and its gradient is summed in float32
+    before. Integers stay.
+    """
+    return x.astype(float_dtype(x)) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def regathering(function: Callable[..., Any]) -> Callable[..., Any]:

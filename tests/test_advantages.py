@@ -1,5 +1,7 @@
 """Advantages by hand and by identity."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,6 +182,41 @@ def test_large_rewards_keep_their_digits():
     reward = jnp.array([1e6, 1e6 + 1, 1e6, 1e6 + 1], jnp.float32)
     got = group_normalised(reward, 4, eps=0.0)
     np.testing.assert_allclose(got, 0.8660254 * np.array([-1, 1, -1, 1]), rtol=1e-6)
+
+
+OFFSETS = [  # of 1e7 float32 has every integer, of their sum 4e7 + 1 only every fourth
+    [1e7 + 1, 1e7, 1e7, 1e7],
+    [-1e7 + 1, -1e7, -1e7, -1e7],
+    [1e20, 0, 0, 0],  # whose square is infinite
+    [1e-30, 0, 0, 0],  # whose square is 0
+]
+
+
+@pytest.mark.parametrize("reward", OFFSETS, ids=["offset", "below", "huge", "tiny"])
+def test_neither_an_offset_nor_a_scale_costs_digits(reward):
+    """One of four above the rest: centred 3/4 and -1/4 of the distance, which has std 1/2 of it."""
+    reward = jnp.array([*reward, NAN, *reward[1:]], jnp.float32)  # and a group without spread
+    scored = reward[:4]
+    distance = np.float64(scored[0]) - np.float64(scored[1])
+    ones = np.array([0.75, -0.25, -0.25, -0.25])
+    want = np.array([*ones, 0, 0, 0, 0]) * distance
+    for advantage in (group_centred, partial(group_normalised, scale="none")):
+        np.testing.assert_allclose(advantage(reward, 4), want, rtol=1e-6)
+    np.testing.assert_allclose(leave_one_out(reward, 4), want * 4 / 3, rtol=1e-6)
+    ids = jnp.array([3, 3, 3, 3, 1, 1, 1, 1])
+    for options in ({"group_size": 4}, {"group_size": None, "groups": ids}):
+        got = group_normalised(reward, **options, eps=0.0)
+        np.testing.assert_allclose(got, [1.5, -0.5, -0.5, -0.5, 0, 0, 0, 0], rtol=1e-6)
+    by_batch = group_normalised(scored, 4, scale="batch", eps=0.0)
+    np.testing.assert_allclose(by_batch, 2 * ones, rtol=1e-6)
+    np.testing.assert_allclose(batch_whitened(scored, eps=0.0), 2 * ones, rtol=1e-6)
+    np.testing.assert_allclose(reinforce_pp(scored, 4, eps=0.0), 2 * ones, rtol=1e-6)
+
+
+def test_eps_is_in_units_of_reward_whatever_its_size():
+    reward = jnp.array([1e7 + 1, 1e7, 1e7, 1e7], jnp.float32)  # std 1/2
+    np.testing.assert_allclose(group_normalised(reward, 4, eps=0.5), [0.75, *[-0.25] * 3])
+    np.testing.assert_allclose(batch_whitened(reward, eps=0.75), [0.75, *[-0.25] * 3])  # 1/4 + 3/4
 
 
 @pytest.mark.parametrize("eps", [1e-8, 0.5])

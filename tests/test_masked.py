@@ -17,7 +17,7 @@ from gspo_jax.masked import (
     saturated,
 )
 
-NAN = jnp.nan
+NAN, INF = jnp.nan, jnp.inf
 MASK = jnp.array([[True, True, True], [False, True, False], [False, False, False]])
 X = jnp.array([[1.0, 2.0, 6.0], [NAN, 5.0, NAN], [NAN, NAN, NAN]])
 
@@ -64,6 +64,19 @@ def test_saturated_bounds_the_value_and_keeps_the_slope():
     x = jnp.array([-100.0, -20.5, -3.0, 0.0, 3.0, 20.5, 100.0])
     np.testing.assert_array_equal(saturated(x), [-20, -20, -3, 0, 3, 20, 20])
     np.testing.assert_array_equal(jax.grad(lambda x: saturated(x).sum())(x), 1)
+
+
+def test_a_log_ratio_is_bounded_where_either_side_is_minus_infinity():
+    """A token that neither policy can draw has the same probability under both: its ratio is 1."""
+    logp, old = jnp.array([[-INF, -1.0, -INF, -3.0]]), jnp.array([[-1.0, -INF, -INF, -1.0]])
+    mask = jnp.ones_like(logp, bool)
+    got = log_ratio(logp, old, mask)
+    np.testing.assert_array_equal(saturated(got), [[-20, 20, 0, -2]])
+    assert jnp.isfinite(row_mean(got, mask)[0])  # with infinity on both sides it would be NaN
+    slope = jax.grad(lambda x: saturated(log_ratio(x, old, mask)).sum())(logp)
+    np.testing.assert_array_equal(slope, 1)
+    np.testing.assert_array_equal(log_ratio(logp, None, mask), 0)
+    assert jnp.isnan(saturated(log_ratio(jnp.array([[NAN]]), old[:, :1], mask[:, :1])))
 
 
 def test_diagnostics_of_what_is_clipped_by_row_or_by_token():

@@ -4,10 +4,16 @@
                            gradient is reduce-scattered; W's columns split over tensor leave y
                            split, and W's rows split over tensor are summed after it
     lookup   table[ids]    the ids travel to the slices of the table, what is found comes back
+    spread   a bias or a scale, once for each row of what it is added to or multiplied with
 
-On one device they are `x @ W` and `table[ids]`. On more, each is one `jax.shard_map`: its
-collectives are the ones written here, whatever compiler or backend; their transposes are those
-of the backward pass.
+On one device they are `x @ W`, `table[ids]` and a broadcast. On more, the first two are one
+`jax.shard_map` each: its collectives are the ones written here, whatever compiler or backend; their
+transposes are those of the backward pass.
+
+Gradients are summed in float32. A product's are by the matmul itself. To pick and to repeat are
+exact in any dtype, but the transpose of either is a sum over tokens, in the dtype of what was
+picked or repeated: in bfloat16 256 + 1 is 256. So that is done to a copy in float32 and rounded
+after it, which gives the same numbers forwards, and backwards one rounding of a finished sum.
 """
 
 import jax
@@ -41,46 +47,51 @@ def dense(x: Float[Array, "B S I"], *kernels: nnx.Param) -> list[Float[Array, "B
     def local(x, *shards):
         for axis in {_stays(spec[1]) for spec in specs} - {None}:
             # Once for all kernels: the gradient of x is summed over their columns once, too.
-            x = jax.lax.pcast(x, axis, to="varying")
+            x = jax.lax.pcast(widened(x), axis, to="varying").astype(x.dtype)
         # Before they are gathered, so that of their gradients only shares are summed over data.
         shards = (_by_row(w, spec, batch) for w, spec in zip(shards, specs, strict=True))
         out = [x @ gathered(w, spec, x.dtype) for w, spec in zip(shards, specs, strict=True)]
         return [jax.lax.psum(y, inner) if inner else y for y in out]
 
     batch = partition_spec(("batch",), mesh)[0]
-    spread = jax.shard_map(
+    run = jax.shard_map(
         local,
         in_specs=(PartitionSpec(batch, inner), *specs),
         out_specs=[PartitionSpec(batch, _stays(spec[1])) for spec in specs],
     )
-    found = spread(fill_up(rows, mesh), *map(widened, matrices))
+    found = run(fill_up(rows, mesh), *map(widened, matrices))
     return [y[: B * S].reshape(B, S, -1) for y in found]
 
 
 def lookup(table: nnx.Param, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
     """table[ids]: rows of a [V, D] table, which is split along V over tensor and D over fsdp."""
     if (mesh := current_mesh()) is None:
-        return table[...][ids]
+        return widened(table[...])[ids].astype(table.dtype)
     spec = partition_spec(table.axes, mesh, table.shape)
     (tokens, slices), dtype = spec, table.dtype
 
     def local(ids, table):
-        table = _by_row(table, spec, batch[0]).astype(dtype)
+        table = _by_row(table, spec, batch[0])
         if slices:  # every device has a slice of every row: it serves the ids of all of them
             ids = jax.lax.all_gather(ids, slices, tiled=True)
         if tokens:
             ids = ids - jax.lax.axis_index(tokens) * len(table)
             here = (ids >= 0) & (ids < len(table))
-            found = jnp.where(here[:, None], table[jnp.where(here, ids, 0)], 0)
-            found = jax.lax.psum(found, tokens)
+            found = table[jnp.where(here, ids, 0)].astype(dtype)
+            found = jax.lax.psum(jnp.where(here[:, None], found, 0), tokens)
         else:
-            found = table[ids]
+            found = table[ids].astype(dtype)
         return jax.lax.all_to_all(found, slices, 0, 1, tiled=True) if slices else found
 
     batch = partition_spec(("batch",), mesh)
-    spread = jax.shard_map(local, in_specs=(batch, spec), out_specs=batch)
+    run = jax.shard_map(local, in_specs=(batch, spec), out_specs=batch)
     flat = fill_up(ids.reshape(-1), mesh)
-    return spread(flat, widened(table[...]))[: ids.size].reshape(*ids.shape, -1)
+    return run(flat, widened(table[...]))[: ids.size].reshape(*ids.shape, -1)
+
+
+def spread(vector: Float[Array, " D"], shape: tuple[int, ...]) -> Float[Array, "*batch D"]:
+    """`vector` repeated along all but the last axis of `shape`."""
+    return jax.lax.broadcast_in_dim(widened(vector), shape, (len(shape) - 1,)).astype(vector.dtype)
 
 
 def _by_row(w: Array, spec: PartitionSpec, batch: str | tuple[str, ...] | None) -> Array:

@@ -36,7 +36,7 @@ from gspo_jax.masked import float_dtype
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.init import kernel
 from gspo_jax.models.linear import dense
-from gspo_jax.sharding import by_rows, split_by
+from gspo_jax.sharding import by_rows, gather, split_by, widened
 
 
 class Routing(NamedTuple):
@@ -179,9 +179,8 @@ def spread_mixture(
         if owners is None:
             y = mixture(h, ids, gates, *kernels)
         else:
-            h, ids, gates = (
-                jax.lax.all_gather(x, owners, tiled=True) for x in (h, ids.astype(jnp.int32), gates)
-            )
+            ids = jax.lax.all_gather(ids.astype(jnp.int32), owners, tiled=True)
+            h, gates = gather(h, 0, owners), gather(gates, 0, owners)
             own = ids - jax.lax.axis_index(owners) * kernels[0].shape[0]
             y = own_mixture(E, h, own, gates, *kernels)
             y = jax.lax.psum_scatter(y, owners, tiled=True)
@@ -203,7 +202,8 @@ def mixture(
     source, slot, expert = tiles(ids, gate.shape[0])
     N, X = ids.shape
     # A padding row reads no token (mode fill gives zeros), and no token reads its output.
-    x = jnp.take(h, source // X, axis=0, mode="fill", fill_value=0)  # [t, r, D]
+    x = jnp.take(widened(h), source // X, axis=0, mode="fill", fill_value=0)  # [t, r, D]
+    x = x.astype(h.dtype)
     inner = jax.nn.silu(tile_matmul(x, gate, expert)) * tile_matmul(x, up, expert)
     out = tile_matmul(inner, down, expert).reshape(-1, h.shape[1])
     y = out[slot].reshape(N, X, -1)
@@ -363,4 +363,4 @@ def tile_matmul(
     x: Float[Array, "t r I"], kernel: Float[Array, "E I O"], expert: Int[Array, " t"]
 ) -> Float[Array, "t r O"]:
     """Each tile times its expert's matrix."""
-    return jnp.einsum("tri,tio->tro", x, kernel[expert])
+    return jnp.einsum("tri,tio->tro", x, widened(kernel)[expert].astype(kernel.dtype))

@@ -24,7 +24,7 @@ from gspo_jax.models.attention import attend, check_attention, fused
 from gspo_jax.models.cache import Cache, LayerCache, write
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.init import constant, kernel
-from gspo_jax.models.linear import dense, lookup
+from gspo_jax.models.linear import dense, lookup, spread
 from gspo_jax.models.moe import Experts, Routing, join
 from gspo_jax.models.remat import check_remat, recomputed
 from gspo_jax.models.rope import inverse_frequencies
@@ -98,7 +98,7 @@ class Layer(nnx.Module):
         q, k, v = dense(h, self.q, self.k, self.v)
         if c.qkv_bias:
             biases = (self.q_bias[...], self.k_bias[...], self.v_bias[...])
-            q, k, v = (y + bias[None, None] for y, bias in zip((q, k, v), biases, strict=True))
+            q, k, v = (y + spread(bias, y.shape) for y, bias in zip((q, k, v), biases, strict=True))
         B, S, _ = h.shape
         q, k, v = (y.reshape(B, S, -1, c.head_dim) for y in (q, k, v))
         if c.qk_norm:
@@ -282,7 +282,7 @@ def rms_norm(
     """x / sqrt(mean(x²) + eps) * scale, with the statistics in float32 at least."""
     wide = x.astype(float_dtype(x))
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * jax.lax.broadcast_in_dim(scale, x.shape, (x.ndim - 1,))
+    return normed.astype(x.dtype) * spread(scale, x.shape)
 
 
 def rotate(x: Float[Array, "B N S H"], rope: Rope) -> Float[Array, "B N S H"]:
