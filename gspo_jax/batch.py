@@ -20,7 +20,8 @@ class Problem:
 
     Attributes:
         id: a name for the logs, unique within its task.
-        prompt: the question, or a chat as a list of `{"role": ..., "content": ...}`.
+        prompt: the question, or a chat as a list of `{"role": ..., "content": ...}`, whose turns
+            may hold more that a chat template reads, such as "tool_calls".
         answer: the gold answer; None where only a user's reward function can tell.
         columns: every other field of the data row, passed by name to reward functions.
         opened: what the rendered prompt opened and left to the response to close: "<think>" where
@@ -28,7 +29,7 @@ class Problem:
     """
 
     id: str
-    prompt: str | list[dict[str, str]]
+    prompt: str | list[dict[str, Any]]
     answer: str | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     opened: str = ""

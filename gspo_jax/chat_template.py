@@ -23,6 +23,8 @@ class ChatTemplate:
     Attributes:
         name: says in errors where it came from.
         variables: the names that it looks at: `messages`, `bos_token`, `enable_thinking`, ...
+        keys: the names of parts that it looks at, of messages and of what is in them: `content`,
+            `tool_calls`, ...
     """
 
     def __init__(self, source: str, *, name: str = "chat template"):
@@ -33,6 +35,10 @@ class ChatTemplate:
         try:
             parsed = self._environment.parse(source)
             self.variables = meta.find_undeclared_variables(parsed)
+            self.keys = {node.attr for node in parsed.find_all(nodes.Getattr)}
+            self.keys |= {
+                node.value for node in parsed.find_all(nodes.Const) if isinstance(node.value, str)
+            }
             self._template = self._environment.from_string(self._environment.metered(source))
         except Exception as error:  # Python compiles what Jinja made of it, and may refuse it too
             raise DataError(f"{name}: not a chat template ({_one_line(error)}).") from None

@@ -51,7 +51,8 @@ def evaluate(
         `eval/greedy`, `eval/avg@k`, `eval/pass@k` and `eval/maj@k` with `_low` and `_high` (95 %),
         `eval/n` problems, and over the samples (without any, the greedy completions) the shares
         `eval/truncated`, `eval/no_answer` (none that `answer_in` reads) and `eval/not_scored`
-        (which count as 0), and `eval/mean_length` in tokens.
+        (which count as 0), and `eval/mean_length` in tokens. Where some problem has no answer to
+        compare with, neither `eval/maj@k` nor `eval/no_answer`.
     """
     run = partial(
         responses,
@@ -80,7 +81,11 @@ def evaluate(
     }
     return result | {
         "eval/n": len(problems),
-        **{f"eval/{k}": float(found[f"{of}/{what}"].values.mean()) for k, what in names.items()},
+        **{
+            f"eval/{k}": float(found[f"{of}/{what}"].values.mean())
+            for k, what in names.items()
+            if f"{of}/{what}" in found
+        },
     }
 
 
@@ -139,16 +144,20 @@ def responses(
 def _record(
     problem: Problem, text: str, answer_in: Callable[[Problem, str], str | None], **rest: Any
 ) -> Record:
+    """A record; without an "answer" where there is none to compare one with."""
     opened = {"opened": problem.opened} if problem.opened else {}
-    answer = answer_in(problem, problem.opened + text)
-    return {"id": problem.id, **rest, "answer": answer, **opened, "text": text}
+    read = answer_in(problem, problem.opened + text)
+    answer = {} if problem.answer is None else {"answer": read}
+    return {"id": problem.id, **rest, **answer, **opened, "text": text}
 
 
 def evaluate_policy(
     config: Config, policy: Policy, problems: Problems, params: PyTree
 ) -> dict[str, float]:
-    """`evaluate` as `config.eval` says; an empty dict if its split has no problems."""
+    """`evaluate` as `config.eval` says; {} if its split has no problems, or nothing scores them."""
     e = config.eval
+    if problems.task.unscored and not config.task.rewards:
+        return {}
     count = min(e.problems, len(problems.indices.get(e.split, ())))
     if not count:
         return {}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from gspo_jax.models.hf import lent_files, load_model, read_config
 from gspo_jax.models.qwen import Qwen
 from gspo_jax.models.remat import POLICIES, activation_bytes, choose_remat, share_of
 from gspo_jax.objective import cast
-from gspo_jax.rollout import Scorer, encode_prompts
+from gspo_jax.rollout import Scorer
 from gspo_jax.settings import AlgoConfig
 from gspo_jax.sharding import (
     RULES,
@@ -192,28 +193,37 @@ def param_shardings(params: PyTree, mesh: Mesh) -> PyTree:
 
 
 def load_problems(
-    config: Config, tokenizer: Tokenizer, *, train: bool = True, task: Task | None = None
+    config: Config,
+    tokenizer: Tokenizer,
+    *,
+    train: bool = True,
+    scored: bool = True,
+    task: Task | None = None,
 ) -> Problems:
     """The task's problems with prompts of at most `task.max_prompt_length` tokens.
 
     Args:
         train: there must be training problems, which benchmarks do not have.
+        scored: responses will be scored; where problems have no answers, `task.rewards` has to.
         task: the one that `config.task` describes, where it has been loaded before.
 
     Raises:
+        ConfigError: nothing could score the responses.
         DataError: a prompt is longer and `task.long_prompts` is "refuse", no training problem is
             left, or a reward function fails on the first of them.
     """
     c = config.task
     if task is None:
         task = load_task(c.name, seed=c.seed, fields=c.fields, **{"path": c.path, **c.options})
+    if scored and all(spec.startswith("gspo_jax.tasks.") for spec in c.rewards):
+        task = _scored(task, tokenizer)
     functions: dict = {task.name: task.reward}  # ours: pure and bounded, called where it is
     if c.rewards:
         functions = load_remote(c.rewards, seconds=c.reward_timeout, memory=c.reward_memory)
     weights = list(c.reward_weights) or [1.0] * len(functions)
     indices, lengths, too_long = {}, {}, 0
     for split, size in task.size.items():
-        prompts = encode_prompts(tokenizer, [task.problem(split, i) for i in range(size)])
+        prompts = [_encoded(tokenizer, task.problem(split, i)) for i in range(size)]
         kept = [i for i, ids in enumerate(prompts) if 0 < len(ids) <= c.max_prompt_length]
         if len(kept) < size and c.long_prompts == "refuse":
             first = min(set(range(size)) - set(kept))
@@ -228,7 +238,10 @@ def load_problems(
         indices[split] = kept
         lengths[split] = [len(prompts[i]) for i in kept]
     if train and not task.size["train"]:
-        raise DataError(f"{c.path or c.name} has no training problems, only {task.size}.")
+        raise DataError(
+            f"{c.path or c.name} has no training problems, only {task.size}."
+            + (" task.options.split=train trains on all of its rows." if c.path else "")
+        )
     first_split = next((s for s in ("train", *indices) if indices[s]), None)
     if first_split is None or (train and not indices["train"]):
         raise DataError(
@@ -243,6 +256,25 @@ def load_problems(
     shortest, longest = min(lengths[first_split]), max(lengths[first_split])
     stages = _stages(task, indices["train"], c.curriculum)
     return Problems(task, indices, too_long, scorer, shortest, longest, stages)
+
+
+def _scored(task: Task, tokenizer: Tokenizer) -> Task:
+    """The task, which its own reward can score; with a warning where nothing asks for the box."""
+    if task.unscored:
+        raise ConfigError(task.unscored)
+    split = next((s for s, size in task.size.items() if size), None)
+    if not task.unboxed or split is None:
+        return task
+    if "\\boxed" in tokenizer.render(task.problem(split, 0).prompt):  # the template asks for it
+        return task
+    return replace(task, warnings=(*task.warnings, task.unboxed))
+
+
+def _encoded(tokenizer: Tokenizer, problem: Problem) -> list[int]:
+    try:
+        return tokenizer.encode_prompt(problem.prompt)
+    except DataError as error:
+        raise DataError(f"{problem.id!r:.60}: {error}") from None
 
 
 def _stages(task: Task, kept: list[int], starts: dict[str, float]) -> tuple:

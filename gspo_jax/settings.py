@@ -35,9 +35,9 @@ class TaskConfig:
     name: str | None = "arithmetic"
     """A built-in task, from tasks.TASKS; null where `path` is set."""
     path: str | None = None
-    """Data of your own: a JSONL, JSON or parquet file, a directory, or a hub dataset."""
+    """Data of your own: a JSONL, JSON, CSV or parquet file, a directory, or a hub dataset."""
     fields: dict[str, str] = field(default_factory=dict)
-    """Which columns of the data are meant: {prompt: question, answer: solution}."""
+    """Which columns of the data are meant: {prompt: "{Body} {Question}", answer: solution}."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the built-in task, or of tasks.user_data."""
     curriculum: dict[str, float] = field(default_factory=dict)

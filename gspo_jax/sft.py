@@ -32,7 +32,7 @@ def sft(config: Config) -> Result:
     """
     c = config
     policy = load_policy(config)
-    problems = load_problems(config, policy.tokenizer)
+    problems = load_problems(config, policy.tokenizer, scored=False)
     optimizer, schedule, state = make_state(config, policy, updates=c.run.steps)
     sizes = text_sizes(config, problems, policy.mesh)
     how = passes(config, policy, sizes)

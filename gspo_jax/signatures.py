@@ -90,12 +90,15 @@ def _row(batch: Batch, b: int) -> dict[str, Any]:
 
 
 def _verl(batch: Batch, b: int) -> dict[str, Any]:
+    row, answer = _row(batch, b), batch.problems[b].answer
+    if answer is None:  # what its functions compare may be an object
+        answer = row.get("ground_truth", (row.get("reward_model") or {}).get("ground_truth"))
     return {
         "data_source": None,
         "extra_info": None,
-        **_row(batch, b),
+        **row,
         "solution_str": batch.texts[b],
-        "ground_truth": batch.problems[b].answer,
+        "ground_truth": answer,
     }
 
 

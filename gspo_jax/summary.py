@@ -6,7 +6,8 @@ file holds it:
     id, index      of the problem: its name, and its place among those that were asked
     sample         0 is the greedy response, 1 ... K are the samples
     text           without special tokens
-    answer         what was read out of it; None where there is none
+    answer         what was read out of it; None where there is none; not there where the problem
+                   has no answer to compare it with, and then nothing is said of answers
     score          None where no function scored it, which counts as 0
     tokens         its length, EOS included
     truncated      it ended at the length limit
@@ -85,7 +86,7 @@ def measures(records: Iterable[Record]) -> dict[str, Measure]:
         found[f"avg@{k}"] = Measure(scores.mean(1))
         ks = {2**i for i in range(1, k.bit_length()) if 2**i < k} | ({k} - {1})
         found |= {f"pass@{i}": Measure(pass_at_k(scores, i)) for i in sorted(ks)}
-        if k > 1:
+        if k > 1 and all("answer" in r for own in samples for r in own):
             found[f"maj@{k}"] = Measure(np.array([_voted(own) for own in samples]))
         found |= _of_responses(samples, f"avg@{k}")
     return found
@@ -153,7 +154,8 @@ def _of_responses(table: Sequence[Sequence[Record]], kind: str) -> dict[str, Mea
         right = [np.mean([r["right"] for r in own]) for own in table]
         cells = [own[0]["cells"] for own in table]
         found["cells"] = Measure(np.array(right, float), np.array(cells, float))
-    found["no answer"] = share(lambda r: r["answer"] is None)
+    if all("answer" in r for own in table for r in own):
+        found["no answer"] = share(lambda r: r["answer"] is None)
     found["truncated"] = share(lambda r: r["truncated"])
     found["tokens"] = share(lambda r: r["tokens"])
     found["not scored"] = share(lambda r: r["score"] is None)

@@ -77,6 +77,15 @@ class Tokenizer:
                 "use prompts that are strings, or add chat_template.jinja to the model directory."
             )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        for index, message in enumerate(messages):
+            if len(message) == 2:
+                continue
+            if unread := message.keys() - {"role", "content"} - self.template.keys:
+                raise DataError(
+                    f"messages[{index}] has {sorted(unread)}, of which the chat template "
+                    f"{self.template.name} reads nothing; take it out of the data, or train a "
+                    "model whose template reads it."
+                )
         return self.template.render(
             {
                 **self.specials,

@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,12 @@ from gspo_jax.rollout import encode_prompts, sample_completions, token_count
 from gspo_jax.spelling import meant
 from gspo_jax.tasks import load_task
 from gspo_jax.tasks.reasoning import MIX, reasoning_mix
+from gspo_jax.tasks.rows import ANSWER, answer_of, columns_of, problem_of
+from gspo_jax.tasks.sources import Row
 from gspo_jax.tasks.verify import counts_reasoning, list_accuracy
 from gspo_jax.tokenizer import Tokenizer
 
 Item = Mapping[str, Any]
-
-QUESTION = ("prompt", "query", "question", "problem", "messages")
-ANSWER = ("answer", "target_answer", "reference_answer", "solution", "ground_truth")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,9 +190,20 @@ def verified(query: str, response: str, item: Item) -> float:
     return float(score or 0)
 
 
-def gold(item: Item) -> str | None:
-    """The answer of an item, under the first of the usual names that it has."""
-    return next((str(item[key]) for key in ANSWER if item.get(key) is not None), None)
+def gold(item: Item, place: int = 0) -> str:
+    """The answer of an item, as a row of `task.path` is read.
+
+    Raises:
+        DataError: it has none, or what it has is not one answer.
+    """
+    row = Row(f"item {place}", None, {"prompt": "", **item})
+    column = columns_of([row], {}).get("answer")
+    if column is None:
+        raise DataError(
+            f"item {place} has no answer to compare with, none of {list(ANSWER)}; it has "
+            f"{list(item)}. Give it one, or the trainer a reward_fn."
+        )
+    return answer_of(row, column)
 
 
 class GSPOTrainer:
@@ -249,7 +259,7 @@ class GSPOTrainer:
             raise DataError("train_step was given no data.")
         chosen = [data[(self._place + i) % len(data)] for i in range(count)]
         self._place += count
-        asked = [as_problem(item, i) for i, item in enumerate(chosen)]
+        asked = self._problems(chosen, reward_fn)
         step = int(self.state.step) + 1
         with jax.set_mesh(self.policy.mesh):
             score = partial(self._score, reward_fn)
@@ -283,6 +293,7 @@ class GSPOTrainer:
         count, every = self.options.batch_size, self.options.eval_frequency
         steps = -(-len(data) * self.options.num_epochs // count)
         history = []
+        self._problems([*data, *eval_data], reward_fn)  # what is no item is said at the start
 
         def done(step: int, metrics: dict[str, Any]) -> None:
             if eval_data and (step in (0, steps) or (every and step % every == 0)):
@@ -310,7 +321,7 @@ class GSPOTrainer:
         self, data: Sequence[Item | str], reward_fn: Callable | None = None, samples: int = 0
     ) -> dict[str, float]:
         """Greedy accuracy (or mean reward), n and a 95 % interval; see `evaluate.evaluate`."""
-        problems = self._fitting([as_problem(item, i) for i, item in enumerate(data)])
+        problems = self._fitting(self._problems(data, reward_fn))
         with jax.set_mesh(self.policy.mesh):
             return evaluate(
                 self.policy.sampler(self.state.params),
@@ -348,6 +359,10 @@ class GSPOTrainer:
         """The weights as a Hugging Face directory, which must not be there yet."""
         return export_params(self.policy, self.state.params, Path(out_dir))
 
+    def _problems(self, data: Sequence[Item | str], reward_fn: Callable | None) -> list[Problem]:
+        answered = (reward_fn or self.reward_fn) is verified
+        return [as_problem(item, i, answered=answered) for i, item in enumerate(data)]
+
     def _score(self, reward_fn: Callable | None, problems, texts, ids, **_: Any):
         functions = rewards.load_rewards([reward_fn or self.reward_fn])
         return rewards.score(functions, None, problems, texts, ids)
@@ -363,15 +378,31 @@ class GSPOTrainer:
         return problems
 
 
-def as_problem(item: Item | str, place: int) -> Problem:
-    """An item as a problem: a text, or a dict with a question and whatever belongs to it."""
-    if isinstance(item, str):
-        return Problem(str(place), item)
-    question = next((item[key] for key in QUESTION if item.get(key)), None)
-    if question is None:
-        raise DataError(f"item {place} has none of {list(QUESTION)}; it has {list(item)}.")
-    others = {key: value for key, value in item.items() if key != "prompt"}
-    return Problem(str(item.get("id", place)), question, gold(item), others)
+def as_problem(item: Item | str, place: int, *, answered: bool = False) -> Problem:
+    """An item as a problem: a text, or a dict that is read as a row of `task.path`.
+
+    Args:
+        place: of the item among the others.
+        answered: it has to have an answer, as `verified` needs one. Else what cannot be read as
+            one is left to the reward function.
+
+    Raises:
+        DataError: no question, or no answer where there has to be one.
+    """
+    row = Row(f"item {place}", None, {"prompt": item} if isinstance(item, str) else dict(item))
+    columns = columns_of([row], {})
+    column = columns.pop("answer", None)
+    problem = problem_of(row, columns, {})
+    answer = None
+    if answered or column:
+        try:
+            answer = gold(row.values, place)
+        except DataError:
+            if answered:
+                raise
+    named = problem.id if "id" in columns else str(place)
+    others = {k: v for k, v in row.values.items() if k != "prompt"} | problem.columns
+    return replace(problem, id=named, answer=answer, columns=others)
 
 
 def directory_of(model: Any, tokenizer: Any) -> Path:

@@ -23,7 +23,7 @@ LAYERS = [
     | {"checkpoint", "metrics", "figures", "page", "follow", "advice"},
     {"models.config", "tasks.math", "tasks.zebra", "tasks.reasoning", "tokenizer"}
     | {"tasks.countdown", "tasks.knights", "rewards"},
-    {"models.moe", "models.remat", "workers", "report", "comparison", "snapshot"},
+    {"models.moe", "models.remat", "tasks.rows", "workers", "report", "comparison", "snapshot"},
     {"models.qwen", "reward_worker", "monitor", "terminal", "tasks.gym", "tasks.math_verify"},
     {"models.hf", "tasks.data", "tasks.latex", "tasks.gym_judge"},
     {"tasks.published"},

@@ -18,13 +18,13 @@ def measure(tiny_dir):
     from gspo_jax.models import load_model
 
     view, tokenizer = nnx.split(load_model(tiny_dir)), load_tokenizer(tiny_dir)
-    problems = [Problem(str(i), f"Say {i}") for i in range(5)]
+    problems = [Problem(str(i), f"Say {i}", str(i)) for i in range(5)]
 
     def by_length(problems, texts, ids):
         reward = np.array([len(i) % 2 if len(i) > 1 else np.nan for i in ids], np.float32)
         return {"odd": reward}, reward, {}
 
-    def run(function=evaluate, **options):
+    def run(function=evaluate, problems=problems, **options):
         asked = partial(function, view, tokenizer, problems, by_length)
         return asked(temperature=1.0, max_new_tokens=6, key=jax.random.key(3), **options)
 
@@ -51,6 +51,13 @@ def test_without_samples_only_greedy_is_measured(measure):
     names = set(measure(samples=0, batch=5))
     shares = ("eval/truncated", "eval/no_answer", "eval/not_scored", "eval/mean_length")
     assert names == {"eval/n", "eval/greedy", "eval/greedy_low", "eval/greedy_high", *shares}
+
+
+def test_without_answers_to_compare_with_nothing_is_said_of_answers(measure):
+    asked = [Problem(str(i), f"Say {i}") for i in range(5)]
+    names = set(measure(samples=2, batch=5, problems=asked))
+    assert {"eval/avg@2", "eval/pass@2", "eval/truncated"} <= names
+    assert not [name for name in names if "maj" in name or "answer" in name]
 
 
 def test_a_record_says_what_was_answered_and_how_it_was_scored(measure):

@@ -8,6 +8,7 @@ from flax import nnx
 
 from gspo_jax import GSPOConfig, GSPOCustomDataset, GSPOTrainer, load_model
 from gspo_jax.errors import ConfigError, DataError
+from gspo_jax.tasks import user_data
 from gspo_jax.tokenizer import load_tokenizer
 from gspo_jax.trainer import as_problem, verified
 
@@ -167,5 +168,34 @@ def test_an_item_is_a_text_or_has_a_question():
     assert as_problem("Why?", 3).prompt == "Why?"
     problem = as_problem({"question": "Why?", "answer": 6, "topic": "x"}, 0)
     assert (problem.prompt, problem.answer, problem.columns["topic"]) == ("Why?", "6", "x")
-    with pytest.raises(DataError, match=r"item 2 has none of .*it has .'text'"):
+    with pytest.raises(DataError, match=r"item 2:prompt: none of the columns \['text'\]"):
         as_problem({"text": "Why?"}, 2)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Q", "answer": "3 + 4 = 7\n#### 7"},  # GSM8K
+        {"problem": "Q", "solution": r"So it is \boxed{7}."},  # MATH
+        {"prompt": "Q", "reward_model": {"ground_truth": ["7"]}},  # verl
+        {"query": "Q", "target_answer": 7, "solution": "Count them."},
+    ],
+)
+def test_an_item_and_a_row_of_a_file_have_the_same_gold_answer(tmp_path, row):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    task = user_data(tmp_path / "rows.jsonl")
+    assert as_problem(row, 0, answered=True).answer == "7" == task.problem("train", 0).answer
+    assert verified("Q", r"\boxed{7}", row) == 1 and verified("Q", r"\boxed{3}", row) == 0
+
+
+def test_items_without_an_answer_are_refused_unless_a_function_scores_them(trainer, monkeypatch):
+    """At the start of a whole training, although the bad item would come last."""
+    monkeypatch.setattr(trainer, "train_step", lambda *_: {"trained": 1})
+    monkeypatch.setattr(trainer, "reward_fn", verified)
+    data = [{"prompt": "Q", "answer": 7}, {"prompt": "Q", "label": 7}]
+    with pytest.raises(DataError, match=r"item 1 has no answer .* it has \['prompt', 'label'\]"):
+        trainer.train(data)
+    with pytest.raises(DataError, match="item 0 has no answer"):
+        trainer.evaluate(["Q"])
+    assert len(trainer.train(data, reward_fn=lambda query, response: 1.0)) > 1
+    assert as_problem({"prompt": "Q", "answer": {"a": 7}}, 0).columns["answer"] == {"a": 7}

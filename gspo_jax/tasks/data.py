@@ -1,32 +1,42 @@
-"""Problems from data of the user's own: JSONL, JSON, parquet, or a Hugging Face dataset.
+"""Problems from data of the user's own: files, or a Hugging Face dataset.
 
-A row becomes a Problem through the usual column names, in any case:
-
-    prompt   prompt | messages | question | problem | puzzle      a text, or a chat
-    answer   answer | solution | ground_truth | reward_model.ground_truth
-    split    split        train, val(idation) or test; else prompts are held out by their hash
-    id       id | unique_id | problem_idx       unique; else the place of the row in the file
-
-or through `fields`, such as `{"prompt": "text", "answer": "meta.result"}`. All of the row's
-columns stay available to reward functions, by their own names.
+`rows` says how a row becomes a Problem. Its split is that of the source (the name of a file, a
+directory or a split of the dataset, or the column "split"); where none is named, or "train" alone,
+prompts are held out by their hash. All of a row's columns stay available to reward functions.
 """
 
 import json
-from decimal import Decimal
-from math import isfinite
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from gspo_jax.batch import Problem
 from gspo_jax.errors import DataError
 from gspo_jax.tasks.math_verify import reward_of
-from gspo_jax.tasks.sources import SPLIT_NAMES, BadRows, Row, described, read_rows
+from gspo_jax.tasks.rows import (
+    ANSWER,
+    beside_the_prompt,
+    columns_of,
+    instructed,
+    problem_of,
+    row_error,
+    value_at,
+    words_of,
+)
+from gspo_jax.tasks.sources import (
+    SPLIT_NAMES,
+    BadRows,
+    Row,
+    described,
+    files_by_split,
+    named_split,
+    read_rows,
+)
 from gspo_jax.tasks.task import SPLITS, Task, fingerprint, fraction
-from gspo_jax.tasks.verify import MAX_ANSWER, boxed
+from gspo_jax.tasks.verify import MAX_ANSWER
 
-PROMPT = ("prompt", "messages", "question", "problem", "puzzle")
-ANSWER = ("answer", "solution", "ground_truth", "reward_model.ground_truth")
-ID = ("id", "unique_id", "problem_idx")
+BOX = "\\boxed"
 HELD_OUT = 0.1  # share of the prompts that becomes "test" where the data names no splits
 MIN_PROMPTS = 5  # with fewer different prompts nothing is held out
 
@@ -38,252 +48,209 @@ def user_data(
     max_bad_rows: int = 0,
     split: str | None = None,
     checker: str = "exact",
+    instruction: str = "",
 ) -> Task:
     """The task in a data file, a dataset directory, or a dataset of the Hugging Face hub.
 
-    Where neither the data nor its source names splits, every prompt whose hash falls into the
-    lowest tenth is held out as "test", and at least one is; the same prompt is always on the
-    same side. With fewer than 5 different prompts all of them are for training.
+    Rows of a split that its source names stay in it: gsm8k_test.jsonl, test-00000-of-00001.parquet
+    and a directory test/ hold test rows and nothing else. Where neither the data nor its source
+    names splits, or "train" alone, every prompt whose hash falls into the lowest tenth is held out
+    as "test", and at least one is; the same prompt is always on the same side. With fewer than 5
+    different prompts all of them are for training.
 
     A gold answer that is a worked solution is cut down to what follows ``####`` (GSM8K) or to
     its last ``\\boxed{}``. A chat that ends with the assistant's turn is a prompt without that
     turn, which becomes the column "completion".
 
     Args:
-        path: JSONL, JSON or parquet file; directory; or "owner/name[:config]".
+        path: JSONL, JSON, CSV (also as .gz) or parquet file; directory; or "owner/name[:config]".
         fields: columns by the name they are wanted under, "prompt", "answer", "id", "split" or
-            any other; a dotted name reaches into objects. An empty "answer" means there is none.
+            any other; a dotted name reaches into objects, and a prompt of several columns is
+            written "{Body} {Question}". An empty name means there is none.
         max_bad_rows: rows with errors that may be left out; they are counted in a warning.
         split: "train", "val" or "test": what all rows are, whatever the data says.
         checker: "exact", or "math-verify" for answers that are formulas; see `math_verify`.
+        instruction: what follows each question.
 
     Raises:
         ConfigError: an unknown checker, or one that is not installed.
         DataError: the first error beyond `max_bad_rows`, as file:line:column: what is wrong.
     """
-    reward = reward_of(checker)
+    reward, fields = reward_of(checker), fields or {}
     if split is not None and split not in SPLITS:
         raise DataError(f"split={split}: wanted one of {list(SPLITS)}.")
     bad = BadRows(max_bad_rows)
-    rows, warnings = list(read_rows(path, bad)), []
-    if split is None:
-        rows, warnings = _known_splits(rows, str(path))
-    rows = [row._replace(split=split or row.split) for row in rows]
+    rows, warnings = list(read_rows(path, bad)), _left_out(path)
     if not rows:
         raise DataError(f"{path}: no rows.")
-    columns = _columns(rows, dict(fields or {}))
+    columns = columns_of(rows, fields)
+    if split is None:
+        rows, split, doubts = _known_splits(rows, str(path), "split" in columns)
+        warnings += doubts
+    placed = _placed(rows, columns, fields, split, bad)
+    if not placed:
+        raise DataError(f"{path}: no good row is left; the first bad one is {bad.errors[0]}")
+    if bad.errors:
+        warnings.append(f"{path}: left out {len(bad.errors)} bad rows, first {bad.errors[0]}")
+    warnings += _unasked(rows, columns, fields, str(path))
+    content = fingerprint([(split, p.prompt, p.answer, p.columns) for split, p in placed])
+    problems = _by_split(placed)
+    warnings += _doubts(problems, str(path))
+    asked = {s: [with_instruction(p, instruction) for _, p in problems[s]] for s in SPLITS}
+    everything = [problem for split in SPLITS for problem in asked[split]]
+    return Task(
+        name=Path(path).stem,
+        size={split: len(asked[split]) for split in SPLITS},
+        problem=lambda split, index: asked[split][index],
+        reward=reward,
+        warnings=tuple(warnings),
+        fingerprint=fingerprint([content, instruction]) if instruction else content,
+        unscored="" if "answer" in columns else _unanswered(rows[0], str(path)),
+        unboxed="" if any(BOX in words_of(p.prompt) for p in everything) else _unboxed(str(path)),
+    )
+
+
+def with_instruction(problem: Problem, instruction: str) -> Problem:
+    """The problem as it is asked."""
+    if not instruction:
+        return problem
+    return replace(problem, prompt=instructed(problem.prompt, instruction))
+
+
+def _placed(
+    rows: list[Row],
+    columns: Mapping[str, str],
+    fields: Mapping[str, str],
+    split: str | None,
+    bad: BadRows,
+) -> list[tuple[str | None, Problem]]:
+    """The good rows, each with its split, or None where it has none."""
     placed: list[tuple[str | None, Problem]] = []
     seen: dict[tuple[str | None, str], str] = {}
     for row in rows:
         try:
             place = split or _split(row, columns)
-            problem = _problem(row, columns)
+            problem = problem_of(row, columns, fields)
             first = seen.setdefault((place, problem.id), row.place)
             if first != row.place:
-                raise _error(row, columns["id"], f"{problem.id!r} is taken by {first}")
+                raise row_error(row, columns["id"], f"{problem.id!r} is taken by {first}")
         except DataError as error:
             bad.add(error)
         else:
             placed.append((place, problem))
-    if not placed:
-        raise DataError(f"{path}: no good row is left; the first bad one is {bad.errors[0]}")
-    if bad.errors:
-        warnings.append(f"{path}: left out {len(bad.errors)} bad rows, first {bad.errors[0]}")
-    problems = _by_split(placed)
-    warnings += _doubts(problems, str(path))
-    return Task(
-        name=Path(path).stem,
-        size={split: len(problems[split]) for split in SPLITS},
-        problem=lambda split, index: problems[split][index],
-        reward=reward,
-        warnings=tuple(warnings),
-        fingerprint=fingerprint([(split, p.prompt, p.answer, p.columns) for split, p in placed]),
-    )
+    return placed
 
 
-def _known_splits(rows: list[Row], path: str) -> tuple[list[Row], list[str]]:
-    """Rows with "train", "val", "test" or None for the name their source gives its splits.
+def _left_out(path: str | Path) -> list[str]:
+    """What stands beside the files that are called after splits, and is not read."""
+    if not Path(path).is_dir():
+        return []
+    files, others = files_by_split(Path(path))
+    if not files or not others:
+        return []
+    names = [file.name for file in others]
+    return [f"{path}: {names} are not read, only {[file.name for _, file in files]}."]
 
-    A dataset of nothing but "train" names no splits in effect.
+
+def _known_splits(
+    rows: list[Row], path: str, has_column: bool
+) -> tuple[list[Row], str | None, list[str]]:
+    """Rows with "train", "val", "test" or None for the name their source gives its splits; the one
+    split that all of them belong to, if their file or directory is called so; and warnings.
+
+    A source of nothing but "train" names no splits in effect, nor does one whose rows do.
     """
     names = {row.split for row in rows}
     if names <= {None, "train"}:
-        return [row._replace(split=None) for row in rows], []
+        split = None if has_column else named_split(path) or next(iter(names))
+        rows = [row._replace(split=None) for row in rows]
+        if split != "train":
+            return rows, split, []
+        told = f'{path}: "train" alone; some of its prompts are held out as "test". '
+        return rows, None, [f"{told}task.options.split=train trains on all."]
     known = {name for name in names if name in SPLIT_NAMES}
     if not known:
         raise DataError(f"{path}: the splits {sorted(map(str, names))} are none of {list(SPLITS)}.")
-    kept = [row._replace(split=SPLIT_NAMES[row.split]) for row in rows if row.split in known]
+    ours = [row._replace(split=SPLIT_NAMES[row.split]) for row in rows if row.split in known]
     left = sorted(map(str, names - known))
-    return kept, [f"{path}: the splits {left} are not used."] if left else []
+    return ours, None, [f"{path}: the splits {left} are not used."] if left else []
 
 
-def _columns(rows: list[Row], fields: dict[str, str]) -> dict[str, str]:
-    """Which column holds the prompt, and which the answer, the id and the split if any does."""
-    present = {name: name for row in rows for name in row.values}
-    any_case = {name.lower(): name for name in reversed(present)}
-    usual = {"prompt": PROMPT, "answer": ANSWER, "id": ID, "split": ("split",)}
-    columns = {}
-    for role, names in usual.items():
-        if role not in fields:
-            found = [any_case[n] for n in names if n in any_case]
-            found += [n for n in names if any(_has(row.values, n) for row in rows if "." in n)]
-            columns |= {role: found[0]} if found else {}
-    columns |= {role: column for role, column in fields.items() if column}
-    if "prompt" not in columns:
-        raise _error(
-            rows[0],
-            "prompt",
-            f"none of the columns {sorted(present)} is called {' | '.join(PROMPT)}; "
-            "say which one it is with task.fields.prompt=NAME",
-        )
-    return columns
-
-
-def _problem(row: Row, columns: dict[str, str]) -> Problem:
-    extra = {
-        role: _get(row, column)
-        for role, column in columns.items()
-        if role not in ("prompt", "answer", "id", "split")
-    }
-    prompt = _prompt(row, columns["prompt"])
-    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
-        extra.setdefault("completion", prompt[-1]["content"])
-        prompt = prompt[:-1]
-        if not prompt:
-            raise _error(row, columns["prompt"], "got only an answer, wanted a question before it")
-    others = {k: v for k, v in row.values.items() if k != columns["prompt"]}
-    return Problem(
-        id=_id(row, columns["id"]) if "id" in columns else Path(row.place).name,
-        prompt=prompt,
-        answer=_answer(row, columns["answer"]) if "answer" in columns else None,
-        columns=others | extra,
-    )
-
-
-def _prompt(row: Row, column: str) -> str | list[dict[str, str]]:
-    value = _get(row, column)
-    if isinstance(value, str):
-        return _text(row, column, value)
-    if not isinstance(value, list):
-        got = described(value)
-        raise _error(row, column, f"got {got}, wanted a text or a list of messages")
-    if not value:
-        raise _error(row, column, "got an empty list of messages")
-    messages = []
-    for index, message in enumerate(value):
-        where = f"{column}[{index}]"
-        if not isinstance(message, dict):
-            raise _error(row, where, f"got {described(message)}, wanted a role and a content")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                got = described(message.get(key))
-                raise _error(row, f"{where}.{key}", f"got {got}, wanted a text")
-        messages.append({"role": message["role"], "content": message["content"]})
-    _text(row, f"{column}[-1].content", messages[-1]["content"])
-    return messages
-
-
-def _answer(row: Row, column: str) -> str:
-    value = _get(row, column)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise _error(
-            row,
-            column,
-            f"got {described(value)}, wanted a text or a number; "
-            "task.fields.answer=NAME takes another column",
-        )
-    if isinstance(value, float):
-        if not isfinite(value):
-            raise _error(row, column, f"got {value}, wanted a finite number")
-        return format(Decimal(repr(value)), "f")
-    text = _text(row, column, str(value))
-    if "####" in text:
-        text = text.rpartition("####")[2].replace(",", "").strip()
-    elif inside := boxed(text):
-        text = inside
-    return _text(row, column, text).strip()
-
-
-def _id(row: Row, column: str) -> str:
-    value = _get(row, column)
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise _error(row, column, f"got {described(value)}, wanted a text or a whole number")
-    return str(value)
-
-
-def _split(row: Row, columns: dict[str, str]) -> str | None:
+def _split(row: Row, columns: Mapping[str, str]) -> str | None:
     if row.split is not None or "split" not in columns:
         return row.split
-    value = _get(row, columns["split"])
+    value = value_at(row, columns["split"])
     name = SPLIT_NAMES.get(value.lower()) if isinstance(value, str) else None
     if name is None:
         got = repr(value) if isinstance(value, str) else described(value)
-        raise _error(row, columns["split"], f"got {got}, wanted one of {list(SPLITS)}")
+        raise row_error(row, columns["split"], f"got {got}, wanted one of {list(SPLITS)}")
     return name
 
 
-def _text(row: Row, column: str, text: str) -> str:
-    """`text` as it is, if it says something and a tokenizer can take it."""
-    if not text.strip():
-        raise _error(row, column, "got an empty text")
-    if "\0" in text:
-        raise _error(row, column, "got a text with a NUL character")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise _error(row, column, "got half a surrogate pair, which is no character") from None
-    return text
+def _unasked(
+    rows: list[Row], columns: Mapping[str, str], fields: Mapping[str, str], path: str
+) -> list[str]:
+    """Columns that belong to the question by their names, and are not in the prompt."""
+    beside = beside_the_prompt(rows, fields)
+    if not beside:
+        return []
+    together = " ".join(f"{{{name}}}" for name in [*beside, columns["prompt"]])
+    return [
+        f"{path}: {beside} look like parts of the question, and {columns['prompt']!r} alone is "
+        f'asked; put them together with task.fields.prompt="{together}", or keep it with '
+        f"task.fields.prompt={columns['prompt']}."
+    ]
 
 
-def _get(row: Row, column: str) -> Any:
-    """The value under a column's name, or under a dotted path into objects."""
-    if column in row.values:
-        return row.values[column]
-    value: Any = row.values
-    for part in column.split("."):
-        if not isinstance(value, dict) or part not in value:
-            raise _error(row, column, f"missing; the row has {sorted(row.values)}")
-        value = value[part]
-    return value
+def _unanswered(row: Row, path: str) -> str:
+    return (
+        f"{path}: no column holds an answer that the built-in checker could compare: it looks for "
+        f"{' | '.join(ANSWER)}, one text or number, and the rows have {sorted(row.values)}. Say "
+        "which one it is with task.fields.answer=NAME (dots reach into objects), or score with "
+        "functions of your own: task.rewards=[FILE.py:FUNCTION]."
+    )
 
 
-def _has(values: dict[str, Any], dotted: str) -> bool:
-    first, _, rest = dotted.partition(".")
-    return isinstance(values.get(first), dict) and rest in values[first]
+def _unboxed(path: str) -> str:
+    return (
+        f"{path}: no prompt asks for \\boxed{{}}, and the built-in checker reads nothing else; "
+        'task.options.instruction="Put the final answer in \\boxed{}." follows each question.'
+    )
 
 
-def _error(row: Row, column: str, what: str) -> DataError:
-    return DataError(f"{row.place}:{column}: {what}.")
+Keyed = tuple[str, Problem]  # the same text for the same prompt
 
 
-def _key(problem: Problem) -> str:
-    """The same text for the same prompt."""
-    return json.dumps(problem.prompt, sort_keys=True)
-
-
-def _by_split(placed: list[tuple[str | None, Problem]]) -> dict[str, list[Problem]]:
-    problems: dict[str, list[Problem]] = {split: [] for split in SPLITS}
-    keys = sorted({_key(problem) for split, problem in placed if split is None}, key=fraction)
+def _by_split(placed: list[tuple[str | None, Problem]]) -> dict[str, list[Keyed]]:
+    problems: dict[str, list[Keyed]] = {split: [] for split in SPLITS}
+    keyed = [(split, json.dumps(p.prompt, sort_keys=True), p) for split, p in placed]
+    keys = sorted({key for split, key, _ in keyed if split is None}, key=fraction)
     held_out = {key for key in keys if fraction(key) < HELD_OUT} | set(keys[:1])
     if len(keys) < MIN_PROMPTS:
         held_out = set()
-    for split, problem in placed:
-        problems[split or ("test" if _key(problem) in held_out else "train")].append(problem)
+    for split, key, problem in keyed:
+        problems[split or ("test" if key in held_out else "train")].append((key, problem))
     return problems
 
 
-def _doubts(problems: dict[str, list[Problem]], path: str) -> list[str]:
+def _doubts(problems: dict[str, list[Keyed]], path: str) -> list[str]:
     """What is allowed, but probably not meant."""
     warnings = []
     if not problems["test"] and not problems["val"]:
         warnings.append(f"{path}: all {len(problems['train'])} rows are training rows.")
-    train = {_key(problem) for problem in problems["train"]}
+    keys = {split: Counter(key for key, _ in problems[split]) for split in SPLITS}
     for split in ("val", "test"):
-        if shared := sum(_key(problem) in train for problem in problems[split]):
+        if shared := sum(n for key, n in keys[split].items() if key in keys["train"]):
             n = len(problems[split])
             warnings.append(f"{path}: {shared} of {n} {split} prompts are training prompts too.")
-    everything = [problem for split in SPLITS for problem in problems[split]]
-    if long := sum(len(problem.answer or "") > MAX_ANSWER for problem in everything):
+    if again := {s: n for s in SPLITS if (n := len(problems[s]) - len(keys[s]))}:
+        counts = ", ".join(f"{n} of {len(problems[s])} {s}" for s, n in again.items())
+        warnings.append(
+            f"{path}: {counts} rows repeat an earlier prompt of their split; a problem counts as "
+            "often as it stands there."
+        )
+    answers = [p.answer or "" for split in SPLITS for _, p in problems[split]]
+    if long := sum(len(answer) > MAX_ANSWER for answer in answers):
         warnings.append(
             f"{path}: {long} answers are texts of more than {MAX_ANSWER} characters without a "
             "boxed value; no response can match them."

@@ -57,6 +57,8 @@ def mix(parts: Mapping[str, Part], *, sizes: Mapping[str, int] | None = None) ->
         answer_in=lambda problem, text: parts[problem.columns["task"]].task.answer_in(
             problem, text
         ),
+        unscored=" ".join(f"{n}: {t}" for n, p in parts.items() if (t := p.task.unscored)),
+        unboxed=" ".join(f"{n}: {t}" for n, p in parts.items() if (t := p.task.unboxed)),
     )
 
 

@@ -13,8 +13,16 @@ from typing import Any, NamedTuple
 
 from gspo_jax.batch import Problem
 from gspo_jax.errors import ConfigError, DataError
-from gspo_jax.tasks.data import user_data
-from gspo_jax.tasks.sources import SPLIT_NAMES, BadRows, Row, read_rows
+from gspo_jax.tasks.data import BOX, user_data, with_instruction
+from gspo_jax.tasks.sources import (
+    SPLIT_NAMES,
+    BadRows,
+    Row,
+    files_by_split,
+    kind,
+    named_split,
+    read_rows,
+)
 from gspo_jax.tasks.task import SPLITS, Task, fingerprint
 from gspo_jax.tasks.zebra import example_row, grid_problem, group_of, mc_problem
 from gspo_jax.tasks.zebra_score import as_solution, choice_in, grid_reward, mc_reward, solution_in
@@ -71,7 +79,7 @@ def recognised(path: str) -> tuple[str, str] | None:
             return name, path
         if path.lower() == spec.hub.partition(":")[0].lower():
             return name, spec.hub
-    if Path(path).suffix not in (".jsonl", ".json") or not Path(path).is_file():
+    if kind(Path(path)) not in (".jsonl", ".json") or not Path(path).is_file():
         return None
     row = next(iter(read_rows(path, BadRows(10**9))), None)
     columns = set(row.values) if row else set()
@@ -103,7 +111,7 @@ def mathematics(
         ConfigError: an unknown checker, or one that is not installed.
     """
     spec, source = PUBLISHED[name], path or PUBLISHED[name].hub
-    split = "test" if spec.evaluation else SPLIT_NAMES.get(Path(source).stem)
+    split = "test" if spec.evaluation else _only_split(Path(source))
 
     def read() -> Task:
         return user_data(source, max_bad_rows=max_bad_rows, split=split, checker=checker)
@@ -111,23 +119,36 @@ def mathematics(
     data = _read(name, path, read)
     problems = {
         part: [
-            _with_instruction(name, data.problem(part, i), instruction)
+            with_instruction(_checked(name, data.problem(part, i)), instruction)
             for i in range(data.size[part])
         ]
         for part in SPLITS
     }
     made_of = fingerprint([data.fingerprint, instruction])
+    warnings = tuple(w for w in data.warnings if "training rows" not in w)
+    if split is None and Path(source).is_file():
+        warnings += (
+            f"{source}: its name says no split, so {data.size['test']} of its rows are held out; "
+            "should they be published test rows, call the file test.jsonl.",
+        )
     return replace(
         data,
         name=name,
         problem=lambda part, i: problems[part][i],
         fingerprint=made_of,
-        warnings=tuple(w for w in data.warnings if "training rows" not in w),
+        warnings=warnings,
+        unboxed="" if BOX in instruction else data.unboxed,
     )
 
 
-def _with_instruction(name: str, problem: Problem, instruction: str) -> Problem:
-    """The problem as it is asked, with a worked solution where the set has one."""
+def _only_split(source: Path) -> str | None:
+    """The one split that files on this machine are called after; None of several, or of a hub."""
+    names = {SPLIT_NAMES[name] for name, _ in files_by_split(source)[0]} if source.is_dir() else ()
+    return next(iter(names)) if len(names) == 1 else None if names else named_split(source)
+
+
+def _checked(name: str, problem: Problem) -> Problem:
+    """The problem, which has an answer, with a worked solution where the set has one."""
     answer = problem.answer
     if answer is None:
         raise DataError(f"{name}: problem {problem.id} has no answer.")
@@ -140,10 +161,7 @@ def _with_instruction(name: str, problem: Problem, instruction: str) -> Problem:
     if isinstance(solution, str) and "####" in solution:
         steps = _CALCULATOR.sub("", solution).rpartition("####")[0].strip()
         columns["completion"] = f"{steps}\n\\boxed{{{answer}}}"
-    prompt = problem.prompt
-    if isinstance(prompt, str) and instruction:
-        prompt = f"{prompt.strip()}\n\n{instruction}"
-    return replace(problem, prompt=prompt, answer=answer, columns=columns)
+    return replace(problem, answer=answer, columns=columns)
 
 
 def zebralogic(

@@ -1,8 +1,12 @@
 """Rows of data files, each with the place that an error message can point to."""
 
+import csv
+import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -10,7 +14,9 @@ from gspo_jax.errors import DataError
 
 MAX_LINE = 8_000_000  # bytes of one JSONL row; more is a mistake, not a prompt
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-_SUFFIXES = (".jsonl", ".json", ".parquet")
+_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_SHARD = re.compile(r"-[0-9]{5}-of-[0-9]{5}$")
+_DIRECTORIES = ("train", "val", "valid", "validation", "test")  # "dev" is where programs are made
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
@@ -41,50 +47,112 @@ class BadRows:
 
 
 def read_rows(path: str | Path, bad: BadRows) -> Iterator[Row]:
-    """The rows of a JSONL, JSON or parquet file, a dataset directory, or a dataset of the hub.
+    """The rows of a JSONL, JSON, CSV or parquet file, a dataset directory, or one of the hub.
 
     Args:
-        path: a file; a directory of train.jsonl, test.jsonl or the like, or any that `datasets`
-            can read; or "owner/name[:config]".
+        path: a file, all but parquet also as .gz; a directory of train.jsonl, test.jsonl or the
+            like, or any that `datasets` can read; or "owner/name[:config]".
         bad: takes the errors of rows that cannot be read.
 
     Raises:
         DataError: nothing there, not readable, or more bad rows than `bad` allows.
     """
     file = Path(path)
-    if file.is_dir() and (files := _files_by_split(file)):
-        return (row._replace(split=f.stem) for f in files for row in _jsonl_rows(f, bad))
+    if file.is_dir() and (files := files_by_split(file)[0]):
+        return (row._replace(split=split) for split, f in files for row in _file_rows(f, bad))
     if file.is_dir():
         return _dataset_rows(str(path), _load_directory(file))
     if not file.exists():
-        if file.suffix in _SUFFIXES or not _HUB_ID.fullmatch(str(path)):
+        if kind(file) in _SUFFIXES or not _HUB_ID.fullmatch(str(path)):
             raise DataError(f"{path}: no such file or directory.")
         return _dataset_rows(str(path), _load_hub(str(path)))
-    if file.suffix == ".parquet":
-        return _dataset_rows(str(path), _load_parquet(file))
-    if file.suffix not in _SUFFIXES:
+    if kind(file) not in _SUFFIXES or file.suffixes[-2:] == [".parquet", ".gz"]:
         raise DataError(f"{path}: got a {file.suffix or 'bare'} file, wanted {list(_SUFFIXES)}.")
-    if file.suffix == ".json" and _starts_with_bracket(file):
+    return _file_rows(file, bad)
+
+
+def _file_rows(file: Path, bad: BadRows) -> Iterator[Row]:
+    if kind(file) == ".parquet":
+        return _dataset_rows(str(file), _load_parquet(file))
+    return _whole(file, _text_rows(file, bad))
+
+
+def _text_rows(file: Path, bad: BadRows) -> Iterator[Row]:
+    if kind(file) == ".csv":
+        return _csv_rows(file, bad)
+    if kind(file) == ".json" and _starts_with_bracket(file):
         return _json_rows(file, bad)
     return _jsonl_rows(file, bad)
 
 
-def _files_by_split(directory: Path) -> list[Path]:
-    """Its JSONL files, if each of them has the name of a split, and there are no parquet files."""
-    files = sorted(directory.glob("*.jsonl"))
-    named = all(f.stem in SPLIT_NAMES for f in files)
-    return files if named and not any(directory.rglob("*.parquet")) else []
+def _whole(file: Path, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows; a compressed file that is cut off or damaged is named."""
+    try:
+        yield from rows
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{file}: not a whole gzip file ({error}).") from None
+
+
+def kind(file: Path) -> str:
+    """Its suffix, without that of compression."""
+    return (file.with_suffix("") if file.suffix == ".gz" else file).suffix
+
+
+def _open(file: Path) -> Any:
+    return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
+
+
+def named_split(path: str | Path) -> str | None:
+    """The one split that a file or directory, or else a file's directory, is called after.
+
+    gsm8k_test.jsonl, test-00000-of-00001.parquet and test/rows.jsonl are "test"; a name of two
+    splits, or a dataset of the hub, is none.
+    """
+    file = Path(path)
+    if file.is_dir():
+        return SPLIT_NAMES[file.name] if file.name in _DIRECTORIES else None
+    if not file.is_file():
+        return None
+    splits = {SPLIT_NAMES[word] for word in _words(file) if word in SPLIT_NAMES}
+    if not splits:
+        return named_split(file.resolve().parent)
+    return splits.pop() if len(splits) == 1 else None
+
+
+def _stem(file: Path) -> str:
+    """Its name without suffixes and the number of a shard."""
+    return _SHARD.sub("", file.name.removesuffix(".gz").removesuffix(kind(file)))
+
+
+def files_by_split(directory: Path) -> tuple[list[tuple[str, Path]], list[Path]]:
+    """(split, file) for the files called after splits, and the other data files.
+
+    Exact names win over look-alikes: beside test.jsonl, test_socratic.jsonl is another file. None
+    of either in a dataset that `datasets` has saved.
+    """
+    if any((directory / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return [], []
+    files = [f for f in sorted(directory.iterdir()) if f.is_file() and kind(f) in _SUFFIXES]
+    exact = [(_stem(f), f) for f in files if _stem(f) in SPLIT_NAMES]
+    alike = [(named_split(f), f) for f in files if _words(f) & SPLIT_NAMES.keys()]
+    chosen = exact or [(split, f) for split, f in alike if split]
+    read = {file for _, file in chosen}
+    return chosen, [f for f in files if f not in read and kind(f) != ".json"]
+
+
+def _words(file: Path) -> set[str]:
+    return set(re.split(r"[^a-z]+", _stem(file).lower()))
 
 
 def _starts_with_bracket(file: Path) -> bool:
-    with file.open("rb") as stream:
+    with _open(file) as stream:
         return stream.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def _jsonl_rows(file: Path, bad: BadRows) -> Iterator[Row]:
     # Read as bytes: text mode would also break lines at other characters than a newline, and an
     # endless line must not be read whole before it is refused.
-    with file.open("rb") as stream:
+    with _open(file) as stream:
         number = 0
         while line := stream.readline(MAX_LINE + 1):
             number += 1
@@ -103,13 +171,36 @@ def _jsonl_rows(file: Path, bad: BadRows) -> Iterator[Row]:
 
 
 def _json_rows(file: Path, bad: BadRows) -> Iterator[Row]:
-    rows = _parse(_decode(file.read_bytes().removeprefix(b"\xef\xbb\xbf"), str(file)), str(file))
+    with _open(file) as stream:
+        content = stream.read()
+    rows = _parse(_decode(content.removeprefix(b"\xef\xbb\xbf"), str(file)), str(file))
     for index, values in enumerate(rows):
         place = f"{file}[{index}]"
         try:
             yield Row(place, None, _object(values, place))
         except DataError as error:
             bad.add(error)
+
+
+def _csv_rows(file: Path, bad: BadRows) -> Iterator[Row]:
+    csv.field_size_limit(MAX_LINE)
+    with _open(file) as stream, TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+        reader = csv.reader(text, strict=True)
+        try:
+            header = next(reader, [])
+            begun = reader.line_num
+            for cells in reader:
+                place, begun = f"{file}:{begun + 1}", reader.line_num
+                if len(cells) == len(header):
+                    yield Row(place, None, dict(zip(header, cells, strict=True)))
+                elif cells:
+                    bad.add(
+                        DataError(f"{place}: {len(cells)} cells under a header of {len(header)}.")
+                    )
+        except UnicodeDecodeError:
+            raise DataError(f"{file}:{reader.line_num + 1}: not UTF-8 text.") from None
+        except csv.Error as error:
+            raise DataError(f"{file}:{reader.line_num + 1}: not valid CSV: {error}.") from None
 
 
 def _decode(line: bytes, place: str) -> str:

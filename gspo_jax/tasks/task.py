@@ -34,6 +34,8 @@ class Task:
         fingerprint: differs where the problems or their order differ.
         answer_in: (problem, text) -> the answer that is read out of a response, or None if it has
             none; equal answers are equal texts, as a vote among responses needs them.
+        unscored: where `reward` can score nothing: why, and what to change.
+        unboxed: where no prompt asks for the box that `reward` reads: a warning.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Task:
     warnings: tuple[str, ...] = ()
     fingerprint: str = ""
     answer_in: Callable[[Problem, str], str | None] = boxed_in
+    unscored: str = ""
+    unboxed: str = ""
 
 
 def order(size: int, start: int, count: int, *, seed: int) -> list[int]:
