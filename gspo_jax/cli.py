@@ -92,7 +92,9 @@ def explain(error: Exception) -> tuple[int, str]:
             "algo.microbatch (responses at a time in the update) or "
             "rollout.max_completion_length (the cache and activations of each); in eval eval.batch."
         )
-    kind = type(error).__name__
+    kind, trace = type(error).__name__, traceback.extract_tb(error.__traceback__)
+    if not text and trace:  # an assertion: its place is all it says
+        text = f"in {trace[-1].name}, {Path(trace[-1].filename).name}:{trace[-1].lineno}"
     return UNEXPECTED, f"unexpected {kind}: {text[:300]} (--debug shows where)"
 
 
@@ -320,7 +322,7 @@ def _run(
     check_named(config.run.resume, run_dir(config) / "checkpoints")  # before anything is loaded
     check_installed(config.run.report_to)
     with guarded("stdout"):
-        join(arguments.coordinator, arguments.processes, arguments.process)
+        join(arguments.coordinator, arguments.processes, arguments.process, say_error)
         if is_demo and is_writer():
             story.before_demo(config)
         result = action(config)

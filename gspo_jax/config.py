@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from gspo_jax import checks
-from gspo_jax.console import redact
+from gspo_jax.console import recorded
 from gspo_jax.errors import ConfigError
 from gspo_jax.names import (
     ALIASES,
@@ -371,7 +371,7 @@ def to_yaml(config: Config) -> str:
     """All settings, in order, such that loading them gives an equal config.
 
     Values that were written as ${...} appear as they were written: what the environment holds
-    does not reach a saved file. Nor does what looks like a credential, or a password in a URL.
+    does not reach a saved file. Nor does a secret: see `console.recorded`.
     """
     tree = _sections(config)
     current = dict(_leaves(tree))
@@ -382,7 +382,15 @@ def to_yaml(config: Config) -> str:
             for key in path:
                 place = place[int(key) if isinstance(place, list) else key]
             place[int(last) if isinstance(place, list) else last] = text
-    return redact(OmegaConf.to_yaml(OmegaConf.create(tree)))
+    return OmegaConf.to_yaml(OmegaConf.create(_recorded(tree)))
+
+
+def _recorded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _recorded(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_recorded(item) for item in value]
+    return recorded(value) if isinstance(value, str) else value
 
 
 def diff(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:

@@ -29,7 +29,12 @@ PLAIN_LINES = 20  # of a whole run, where there is no terminal
 PLAIN_SECONDS = 30.0  # but at least one in this time
 SHOWN_SAMPLES = 4
 SECRET_NAME = re.compile(r"TOKEN(?!IZER)|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-SECRET_TEXT = re.compile(r"\bhf_\w{16,}|\bsk-[\w-]{16,}|(?<=://)[^/\s@]+:[^/\s@]+(?=@)")
+# Long and random: /data/hf_models_and_datasets and runs/sk-learn-baselines are paths.
+SECRET_TEXT = re.compile(
+    r"\bhf_[A-Za-z0-9]{30,}|\bsk-(?:[A-Za-z0-9_]{1,12}-){0,3}[A-Za-z0-9]{20,}[\w-]*"
+    r"|(?<=://)[^/\s@]+:[^/\s@]+(?=@)"
+)
+PRIVATE_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 REMOVED = "(removed)"  # stands for a credential; plain text in YAML as in JSON
 ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)?")
 
@@ -228,11 +233,40 @@ def inert(text: str) -> str:
 
 def redact(text: str) -> str:
     """`text` without what looks like a credential, or is one in this process's environment."""
-    for name, value in os.environ.items():
-        # The path of a key file is no secret.
-        if SECRET_NAME.search(name) and len(value) >= 8 and not os.path.exists(value):
-            text = text.replace(value, REMOVED)
+    for _, value in secrets():
+        text = text.replace(value, REMOVED)
     return SECRET_TEXT.sub(REMOVED, text)
+
+
+def recorded(value: str) -> str:
+    """A setting as it is saved to be read again: as it is, but for what would give a secret away.
+
+    Nothing is replaced inside of a value because a variable holds the same letters. A value that
+    is a secret variable's as a whole is `${oc.env:NAME}`, which reads as the same where it is set;
+    a token of a known form and a password in a URL are left out.
+    """
+    names = [name for name, secret in secrets() if secret == value]
+    return f"${{oc.env:{names[0]}}}" if names else SECRET_TEXT.sub(REMOVED, value)
+
+
+def secrets() -> list[tuple[str, str]]:
+    """(name, value) of the variables that hold one, by their name.
+
+    Not the path of a key file; nor, where the name says no more than KEY, the key of an object in
+    a store ("models/Qwen3-0.6B"): words between slashes, and no long run of letters and digits.
+    """
+    return [
+        (name, value)
+        for name, value in os.environ.items()
+        if SECRET_NAME.search(name)
+        and len(value) >= 8
+        and not os.path.exists(value)
+        and not (
+            "/" in value
+            and not PRIVATE_NAME.search(name)
+            and max(map(len, re.findall(r"[A-Za-z0-9]+", value)), default=0) < 16
+        )
+    ]
 
 
 def clock(seconds: float) -> str:

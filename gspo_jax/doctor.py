@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gspo_jax.console import inert, redact
-from gspo_jax.errors import FINISHED, ConfigError
+from gspo_jax.errors import FINISHED, NO_DEVICES, ConfigError
 
 CORE = (
     "gspo_jax",
@@ -159,8 +159,7 @@ def devices(env: Mapping[str, str], versions: Mapping[str, str]) -> list[Finding
         found = jax.devices()
     except Exception as error:  # a broken installation raises anything: that is the finding
         line = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        remedy = "unset JAX_PLATFORMS, or install jax for what is here: pip install 'jax[cuda12]'"
-        return [Finding("devices", f"JAX finds none ({line})", remedy)]
+        return [Finding("devices", f"JAX finds none ({line})", NO_DEVICES)]
     kinds = sorted({device.device_kind for device in found})
     text = f"{len(found)} x {', '.join(kinds)} ({found[0].platform}), {os.cpu_count()} CPU cores"
     lost = found[0].platform == "cpu" and has_nvidia() and not env.get("JAX_PLATFORMS")

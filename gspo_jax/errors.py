@@ -6,6 +6,8 @@ user typed. The command line prints it and exits with `exit_code`; a traceback n
 
 from typing import Any
 
+# What helps where JAX finds no device; `doctor` says it too.
+NO_DEVICES = "unset JAX_PLATFORMS, or install jax for what is here: pip install 'jax[cuda12]'"
 FINISHED, UNEXPECTED, INTERRUPTED, PREEMPTED = 0, 1, 130, 75
 
 

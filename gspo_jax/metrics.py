@@ -49,7 +49,7 @@ class RunLog:
     Args:
         directory: the run directory; made if it is not there.
         of: steps of the whole run.
-        config: the configuration as YAML text, saved as it is but for credentials.
+        config: the configuration as YAML text, without secrets; saved as it is.
         report_to: names of trackers besides the files.
         devices: descriptions of the devices, for env.json.
         console: where to show progress; standard output by default.
@@ -72,11 +72,11 @@ class RunLog:
         self.directory, self.of = Path(directory), of
         self._warned: set[str] = set()
         self.display = Display(console or Console(), of)
-        self._config, self._devices = redact(config), list(devices)
+        self._config, self._devices = config, list(devices)
         self._step, self._written, self._state = 0, -1, "running"
         self._files: dict[str, BinaryIO] = {}
         self._trackers = Trackers(
-            report_to, self.directory, self._config, say=self.say, warn=self._warn
+            report_to, self.directory, redact(config), say=self.say, warn=self._warn
         )
         self._lock = lock(self.directory)
         self._heard = _Heard(self)
@@ -91,7 +91,7 @@ class RunLog:
         try:
             write_whole(self.directory / "config.yaml", self._config)
             env = json.dumps(environment(self._devices), indent=1)
-            write_whole(self.directory / "env.json", redact(env) + "\n")
+            write_whole(self.directory / "env.json", env + "\n")
             for name in ("metrics.jsonl", "samples.jsonl"):
                 self._reopen(name, step)
         except OSError as error:
@@ -370,7 +370,7 @@ def plain(value: Any) -> Any:
 def environment(devices: Sequence[str] = ()) -> dict[str, Any]:
     """What a run's numbers may depend on besides its configuration: versions, machine, command."""
     return {
-        "command": sys.argv,
+        "command": [redact(text) for text in sys.argv],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import DTypeLike, PyTree
 
-from gspo_jax.distributed import place
+from gspo_jax.distributed import check_backend, place
 from gspo_jax.errors import ConfigError
 from gspo_jax.masked import float_dtype
 
@@ -51,9 +51,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, expert: int = 1) -
     One of them may be -1: all devices that the others leave.
 
     Raises:
-        ConfigError: the axes do not multiply to a number of devices that exists.
+        ConfigError: the axes do not multiply to a number of devices that exists; or see
+            `distributed.check_backend`.
     """
     sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
+    check_backend()
     count = jax.device_count()
     given = math.prod(n for n in sizes.values() if n != -1)
     for axis, size in sizes.items():

@@ -10,7 +10,17 @@ import gspo_jax
 PACKAGE = Path(gspo_jax.__file__).parent
 
 LAYERS = [
-    {"errors", "batch", "masked", "sandbox", "streams", "stopping", "tasks.units", "statistics"}
+    {
+        "errors",
+        "batch",
+        "masked",
+        "sandbox",
+        "streams",
+        "hub",
+        "stopping",
+        "tasks.units",
+        "statistics",
+    }
     | {"settings", "spelling"}
     | {"tasks.zebra_words", "tasks.zebra_solve"},
     {"console", "distributed", "jsonl", "tasks.verify", "summary", "names"},

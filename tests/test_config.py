@@ -299,14 +299,35 @@ def test_every_setting_says_what_it_means():
     assert len(SETTINGS) <= 80
 
 
-def test_credentials_do_not_reach_saved_text_which_still_loads(monkeypatch):
+def test_credentials_do_not_reach_saved_text_which_still_loads(monkeypatch, tmp_path):
     monkeypatch.setenv("JUDGE_API_KEY", "0f1e2d3c4b5a6978")
     told = {"a": "https://me:hunter2@host/x", "b": "hf_" + "x" * 30, "c": "0f1e2d3c4b5a6978"}
     listed = ", ".join(f"{key}: '{value}'" for key, value in told.items())
     text = to_yaml(load_config(None, [f"model.template_args={{{listed}}}"]))
     assert "hunter2" not in text and "hf_x" not in text and "0f1e" not in text
     arguments = yaml.safe_load(text)["model"]["template_args"]
-    assert arguments == {"a": "https://(removed)@host/x", "b": "(removed)", "c": "(removed)"}
+    c = "${oc.env:JUDGE_API_KEY}"  # reads as the same where the variable is set
+    assert arguments == {"a": "https://(removed)@host/x", "b": "(removed)", "c": c}
+    (saved := tmp_path / "config.yaml").write_text(text)
+    assert load_config(saved).model.template_args["c"] == "0f1e2d3c4b5a6978"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MODEL_S3_KEY", "models/Qwen3-0.6B"),  # an object's key in a store
+        ("RUN_TOKEN", "Qwen3-0.6B"),  # a part of the path: never replaced inside of it
+    ],
+)
+def test_a_setting_that_contains_a_variables_value_is_saved_as_it_is(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    for path in (
+        "/mnt/models/Qwen3-0.6B",
+        "/data/hf_models_and_datasets/x",
+        "runs/sk-learn-base-1",
+    ):
+        text = to_yaml(load_config(None, [f"model.path={path}"]))
+        assert yaml.safe_load(text)["model"]["path"] == path
 
 
 def test_off_is_a_text_where_it_is_a_choice_although_yaml_reads_false(tmp_path):

@@ -1,12 +1,15 @@
 """Who is one of several processes, and what each of them is to do. (Two at once: tests/faults.)"""
 
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gspo_jax import distributed, rollout
+from gspo_jax import distributed, rollout, sharding
 from gspo_jax.batch import Problem
 from gspo_jax.errors import ConfigError
 
@@ -21,14 +24,92 @@ from gspo_jax.errors import ConfigError
         ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),  # a single pod
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
         ({"JAX_COORDINATOR_ADDRESS": "a:1"}, True),
     ],
 )
 def test_only_what_a_launcher_started_is_one_of_several(env, is_meant):
-    assert distributed.meant(env) is is_meant
+    assert bool(distributed.meant(env)) is is_meant
+
+
+@pytest.mark.parametrize(
+    ("hosts", "by"),
+    [
+        # What Kubernetes writes for a pod with a subdomain, and for one without.
+        ("10.1.2.3\tgspo-0.gspo.default.svc.cluster.local\tgspo-0\n", "JOB_COMPLETION_INDEX"),
+        ("127.0.0.1\tlocalhost\n10.1.2.3\ttrials-0-x7k2p\n", ""),
+    ],
+)
+def test_a_pod_that_no_other_can_find_is_alone(tmp_path, hosts, by):
+    (tmp_path / "hosts").write_text(f"# Kubernetes-managed hosts file (x.svc.y).\n{hosts}")
+    env = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
+    assert distributed.meant(env, hosts=tmp_path / "hosts") == by
+
+
+def test_what_is_typed_into_the_shell_of_srun_is_alone_and_what_that_shell_starts_is_not():
+    shell = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PTY_PORT": "40123", "SLURM_PTY_WIN_COL": "80"}
+    assert distributed.meant(shell, typed=True) == ""
+    # srun in that shell hands its variables on, and its tasks have no terminal.
+    assert distributed.meant(shell, typed=False) == "SLURM_STEP_NUM_TASKS"
+    assert distributed.meant({"SLURM_STEP_NUM_TASKS": "4"}, typed=True) == "SLURM_STEP_NUM_TASKS"
+
+
+ALONE = """
+import os, sys
+from gspo_jax import cli, distributed
+distributed.WAIT = 2.0
+sys.exit(cli.main(["train", f"run.dir={sys.argv[1]}", *sys.argv[2:]]))
+"""
+
+
+def test_others_that_never_come_are_told_at_once_and_end_the_process_by_its_exit_code(tmp_path):
+    """JAX would abort the process, after five silent minutes."""
+    options = ["--coordinator", "localhost:12977", "--processes", "4", "--process", "0"]
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(tmp_path), *options],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    first, last = [line for line in done.stderr.splitlines() if line.startswith("gspo-jax: ")]
+    told = "4 processes at localhost:12977, because of --coordinator; alone? Then leave --coord"
+    assert first.startswith(f"gspo-jax: waiting for {told}")
+    assert last.startswith(f"gspo-jax: after 2 seconds not all are here: {told}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_is_waited_for_names_the_variable_to_take_away():
+    env = {"SLURM_STEP_NUM_TASKS": "8", "JAX_COORDINATOR_ADDRESS": "node1:1234"}
+    told = distributed.waited_for("SLURM_STEP_NUM_TASKS", None, None, env)
+    assert told.startswith("8 processes at node1:1234, because of SLURM_STEP_NUM_TASKS; alone?")
+    assert told.endswith("env -u SLURM_STEP_NUM_TASKS")
+    env = {"JOB_COMPLETION_INDEX": "3"}  # which counts nothing
+    assert distributed.waited_for("JOB_COMPLETION_INDEX", None, None, env).startswith("processes,")
+
+
+def test_a_platform_without_devices_is_told_with_what_helps(monkeypatch):
+    def fails():
+        raise AssertionError  # as JAX does for JAX_PLATFORMS=cuda without a GPU
+
+    monkeypatch.setattr(jax, "devices", fails)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    for found in (distributed.join, sharding.make_mesh):
+        with pytest.raises(
+            ConfigError, match=r"JAX_PLATFORMS=cuda \(AssertionError\); unset JAX_P"
+        ):
+            found()
+
+
+def test_64_bit_types_are_refused_by_name():
+    jax.config.update("jax_enable_x64", True)
+    try:
+        for found in (distributed.join, sharding.make_mesh):
+            with pytest.raises(ConfigError, match=r"JAX_ENABLE_X64 is on, .*unset it"):
+                found()
+    finally:
+        jax.config.update("jax_enable_x64", False)
 
 
 def test_an_address_alone_is_answered_in_one_line():

@@ -197,6 +197,14 @@ def test_no_secret_reaches_the_environment_file(tmp_path, monkeypatch):
     assert "0123456789abcdef" not in text and "WANDB" not in text
 
 
+def test_an_objects_key_in_a_store_is_shown_and_a_key_that_opens_something_is_not(monkeypatch):
+    monkeypatch.setenv("MODEL_S3_KEY", "models/Qwen3-0.6B")
+    monkeypatch.setenv("STORAGE_KEY", "Zm9v/YmFyYmF6cXV4MTIzNDU2Nzg5/MA+x")
+    monkeypatch.setenv("AWS_SECRET_KEY", "ab/cd/ef/gh")  # called a secret: whatever it looks like
+    shown = redact("/mnt/models/Qwen3-0.6B Zm9v/YmFyYmF6cXV4MTIzNDU2Nzg5/MA+x ab/cd/ef/gh")
+    assert shown == "/mnt/models/Qwen3-0.6B (removed) (removed)"
+
+
 def test_redaction_leaves_plain_text_alone():
     assert redact("algo.loss.clip_low=3e-4 at runs/demo-seed0") == (
         "algo.loss.clip_low=3e-4 at runs/demo-seed0"

@@ -26,6 +26,7 @@ import ml_dtypes
 import numpy as np
 
 from gspo_jax.errors import DataError, StorageError
+from gspo_jax.hub import cached_where_unreachable
 
 SAFETENSORS_DTYPES = {
     "F32": np.dtype(np.float32),
@@ -70,7 +71,9 @@ def resolve(path: str | os.PathLike) -> Path:
     from huggingface_hub import snapshot_download  # only here: everything else works offline
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=HUB_FILES, ignore_patterns="*/*"))
+        with cached_where_unreachable():
+            wanted = {"allow_patterns": HUB_FILES, "ignore_patterns": "*/*"}
+            return Path(snapshot_download(str(path), **wanted))
     except Exception as error:  # of the hub's client, of httpx under it, of the disk
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(

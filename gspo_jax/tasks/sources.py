@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from gspo_jax.errors import DataError
+from gspo_jax.hub import cached_where_unreachable
 
 MAX_LINE = 8_000_000  # bytes of one JSONL row; more is a mistake, not a prompt
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
@@ -258,7 +259,8 @@ def _load_hub(name: str) -> Any:
     import datasets
 
     repo, _, config = name.partition(":")
-    return _loaded(name, lambda: datasets.load_dataset(repo, config or None))
+    with cached_where_unreachable():
+        return _loaded(name, lambda: datasets.load_dataset(repo, config or None))
 
 
 def _loaded(name: str | Path, load: Any) -> Any:
