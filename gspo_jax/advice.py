@@ -74,8 +74,9 @@ def _errors(rows: Sequence[Mapping[str, Any]]) -> Advice | None:
     told = ", ".join(f"{name} on {count:,.0f} responses" for name, count in counts.items())
     return Advice(
         "errors",
-        f"in the last {len(rows[-RECENT:])} steps a reward function failed: {told}, which got 0 "
-        "from it. warnings.log has the first traceback; task.reward_errors=stop ends a run at one.",
+        f"in the last {len(rows[-RECENT:])} steps a reward function failed: {told}. warnings.log "
+        "has the first failure; task.reward_errors says what comes of them: zero gives them 0, "
+        "unscored leaves them out, and task.reward_errors=stop ends a run at one.",
     )
 
 

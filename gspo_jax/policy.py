@@ -252,7 +252,7 @@ def load_problems(
     # A rehearsal: a reward function that cannot work should say so now, not after compiling.
     first = task.problem(first_split, indices[first_split][0])
     scorer([first], [first.answer or "", ""], [[], []])
-    scorer = partial(scorer, strict=c.reward_errors == "stop", told=set())
+    scorer = partial(scorer, errors=c.reward_errors, told=set())
     shortest, longest = min(lengths[first_split]), max(lengths[first_split])
     stages = _stages(task, indices["train"], c.curriculum)
     return Problems(task, indices, too_long, scorer, shortest, longest, stages)

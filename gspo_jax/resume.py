@@ -251,9 +251,11 @@ def compare(meta: dict[str, Any], config: Config, problems: Problems, found: Fou
     if differs:
         say(f"Settings that differ from those of {found.path}:")
     for name, (then, value) in differs.items():
-        # Only a schedule that ends with the run depends on its length.
-        decays = name == "run.steps" and config.optim.schedule != "constant"
-        free = _in(name, FREE) and not _in(name, NOT_FREE) and not decays
+        # What depends on the length of a run: a schedule that ends with it, the stages of a
+        # curriculum, which are shares of it.
+        planned = config.optim.schedule != "constant" or bool(config.task.curriculum)
+        moves = name == "run.steps" and planned
+        free = _in(name, FREE) and not _in(name, NOT_FREE) and not moves
         say(f"  {name}: {then} -> {value}{'' if free else '  (changes what is learned from here)'}")
 
 

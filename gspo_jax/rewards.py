@@ -1,7 +1,8 @@
 """Reward functions of the user's own: found by name, called by their signature, checked row by row.
 
 `signatures` says how; functions may be async. A function that `workers` runs in another process
-is asked in the same way.
+is asked in the same way. Whatever keeps a function from giving a number is one thing, a `Failure`
+of the responses that it was asked about, and one rule (`score`) says what comes of it.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -30,6 +31,8 @@ from gspo_jax.signatures import Batch, accepted, convention, is_number, trl
 from gspo_jax.stopping import raise_if_asked
 
 LARGEST = float(np.finfo(np.float32).max)  # of a reward
+
+Errors = Literal["zero", "unscored", "stop"]  # as settings.TaskConfig.reward_errors has them
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +78,7 @@ def score(
     token_ids: Sequence[Sequence[int]],
     *,
     step: int | None = None,
-    strict: bool = True,
+    errors: Errors = "stop",
     told: set[str] | None = None,
 ) -> tuple[dict[str, Float[np.ndarray, " B"]], Float[np.ndarray, " B"], dict[str, float]]:
     """Score B responses to P problems; response b answers problem b // (B / P).
@@ -91,8 +94,10 @@ def score(
         texts: the responses as text, without special tokens.
         token_ids: the responses as sampled, for functions that ask for `completion_ids`.
         step: what `trainer_state.global_step` shows to functions that ask for it.
-        strict: raise if a function fails, which is to raise, to hang or to crash. Otherwise what
-            it was scoring gets 0, and `rewards/<name>/errors` counts those responses.
+        errors: what comes of responses on which a function fails: it raises, hangs or crashes, or
+            returns anything but one finite number or None for each. "zero" gives them 0 from it;
+            "unscored" gives them no `reward` at all, NaN, since the other functions' sum would
+            not compare with the rest of their group. `rewards/<name>/errors` counts them.
         told: functions whose first failure has been logged; the caller keeps it.
 
     Returns:
@@ -100,8 +105,8 @@ def score(
         logged or returned beside their score.
 
     Raises:
-        DataError: a function that failed, or returned anything but one finite number or None
-            per response; the message names it and the response.
+        DataError: with errors="stop", a function that failed; the message names it, and the
+            response where there is one.
         Abandoned: the run in progress was asked to stop.
     """
     weights = [1.0] * len(functions) if weights is None else list(weights)
@@ -113,7 +118,7 @@ def score(
     if not problems or B % len(problems) or len(token_ids) != B:
         raise ValueError(f"{B} texts, {len(token_ids)} id lists, {len(problems)} problems.")
     batch = Batch.of(problems, texts, token_ids, step)
-    rewards = {}
+    rewards, unscored = {}, np.zeros(B, bool)
     for name, function in functions.items():
         apart = isinstance(function, Apart)
         found = function.answers_of_child(name, batch) if apart else answers(name, function, batch)
@@ -122,19 +127,23 @@ def score(
             values[answer.rows] = answer.values
             failed += [answer] if answer.failure else []
         if failed:
-            _fail(name, failed, batch, strict, set() if told is None else told)
+            _fail(name, failed, batch, errors, set() if told is None else told)
+        if errors == "unscored":
+            rows = [b for answer in failed for b in answer.rows]
+            values[rows], unscored[rows] = np.nan, True
         rewards[name] = values
     each = np.stack(list(rewards.values()))  # [functions, B]
     scored = ~np.isnan(each)
     parts = np.where(scored, each, 0) * np.asarray(weights, np.float64)[:, None]
-    reward = np.where(scored.any(0), parts.sum(0), np.nan).astype(np.float32)
+    total = np.clip(parts.sum(0), -LARGEST, LARGEST)  # of finite numbers, and finite
+    reward = np.where(scored.any(0) & ~unscored, total, np.nan).astype(np.float32)
     return rewards, reward, {k: float(np.mean(v)) for k, v in batch.logged.items()}
 
 
 class Failure(NamedTuple):
     """Why responses have no score of the function's: what it did, after its name."""
 
-    what: str  # "raised ZeroDivisionError: division by zero"
+    what: str  # "raised ZeroDivisionError: division by zero", "returned nan (float) for ..."
     trace: str = ""
     cause: Exception | None = None  # where it was called in this process
 
@@ -170,9 +179,6 @@ def answers(
 
     Args:
         seconds: for an async function to return; nothing here interrupts the others.
-
-    Raises:
-        DataError: what it returned is not what it should be.
     """
     wanted, batch = convention(name, function), batch.as_read(function)
     rows = range(len(batch.texts)) if rows is None else rows
@@ -180,10 +186,14 @@ def answers(
         calls = [(list(rows), trl(batch))]
     else:
         calls = [([b], wanted(batch, b)) for b in rows]
-    calls = [(asked, accepted(name, function, given, batch)) for asked, given in calls]
     waiting = []
     for asked, given in calls:
         raise_if_asked()
+        try:
+            given = accepted(name, function, given, batch)
+        except DataError as error:
+            yield _failed(asked, str(error))
+            continue
         try:
             result = function(**given)
         except Exception as error:  # code of the user: anything
@@ -191,10 +201,10 @@ def answers(
         if inspect.isawaitable(result):
             waiting.append((asked, result))
         else:
-            yield _answer(name, asked, result, batch, whole)
+            yield from _answers(name, asked, result, batch, whole)
     results = _await_all([result for _, result in waiting], seconds) if waiting else []
     for (asked, _), result in zip(waiting, results, strict=True):
-        yield _answer(name, asked, result, batch, whole)
+        yield from _answers(name, asked, result, batch, whole)
 
 
 def calls_one_by_one(name: str, function: Callable) -> bool:
@@ -203,26 +213,66 @@ def calls_one_by_one(name: str, function: Callable) -> bool:
     return convention(name, function) is not trl and not inspect.iscoroutinefunction(called)
 
 
-def _answer(name: str, rows: list[int], result: Any, batch: Batch, whole: bool) -> Answer:
+def _answers(
+    name: str, rows: list[int], result: Any, batch: Batch, whole: bool
+) -> Iterator[Answer]:
+    """What a call came to: the numbers that it gave, and a failure for each that is none."""
     if isinstance(result, Exception):
-        what = f"raised {type(result).__name__}: {_one_line(result)}"
-        trace = "".join(traceback.format_exception(result))
-        return Answer(rows, [0.0] * len(rows), Failure(what, trace, result))
+        yield _raised(rows, result)
+        return
     values = result if whole else [_number_of(name, result, batch)]
-    return Answer(rows, _checked(name, values, rows, batch))
+    B = len(batch.texts)
+    try:
+        listed = None if isinstance(values, str | Mapping) else list(values)
+    except TypeError:
+        listed = None
+    except Exception as error:  # a generator of the user's: anything
+        yield _raised(rows, error)
+        return
+    if listed is None:
+        yield _failed(rows, f"returned {_shown(values)}, wanted a list of {B} numbers")
+    elif len(listed) != len(rows):
+        yield _failed(
+            rows,
+            f"returned {len(listed)} numbers for {B} responses; it must return one per response, "
+            "or None where it does not apply",
+        )
+    else:
+        numbers: list[float] = []
+        good: list[int] = []
+        for b, value in zip(rows, listed, strict=True):
+            value = value.item() if getattr(value, "shape", None) == () else value
+            if value is None or (is_number(value) and abs(value) <= LARGEST):
+                good.append(b)
+                numbers.append(math.nan if value is None else float(value))
+                continue
+            where = f"response {b} of {B} (to problem {batch.problems[b].id})"
+            wanted = "wanted a finite number, or None for no score"
+            yield _failed([b], f"returned {_shown(value)} for {where}; {wanted}")
+        yield Answer(good, numbers)
 
 
-def _fail(name: str, failed: list[Answer], batch: Batch, strict: bool, told: set[str]) -> None:
+def _failed(rows: list[int], what: str, trace: str = "", cause: Exception | None = None) -> Answer:
+    return Answer(rows, [0.0] * len(rows), Failure(what, trace, cause))
+
+
+def _raised(rows: list[int], error: Exception) -> Answer:
+    trace = "".join(traceback.format_exception(error))
+    return _failed(rows, f"raised {type(error).__name__}: {_one_line(error)}", trace, error)
+
+
+def _fail(name: str, failed: list[Answer], batch: Batch, errors: Errors, told: set[str]) -> None:
     """Raise, or count the responses and log the first failure of the run."""
     count, (what, trace, cause) = sum(len(a.rows) for a in failed), failed[0].failure or Failure("")
-    text = f"reward {name} {what} (on {count} of {len(batch.texts)} responses)."
-    if strict:
+    text = f"reward {name} {what.removesuffix('.')} (on {count} of {len(batch.texts)} responses)."
+    if errors == "stop":
         raise DataError(text) from (cause or (_Elsewhere(trace) if trace else None))
     batch.log(f"rewards/{name}/errors", count)
     if name not in told:
         told.add(name)
+        fate = "score 0" if errors == "zero" else "are not scored"
         with suppress(Exception):  # a handler of the user's own may raise
-            logger.warning("%s They score 0, here and later.\n%s", text, trace)
+            logger.warning("%s They %s, here and later.\n%s", text, fate, trace)
 
 
 def _await_all(waiting: list[Any], seconds: float | None) -> list[Any]:
@@ -245,32 +295,6 @@ def _number_of(name: str, result: Any, batch: Batch) -> Any:
         if key != "score" and is_number(value):
             batch.log(f"rewards/{name}/{key}", value)
     return result.get("score", "no 'score'")
-
-
-def _checked(name: str, values: Any, asked: list[int], batch: Batch) -> list[float]:
-    """One number for each response asked about; NaN for None."""
-    B = len(batch.texts)
-    try:
-        found = None if isinstance(values, str | Mapping) else list(values)
-    except TypeError:
-        found = None
-    if found is None:
-        raise DataError(f"reward {name} returned {_shown(values)}, wanted a list of {B} numbers.")
-    if len(found) != len(asked):
-        raise DataError(
-            f"reward {name} returned {len(found)} numbers for {B} responses; "
-            "it must return one per response, or None where it does not apply."
-        )
-    out = []
-    for b, value in zip(asked, found, strict=True):
-        value = value.item() if getattr(value, "shape", None) == () else value
-        if value is not None and (not is_number(value) or abs(value) > LARGEST):
-            raise DataError(
-                f"reward {name} returned {_shown(value)} for response {b} of {B} (to problem "
-                f"{batch.problems[b].id}); wanted a finite number, or None for no score."
-            )
-        out.append(math.nan if value is None else float(value))
-    return out
 
 
 def _shown(value: Any) -> str:
@@ -298,13 +322,32 @@ def _from_file(path: Path, spec: str) -> ModuleType:
         raise DataError(f"reward {spec}: no such file {path}.")
     path = path.resolve()
     _add_path(path.parent)  # its neighbours can be imported, as when it is run as a script
-    name = f"gspo_jax_reward_{path.stem}"
+    name = path.stem if _leads_to(path.stem, path) else f"gspo_jax_reward_{path.stem}"
     module_spec = importlib.util.spec_from_file_location(name, path)
     assert module_spec is not None and module_spec.loader is not None  # it is a .py file
     loader, module = module_spec.loader, importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module
-    _import(spec, lambda: loader.exec_module(module))
+    try:
+        _import(spec, lambda: loader.exec_module(module))
+    except DataError:
+        del sys.modules[name]
+        raise
     return module
+
+
+def _leads_to(name: str, path: Path) -> bool:
+    """Whether `import name` finds this file: then processes that it starts by spawn find it, too.
+
+    They are told what the module is called, and sys.path; a name that something installed has, or
+    that another reward file had first, would lead them elsewhere.
+    """
+    importlib.invalidate_caches()
+    try:
+        spec = None if "." in name else importlib.util.find_spec(name)
+    except ValueError:  # "__main__", which is not imported by its name
+        spec = None
+    origin = None if spec is None else spec.origin
+    return origin is not None and Path(origin).resolve() == path
 
 
 def _from_name(name: str, spec: str) -> ModuleType:

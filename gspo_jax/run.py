@@ -24,6 +24,7 @@ from gspo_jax.errors import (
     INTERRUPTED,
     PREEMPTED,
     ConfigError,
+    DataError,
     NumericalError,
     StorageError,
 )
@@ -240,7 +241,12 @@ class Run:
             "time/host": step_time - sum(self.seconds.values()),
         }
         if not self.stopped_by and self._is_measured(step):
-            record |= self.evaluate(state)
+            try:
+                record |= self.evaluate(state)
+            except DataError:  # a reward failed under task.reward_errors=stop: the step is whole
+                self.log.step(step, record)
+                self.save_at_failure(state)
+                raise
             self._remember(step, record)
         self.log.step(step, record)
         if samples:
@@ -275,6 +281,17 @@ class Run:
         meta |= resume.identity(self.config, self.problems)
         pending = None if self.begun is None else resume.pack(self.begun)
         self.saver.save(step, state, meta, pending=pending)
+
+    def save_at_failure(self, state: TrainState) -> None:
+        """A checkpoint of the steps that are whole, if there are any, where something else failed.
+
+        Of several processes one alone may have failed, and saving takes all of them.
+        """
+        if int(state.step) == 0 or jax.process_count() > 1:
+            return
+        with suppress(NumericalError, StorageError):  # the first failure is what is told
+            self.save(state, now=True)
+            self.saver.wait()
 
     def finish(self, state: TrainState) -> Result:
         """Save; where the run is complete, measure again, export, and draw its dynamics."""

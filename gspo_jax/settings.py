@@ -54,9 +54,10 @@ class TaskConfig:
     """Seconds that one call of a reward function may take, which runs in a process of its own."""
     reward_memory: float = 0.0
     """GB of address space that this process may have; 0 is no limit."""
-    reward_errors: Literal["zero", "stop"] = "zero"
-    """What a function that raises, hangs or crashes does to the responses that it was scoring:
-    they get 0 from it and are counted; or to the run: it stops."""
+    reward_errors: Literal["zero", "unscored", "stop"] = "zero"
+    """What comes of responses on which a function raises, hangs, crashes or returns no finite
+    number, which are counted: 0 from it; no reward, so that they are in no baseline and teach
+    nothing; or a stop of the run, saved. None from a function is no failure: it does not apply."""
     seed: int = 0
     """Chooses the problems of a task that makes them up; run.seed orders them."""
 

@@ -163,14 +163,18 @@ def parameters_of(name: str, function: Callable) -> Mapping[str, inspect.Paramet
 
 
 def accepted(name: str, function: Callable, given: dict, batch: Batch) -> dict[str, Any]:
-    """The part of `given` that the function has parameters for."""
+    """The part of `given` that the function has parameters for.
+
+    Raises:
+        DataError: a parameter that nothing fills; the text goes on after the function's name.
+    """
     parameters = parameters_of(name, function)
     for parameter in parameters.values():
         named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         if named and parameter.default is parameter.empty and parameter.name not in given:
             raise DataError(
-                f"reward {name} takes {parameter.name!r}, but the data has no such column; "
-                f"it has {sorted(batch.columns)}."
+                f"takes {parameter.name!r}, but the data has no such column; "
+                f"it has {sorted(batch.columns)}"
             )
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return given
@@ -178,4 +182,7 @@ def accepted(name: str, function: Callable, given: dict, batch: Batch) -> dict[s
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond float64
+        return False

@@ -22,6 +22,7 @@ from gspo_jax.batch import Problem, Rollout, TrainBatch
 from gspo_jax.config import Config
 from gspo_jax.critic import estimate, make_values
 from gspo_jax.distributed import host, place
+from gspo_jax.errors import DataError
 from gspo_jax.losses import LOSSES, MEAN, RATIO, token_kl
 from gspo_jax.losses import kl as kl_penalty
 from gspo_jax.memory import Sketch, explained, held_by, refuse_hopeless, short_memory
@@ -88,6 +89,9 @@ def train(config: Config) -> Result:
                 begun = run.begun or begin(loop, state, step, run.phase)  # 1 prompt ... 4 advantage
             except Abandoned:  # asked to stop, and nothing has changed: no need to finish it
                 break
+            except DataError:  # a reward failed under task.reward_errors=stop
+                run.save_at_failure(state)
+                raise
             state, begun = update(loop, state, begun, run.phase, run.stopping)  # 5 update
             if int(state.step) < step:  # stopped between two updates; `finish` saves them
                 run.begun = begun
@@ -403,6 +407,8 @@ def by_group(config: Config):
     def estimated(state: TrainState, batch: TrainBatch, rollout: Rollout, penalty: np.ndarray):
         if name in BY_FUNCTION:
             rewards = np.stack(list(rollout.rewards.values()), axis=1)
+            # A response that is not scored is in no function's baseline either.
+            rewards = np.where(np.isnan(rollout.reward)[:, None], np.nan, rewards)
             ones = [1.0] * (rewards.shape[1] - len(weights))  # also of "overlong", the last
             adv = function(rewards, np.asarray([*weights, *ones], np.float32))
         else:

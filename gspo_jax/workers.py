@@ -8,21 +8,25 @@ a child it costs the responses that it was scoring, never the run:
     at a loss: the child is killed with all that it started, what it was scoring has failed, and
              another child takes the rest, in order
 
-A child that hears nothing more from its parent ends by itself, whatever its parent died of.
+A child that hears nothing more from its parent ends by itself, whatever its parent died of; it
+outlives the thread that asked for it. Threads that ask one child wait for each other.
 """
 
 import json
 import os
 import pickle
+import queue
 import select
 import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
 from gspo_jax.batch import Problem
@@ -64,6 +68,7 @@ class Child:
     def __init__(self, specs: Sequence[str], *, memory: int = 0):
         self.specs, self.memory = list(specs), memory
         self._running: _Running | None = None
+        self._asked = threading.Lock()
 
     def load(self) -> list[Loaded]:
         """Start, and import; returns what the specs name.
@@ -81,19 +86,21 @@ class Child:
             found = [Loaded(*each) for each in rest[0]]
         return found
 
-    def ask(self, request: Any, seconds: float) -> Iterator[Any]:
+    def ask(self, request: Any, seconds: float) -> Generator[Any, None, None]:
         """The replies to a request, each within so many seconds of the one before.
 
         Raises:
             Lost: no reply in time, or no process any more; it is gone in either case.
+            DataError: the request cannot be sent.
             Abandoned: the run is to stop.
         """
-        if self._running is None:
-            try:
-                self.load()
-            except (ConfigError, DataError) as error:  # it could be imported once
-                raise Lost(f"could not be started again: {error}") from None
-        yield from self._replies(request, seconds, " (task.reward_timeout)")
+        with self._asked:  # one pipe: answers come in the order of the requests
+            if self._running is None:
+                try:
+                    self.load()
+                except (ConfigError, DataError) as error:  # it could be imported once
+                    raise Lost(f"could not be started again: {error}") from None
+            yield from self._replies(request, seconds, " (task.reward_timeout)")
 
     def _replies(self, request: Any, seconds: float, setting: str = "") -> Iterator[Any]:
         running, whole = self._running, False
@@ -123,14 +130,16 @@ class _Running:
         for fd in (self._in, self._out):
             os.set_blocking(fd, False)
         command = [sys.executable, "-P", "-c", BOOT, json.dumps(sys.path)]
-        self.process = subprocess.Popen(
-            [*command, str(theirs_in), str(theirs_out), str(os.getpid())],
-            pass_fds=(theirs_in, theirs_out),
-            stdin=subprocess.DEVNULL,
-            # Not in the terminal's group: Ctrl-C is for the run to hear. Killed as a group.
-            start_new_session=True,
-            # The parent holds the accelerators; JAX in a child would take them or fail to.
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        self.process = in_lasting_thread(
+            lambda: subprocess.Popen(
+                [*command, str(theirs_in), str(theirs_out), str(os.getpid())],
+                pass_fds=(theirs_in, theirs_out),
+                stdin=subprocess.DEVNULL,
+                # Not in the terminal's group: Ctrl-C is for the run to hear. Killed as a group.
+                start_new_session=True,
+                # The parent holds the accelerators; JAX in a child would take them or fail to.
+                env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            )
         )
         os.close(theirs_in)
         os.close(theirs_out)
@@ -206,6 +215,36 @@ class _Running:
         return f"lost its process to {name}{memory}"
 
 
+_orders: "list[queue.SimpleQueue[tuple[Callable[[], Any], Future]]]" = []  # none, or one
+_making_it = threading.Lock()
+os.register_at_fork(after_in_child=_orders.clear)  # its thread is not in a forked process
+
+
+def in_lasting_thread(make: Callable[[], Any]) -> Any:
+    """What `make` returns, called in a thread that lasts as long as this process.
+
+    To Linux the parent of a child is the thread that started it: the signal that a child has asked
+    for at its parent's end (PR_SET_PDEATHSIG, in `reward_worker`) comes when that thread ends.
+    """
+    with _making_it:
+        if not _orders:
+            _orders.append(queue.SimpleQueue())
+            threading.Thread(target=_obey, args=_orders, name="workers", daemon=True).start()
+    made: Future = Future()
+    _orders[0].put((make, made))
+    return made.result()
+
+
+def _obey(orders: queue.SimpleQueue) -> None:
+    while True:
+        make, made = orders.get()
+        try:
+            made.set_result(make())
+        except BaseException as error:  # for the thread that waits
+            made.set_exception(error)
+        del make, made  # nothing is kept until the next order
+
+
 def _end(process: subprocess.Popen, pipes: tuple[int, int]) -> None:
     for fd in pipes:
         os.close(fd)
@@ -238,14 +277,18 @@ class Remote:
         while left:
             request = ("score", self.number, name, batch, left, self.seconds)
             try:
-                for kind, *rest in self.child.ask(request, self.seconds):
-                    if kind == "refused":
-                        raise DataError(rest[1])
-                    answer, logged = rest
-                    for key, values in logged.items():
-                        batch.logged[key] += values
-                    left = [b for b in left if b not in answer.rows]
-                    yield answer
+                with closing(self.child.ask(request, self.seconds)) as replies:
+                    for kind, *rest in replies:
+                        if kind == "refused":
+                            raise DataError(rest[1])
+                        answer, logged = rest
+                        for key, values in logged.items():
+                            batch.logged[key] += values
+                        left = [b for b in left if b not in answer.rows]
+                        yield answer
+            except DataError as error:  # what the columns hold does not come through
+                yield Answer(left, [0.0] * len(left), Failure(f"was not called: {error}"))
+                return
             except Lost as error:
                 lost += 1
                 count = 1 if self.loaded.one_by_one and lost < self.losses else len(left)

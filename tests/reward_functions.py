@@ -67,6 +67,18 @@ def divides_by_zero(completions, trainer_state, **_):
     return [1 / (2 - step)] * len(completions) if step == 2 else short_words(completions)
 
 
+def fails_at_the_second_evaluation(completions, trainer_state, **_):
+    """Of a process: the rehearsal, step 0, then the one that fails."""
+    if trainer_state.global_step is None:
+        fails_at_the_second_evaluation.calls += 1
+        if fails_at_the_second_evaluation.calls == 3:
+            raise RuntimeError("late")
+    return short_words(completions)
+
+
+fails_at_the_second_evaluation.calls = 0
+
+
 def slow(completions, **_):
     time.sleep(0.4)
     return short_words(completions)

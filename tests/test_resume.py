@@ -1,6 +1,7 @@
 """Which checkpoint a run continues from, and a step in the middle of its updates."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,12 @@ import pytest
 
 from gspo_jax import checkpoint, resume
 from gspo_jax.batch import Completions, TrainBatch
+from gspo_jax.config import load_config
 from gspo_jax.errors import StorageError
 from gspo_jax.objective import Targets
+from gspo_jax.policy import Problems
 from gspo_jax.resume import Begun, find, pack, unpack
+from gspo_jax.tasks import load_task
 from gspo_jax.update import Pending, Scored
 
 B, S, T, M, X = 4, 7, 5, 2, 3
@@ -102,3 +106,23 @@ def test_every_refused_setting_exists():
     for name in (*resume.SAME, *resume.DATA, *resume.FREE, *resume.UNSAID):
         assert name in SETTINGS or name in groups, name
     assert json.dumps(resume.SAME)  # plain names
+
+
+@pytest.mark.parametrize(
+    "setting, moves",
+    [
+        ("optim.schedule=constant", False),
+        ("optim.schedule=linear", True),  # it ends with the run
+        ("task.curriculum={easy: 0, hard: 0.5}", True),  # hard ones join after half of the run
+    ],
+)
+def test_a_change_of_the_runs_length_is_told_as_what_it_moves(setting, moves):
+    task = load_task("arithmetic", sizes={"train": 1, "val": 0, "test": 0})
+    problems = Problems(task, {"train": [0]}, 0, lambda *_, **__: None, 1, 1)
+    before = load_config(None, [setting, "run.steps=10"])
+    now = load_config(None, [setting, "run.steps=20"])
+    said = []
+    found = resume.Found(Path("run/checkpoints/10"), own=True)
+    resume.compare(resume.identity(before, problems), now, problems, found, said.append)
+    consequence = "  (changes what is learned from here)" if moves else ""
+    assert said[1:] == [f"  run.steps: 10 -> 20{consequence}"]

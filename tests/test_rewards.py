@@ -1,6 +1,7 @@
 """Reward functions: every usual signature is served, and every wrong return value is named."""
 
 import asyncio
+import json  # noqa: F401  # installed: a test looks what becomes of it
 import math
 import sys
 
@@ -228,10 +229,72 @@ def test_a_function_that_raises_is_named_with_its_error_and_count(function, rows
     "function, expected", [(batched, [0, 0, 0, 0]), (single, [1, 0, 0, 0]), (waiting, [1, 0, 0, 0])]
 )
 def test_unless_strict_an_error_scores_0_and_is_counted(function, expected, caplog):
-    _, reward, log = run(function, strict=False)
+    _, reward, log = run(function, errors="zero")
     np.testing.assert_array_equal(reward, expected)
     assert log == {f"rewards/{function.__name__}/errors": 4 - sum(expected)}
     assert "ZeroDivisionError" in caplog.text  # the first traceback
+
+
+@pytest.mark.parametrize(
+    "bad", [NAN, True, math.inf, "1.0", 10**400, {"acc": 1.0}, None, 0.5], ids=lambda x: repr(x)[:9]
+)
+def test_one_rule_for_every_value_that_is_no_score_and_none_for_those_that_are(bad):
+    """Response 2 gets it; `other` scores all four, so that a sum without `f` would show."""
+    fails = bad is not None and bad != 0.5
+
+    def f(completion):
+        return bad if completion == TEXTS[2] else 1.0
+
+    def other(completions):
+        return [2.0] * 4
+
+    log = {"rewards/f/errors": 1.0} if fails else {}
+    if isinstance(bad, dict):
+        log["rewards/f/acc"] = 1.0  # what it returned beside the score that is missing
+    value = NAN if bad is None else 0.0 if fails else bad
+    rewards, reward, logged = run(f, other, errors="zero")
+    np.testing.assert_array_equal(rewards["f"], [1, 1, value, 1])
+    np.testing.assert_array_equal(reward, [3, 3, np.nansum([value, 2.0]), 3])
+    assert logged == log
+    rewards, reward, logged = run(f, other, errors="unscored")
+    np.testing.assert_array_equal(rewards["f"], [1, 1, NAN if fails else value, 1])
+    np.testing.assert_array_equal(reward, [3, 3, NAN if fails else np.nansum([value, 2.0]), 3])
+    assert logged == log
+    if fails:
+        with pytest.raises(DataError, match=r"^reward f returned .* \(on 1 of 4 responses\)\.$"):
+            run(f, other, errors="stop")
+
+
+def breaks_off():
+    yield 1.0
+    raise KeyError("gold")
+
+
+def needs_another_column(completions, difficulty):
+    raise AssertionError("the data has no such column")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [returning(1.0), returning([1.0] * 3), returning(breaks_off()), needs_another_column, batched],
+    ids=["no list", "wrong length", "a generator that raises", "no such column", "raises"],
+)
+def test_the_same_rule_for_what_fails_as_a_whole(function):
+    name = function.__name__
+    _, reward, log = run(function, accuracy, errors="zero")
+    np.testing.assert_array_equal(reward, [1, 0, 1, 0])  # accuracy's alone
+    assert log == {f"rewards/{name}/errors": 4}
+    _, reward, log = run(function, accuracy, errors="unscored")
+    np.testing.assert_array_equal(reward, [NAN] * 4)
+    assert log == {f"rewards/{name}/errors": 4}
+    with pytest.raises(DataError, match=rf"^reward {name} .* \(on 4 of 4 responses\)\.$"):
+        run(function, accuracy, errors="stop")
+
+
+def test_a_weighted_sum_of_finite_rewards_is_finite():
+    largest = float(np.finfo(np.float32).max)
+    _, reward, _ = run(returning([largest, -largest, 1.0, 0.0]), weights=[4.0])
+    np.testing.assert_array_equal(reward, np.float32([largest, -largest, 4.0, 0.0]))
 
 
 def test_a_parameter_that_the_data_lacks_is_named():
@@ -280,6 +343,16 @@ def test_functions_are_loaded_from_modules_and_files(tmp_path, monkeypatch):
     rewards, _, _ = score(functions, None, PROBLEMS, TEXTS, IDS)
     np.testing.assert_array_equal(rewards["accuracy_2"], [0.5] * 4)
     np.testing.assert_array_equal(rewards["Longer"], [9, 9, 9, 4])
+
+
+def test_a_reward_file_named_like_an_installed_module_takes_nothings_place(tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text("def f(completions):\n    return [1.0] * 4\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    installed = sys.modules["json"]
+    np.testing.assert_array_equal(
+        run(*load_rewards([f"{tmp_path}/json.py:f"]).values())[1], [1] * 4
+    )
+    assert sys.modules["json"] is installed
 
 
 def test_modules_of_the_current_directory_are_found(tmp_path, monkeypatch):

@@ -58,6 +58,30 @@ def test_rewards_of_unequal_units_can_be_normalised_apart():
     np.testing.assert_allclose(apart, by_hand(total), atol=1e-5)
 
 
+def test_a_response_without_a_reward_is_in_no_functions_baseline_either():
+    """Row 3: "b" failed on it under task.reward_errors=unscored, whatever "a" says of it."""
+    advs = []
+    for value in (1.0, 50.0):
+        rewards = {
+            "a": np.array([1, 0, 0, value], np.float32),
+            "b": np.array([0, 1, 0, NAN], np.float32),
+        }
+        rollout = Rollout([], [], NOTHING, [], rewards, np.array([1, 1, 0, NAN], np.float32))
+        batch = TrainBatch(
+            np.zeros((4, 4), np.int32),
+            np.ones(4, np.int32),
+            np.full(4, 2, np.int32),
+            np.ones((4, 2), bool),
+            rollout.reward,
+        )
+        settings = ["rollout.group_size=4", "algo.advantage=normalise_then_sum"]
+        judge = loop.by_group(load_config(None, [*settings, "task.rewards=[f.py:a,f.py:b]"]))
+        none = np.zeros((4, 2), np.float32)
+        advs.append(judge(init_state({}, optax.identity()), batch, rollout, none)[0].adv)
+    np.testing.assert_array_equal(*advs)
+    assert advs[0][3] == 0 and advs[0][0] > 0 > advs[0][2]
+
+
 @pytest.mark.parametrize(
     ("loss", "over"),
     [("gspo", "responses"), ("grpo", "responses"), ("dapo", "tokens"), ("dr_grpo", "constant")],

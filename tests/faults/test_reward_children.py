@@ -63,7 +63,7 @@ def alive(pid):
 )
 def test_row_33_what_is_lost_scores_0_and_all_others_keep_their_place(judge, what, reason, caplog):
     levels = [None, what, None, "raise", None]
-    got, reward, log = score(judge, levels, strict=False, told=set())
+    got, reward, log = score(judge, levels, errors="zero", told=set())
     np.testing.assert_array_equal(got["fails_where_asked"], [1, 0, 3, 0, 5])
     np.testing.assert_array_equal(reward, [1, 0, 3, 0, 5])
     assert log == {"rewards/fails_where_asked/errors": 2}
@@ -73,13 +73,13 @@ def test_row_33_what_is_lost_scores_0_and_all_others_keep_their_place(judge, wha
 @pytest.mark.parametrize("what", ["raise", "die"])
 def test_row_28_strict_stops_instead_with_one_line(judge, what):
     with pytest.raises(DataError, match=r"^reward fails_where_asked .* \(on 1 of 2 resp") as caught:
-        score(judge, [None, what], strict=True)
+        score(judge, [None, what], errors="stop")
     assert "\n" not in str(caught.value)
 
 
 def test_row_21_a_function_that_always_hangs_costs_three_limits_and_no_more(judge):
     began = time.monotonic()
-    got, _, log = score(judge, ["sleep"] * 40, strict=False, told=set())
+    got, _, log = score(judge, ["sleep"] * 40, errors="zero", told=set())
     # 3 children, each with 1 s to answer, and a start; then the rest fails at once.
     assert time.monotonic() - began < 30
     np.testing.assert_array_equal(got["fails_where_asked"], np.zeros(40))
@@ -98,7 +98,7 @@ def test_row_33_a_child_killed_from_outside_in_mid_batch_is_replaced(tmp_path):
 
     thread = threading.Thread(target=kill_the_third)
     thread.start()
-    got, _, log = score(functions, [str(where)] * 6, "where", strict=False, told=set())
+    got, _, log = score(functions, [str(where)] * 6, "where", errors="zero", told=set())
     thread.join()
     np.testing.assert_array_equal(got["tells_its_process"], [1, 2, 0, 4, 5, 6])
     assert log == {"rewards/tells_its_process/errors": 1}
@@ -120,8 +120,12 @@ def test_row_33_a_child_killed_from_outside_in_mid_batch_is_replaced(tmp_path):
 )
 def test_row_24_a_wrong_value_from_a_child_is_one_line_with_function_and_row(echo, values, message):
     with pytest.raises(DataError, match=rf"^reward returns_the_column {message}") as caught:
-        score(echo, [values] * 3, strict=False)
+        score(echo, [values] * 3)
     assert "\n" not in str(caught.value)
+    assert score(echo, [values] * 3, errors="zero")[2]["rewards/returns_the_column/errors"] in (
+        1,
+        3,
+    )
     got, _, _ = score(echo, [[1.0, None, 2.0]] * 3)  # None is no error, and the child goes on
     np.testing.assert_array_equal(got["returns_the_column"], [1, np.nan, 2])
 
@@ -129,7 +133,7 @@ def test_row_24_a_wrong_value_from_a_child_is_one_line_with_function_and_row(ech
 def test_row_28_the_first_traceback_is_told_once(judge, caplog):
     told = set()
     for _ in range(3):
-        score(judge, ["raise", None], strict=False, told=told)
+        score(judge, ["raise", None], errors="zero", told=told)
     assert caplog.text.count("ZeroDivisionError: as asked\n") == 1
     assert (
         "fails_where_asked" in caplog.text and 'raise ZeroDivisionError("as asked")' in caplog.text
@@ -162,13 +166,58 @@ def test_row_33_children_end_with_a_parent_that_is_killed(tmp_path):
     eventually(lambda: not alive(child))
 
 
+def test_a_child_outlives_the_thread_that_started_it():
+    """An executor's thread that loads or scores and ends; Linux ties a child to its thread."""
+    made = []
+    spec = f"{REWARDS}:short_words"
+    thread = threading.Thread(target=lambda: made.append(load_remote([spec], seconds=20.0)))
+    thread.start()
+    thread.join()
+    eventually(lambda: not Path(f"/proc/self/task/{thread.native_id}").exists())
+    running = made[0]["short_words"].child._running
+    assert rewards.score(made[0], None, [Problem("p", "q")], ["A"], [[1]])[1] == [1.0]
+    assert running is made[0]["short_words"].child._running and alive(running.process.pid)
+
+
+def test_threads_that_share_a_child_get_their_own_answers(judge):
+    lengths = {}
+
+    def ask(first):
+        texts = ["x" * (first + i) for i in range(60)]
+        lengths[first] = score(judge, [None] * 60, texts=texts)[1].tolist()
+
+    threads = [threading.Thread(target=ask, args=(first,)) for first in (1, 101, 201)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert lengths == {first: [first + i for i in range(60)] for first in (1, 101, 201)}
+
+
+def test_the_module_of_a_reward_file_is_found_by_processes_that_it_starts(tmp_path):
+    (tmp_path / "pooled_lengths.py").write_text(
+        "import multiprocessing\n"
+        "def length(text):\n    return float(len(text))\n"
+        "def pooled(completions):\n"
+        "    told = []\n"
+        "    for way in ('spawn', 'forkserver'):\n"
+        "        with multiprocessing.get_context(way).Pool(1) as pool:\n"
+        "            told.append(pool.map_async(length, completions).get(60))\n"
+        "    assert told[0] == told[1]\n"
+        "    return told[0]\n"
+    )
+    functions = load_remote([f"{tmp_path}/pooled_lengths.py:pooled"], seconds=120.0)
+    got, _, _ = score(functions, [None] * 3)
+    np.testing.assert_array_equal(got["pooled"], [1, 2, 3])
+
+
 def test_a_wish_to_stop_ends_the_wait_for_a_child(judge, monkeypatch):
     stop = Stop()
     monkeypatch.setattr(stopping, "_listening", [stop])
     threading.Timer(0.3, stop.ask, ["preempted"]).start()
     began = time.monotonic()
     with pytest.raises(Abandoned):
-        score(judge, ["sleep"], strict=False)
+        score(judge, ["sleep"], errors="zero")
     assert time.monotonic() - began < 1.0
     monkeypatch.undo()
     assert score(judge, [None])[1] == [1.0]  # another child
@@ -195,7 +244,7 @@ def test_what_functions_log_and_ask_for_crosses_the_border(tmp_path, capfd):
     functions = load_remote([f"{tmp_path}/chatty.py:{name}" for name in names], seconds=1.0)
     assert list(functions) == ["waits", "chats", "Longer"]
     texts = ["a", "never", "ccc"]
-    got, _, log = score(functions, [odd] * 3, "data", texts, strict=False, told=set(), step=7)
+    got, _, log = score(functions, [odd] * 3, "data", texts, errors="zero", told=set(), step=7)
     np.testing.assert_array_equal(got["waits"], [1, 0, 1])
     np.testing.assert_array_equal(got["chats"], [1, 1, 1])
     np.testing.assert_array_equal(got["Longer"], [1, 5, 3])

@@ -20,6 +20,7 @@ from faults.tools import REWARDS, environment, one_line, status
 from gspo_jax import checkpoint, stopping
 from gspo_jax.cli import main
 from gspo_jax.console import Display
+from gspo_jax.errors import DataError
 from gspo_jax.stopping import Abandoned, listening, out_of_time, raise_if_asked
 from gspo_jax.train import train
 
@@ -339,3 +340,16 @@ def test_row_28_a_reward_that_raises_scores_0_or_stops_the_run(tiny_dir, tmp_pat
     line = one_line(capsys.readouterr().err)
     assert "reward divides_by_zero raised ZeroDivisionError: division by zero (on 16 of" in line
     assert status(tmp_path / "stop")["state"] == "failed"
+    assert checkpoint.names(tmp_path / "stop" / "checkpoints") == ["1"]  # the step that was whole
+    assert [row["step"] for row in metrics(tmp_path / "stop")] == [1]
+
+
+def test_row_28_a_stop_at_a_reward_in_an_evaluation_keeps_the_step_before_it(tiny_dir, tmp_path):
+    given = ["run.steps=3", "task.reward_errors=stop"]
+    given = config(tiny_dir, tmp_path, *given, reward="fails_at_the_second_evaluation")
+    with pytest.raises(DataError, match="fails_at_the_second_evaluation raised RuntimeError: late"):
+        train(given)
+    run_dir = tmp_path / "run"
+    assert checkpoint.names(run_dir / "checkpoints") == ["2"]
+    rows = metrics(run_dir)
+    assert [row["step"] for row in rows] == [0, 1, 2] and "reward" in rows[-1]
