@@ -359,7 +359,7 @@ def _doubts(config: Config, problems: Problems) -> list[str]:
     split, doubts = config.eval.split, list(problems.task.warnings)
     if left := problems.task.size[split] - len(problems.indices[split]):
         doubts.append(f"{left} problems left out, whose prompts are too long")
-    longest = problems.longest + config.rollout.max_completion_length
+    longest = problems.longest_of[split] + config.rollout.max_completion_length
     positions = read_config(model_dir(config)).max_position_embeddings
     if longest > positions:
         doubts.append(f"texts of up to {longest} tokens; the model was made for {positions}")

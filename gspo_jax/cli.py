@@ -240,7 +240,7 @@ def plan(arguments: argparse.Namespace) -> int:
     limit = None if arguments.memory is None else int(arguments.memory * 1e9)
     # XLA's account of a CPU program says little of another device: it undoes rematerialisation.
     compiled = limit is None and not arguments.no_compile
-    print(report(config, compiled=compiled, limit=limit))
+    report(config, compiled=compiled, limit=limit)
     return 0
 
 

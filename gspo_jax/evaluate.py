@@ -17,7 +17,8 @@ from gspo_jax.batch import Problem
 from gspo_jax.config import Config
 from gspo_jax.errors import DataError
 from gspo_jax.generate import PureModel
-from gspo_jax.policy import Policy, Problems, load_policy, load_problems
+from gspo_jax.models.hf import read_config
+from gspo_jax.policy import Policy, Problems, load_policy, load_problems, within_positions
 from gspo_jax.rollout import Scorer, encode_prompts, rendered, sample_completions, score_together
 from gspo_jax.statistics import estimate
 from gspo_jax.summary import Record, measures
@@ -179,6 +180,8 @@ def evaluate_path(config: Config) -> dict[str, float]:
     """Evaluate the model directory that `config.model.path` names, as it stands."""
     policy = load_policy(config)
     problems = load_problems(config, policy.tokenizer, train=False)
+    shape = read_config(policy.directory)
+    problems = within_positions(config, shape, problems, [config.eval.split])
     with jax.set_mesh(policy.mesh):
         result = evaluate_policy(config, policy, problems, policy.params)
     if not result:

@@ -7,7 +7,7 @@ Advice on what does not fit names the settings that lower what is largest.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -33,7 +33,13 @@ from gspo_jax.memory import (
 from gspo_jax.metrics import check_place
 from gspo_jax.models.files import find_tensors
 from gspo_jax.models.hf import lent_files, read_config
-from gspo_jax.policy import Problems, check_experts, load_problems, open_mesh
+from gspo_jax.policy import (
+    Problems,
+    check_experts,
+    load_problems,
+    open_mesh,
+    within_positions,
+)
 from gspo_jax.programs import programs, sketch
 from gspo_jax.resume import check_named
 from gspo_jax.tasks import Task
@@ -61,7 +67,7 @@ def plan(config: Config) -> str:
         size = f"{count / 1e6:,.2f} M parameters"
     lent_files(directory)
     tokenizer = load_tokenizer(directory, template_args=config.model.template_args)
-    problems = load_problems(config, tokenizer)
+    problems = within_positions(config, shape, load_problems(config, tokenizer))
     check_place(run_dir(config))
     lines = {
         "model": f"{directory}: {shape.family}, {shape.num_layers} layers, {size}",
@@ -79,8 +85,14 @@ def plan(config: Config) -> str:
     return "\n".join(f"{name:8} {text}" for name, text in lines.items())
 
 
-def report(config: Config, *, compiled: bool = True, limit: int | None = None) -> str:
-    """Memory by kind and peak per device, and what a step costs, for people.
+def report(
+    config: Config,
+    *,
+    compiled: bool = True,
+    limit: int | None = None,
+    show: Callable[[str], None] = print,
+) -> None:
+    """Show memory by kind and peak per device, and what a step costs; then refuse what is too much.
 
     Without a tokenizer or data, prompts are taken to be of any length up to
     task.max_prompt_length. The devices of a mesh that the CPU lacks are simulated.
@@ -88,6 +100,7 @@ def report(config: Config, *, compiled: bool = True, limit: int | None = None) -
     Args:
         compiled: compile the largest programs for their temporary memory; else estimate it.
         limit: bytes of a device; None asks the device.
+        show: is given the table, which stands there in either case.
 
     Raises:
         ConfigError: it does not fit; the message says what to change.
@@ -100,8 +113,8 @@ def report(config: Config, *, compiled: bool = True, limit: int | None = None) -
     lines = [*_sizes(run, note), *_memory(run, found, limit), *_cost(run)]
     if compiled:
         lines.append(_compiling(planned, found))
+    show("\n".join(f"{name:11} {text}" for name, text in lines))
     refuse(run, found, limit)
-    return "\n".join(f"{name:11} {text}" for name, text in lines)
 
 
 def sketched(config: Config) -> tuple[Sketch, str]:
@@ -116,7 +129,9 @@ def sketched(config: Config) -> tuple[Sketch, str]:
     check_experts(config.algo, shape)
     mesh = open_mesh(config, shape)
     problems, note = _problems(config, directory)
-    return sketch(config, shape, problems, mesh), note
+    fitting = within_positions(config, shape, problems)
+    note += f"; {fitting.task.warnings[-1]}" if fitting is not problems else ""
+    return sketch(config, shape, fitting, mesh), note
 
 
 def refuse(run: Sketch, found: Sequence[Compiled], limit: int) -> None:

@@ -1,10 +1,11 @@
 """What every command starts from: devices, network, tokenizer, problems and their scorer."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -92,6 +93,7 @@ class Problems(NamedTuple):
     shortest: int  # tokens of a training prompt, at least ...
     longest: int  # ... and at most
     stages: tuple[tuple[float | int, list[int]], ...] = ()  # of a curriculum, in positions
+    longest_of: Mapping[str, int] = MappingProxyType({})  # split -> tokens of its prompts, at most
 
     def visit(self, start: int, count: int, *, total: int, seed: int) -> list[int]:
         """Positions of the training problems at places start ... of a run that visits `total`."""
@@ -255,7 +257,56 @@ def load_problems(
     scorer = partial(scorer, errors=c.reward_errors, told=set())
     shortest, longest = min(lengths[first_split]), max(lengths[first_split])
     stages = _stages(task, indices["train"], c.curriculum)
-    return Problems(task, indices, too_long, scorer, shortest, longest, stages)
+    longest_of = {split: max(found) for split, found in lengths.items() if found}
+    return Problems(task, indices, too_long, scorer, shortest, longest, stages, longest_of)
+
+
+def within_positions(
+    config: Config, shape: QwenConfig, problems: Problems, splits: Sequence[str] = ()
+) -> Problems:
+    """The same problems where no text can be longer than the model was made for.
+
+    Args:
+        splits: those that are asked; by default of training and of evaluation.
+
+    Returns:
+        With one more warning where positions must be stretched beyond `max_position_embeddings`.
+
+    Raises:
+        ConfigError: a prompt and `rollout.max_completion_length` have more tokens together.
+    """
+    asked = splits or ("train", config.eval.split)
+    prompt = max((problems.longest_of.get(split, 0) for split in asked), default=0)
+    told = beyond_positions(shape, prompt, config.rollout.max_completion_length)
+    if not told:
+        return problems
+    warnings = (*problems.task.warnings, told)
+    return problems._replace(task=replace(problems.task, warnings=warnings))
+
+
+def beyond_positions(
+    shape: QwenConfig, prompt: int, new: int, name: str = "rollout.max_completion_length"
+) -> str:
+    """What to tell of texts of `prompt` and `new` tokens; nothing where they fit.
+
+    Args:
+        name: what the user calls `new`.
+
+    Raises:
+        ConfigError: they reach beyond the positions that the model's rotations are for.
+    """
+    total, made_for = prompt + new, shape.max_position_embeddings
+    if total <= made_for:
+        return ""
+    text = f"texts of up to {total:,} tokens (a prompt of {prompt:,}, {name}={new})"
+    if total <= shape.positions:
+        return (
+            f"{text}: more than max_position_embeddings={made_for}; the model's rope_scaling "
+            f"reaches {shape.positions:,}."
+        )
+    room = shape.positions - prompt
+    change = f"set {name}={room} or lower" if room > 0 else "such prompts are too long for it"
+    raise ConfigError(f"{text}, and the model has {shape.positions:,} positions: {change}.")
 
 
 def _scored(task: Task, tokenizer: Tokenizer) -> Task:

@@ -13,9 +13,10 @@ from gspo_jax.batch import Problem, TrainBatch
 from gspo_jax.config import Config
 from gspo_jax.errors import DataError
 from gspo_jax.losses import LOSSES
+from gspo_jax.models.hf import read_config
 from gspo_jax.objective import Objective
 from gspo_jax.optim import schedule_count
-from gspo_jax.policy import load_policy, load_problems, passes, text_sizes
+from gspo_jax.policy import load_policy, load_problems, passes, text_sizes, within_positions
 from gspo_jax.rollout import encode_prompts
 from gspo_jax.run import Result, open_run
 from gspo_jax.sharding import shard_batch
@@ -33,6 +34,7 @@ def sft(config: Config) -> Result:
     c = config
     policy = load_policy(config)
     problems = load_problems(config, policy.tokenizer, scored=False)
+    problems = within_positions(config, read_config(policy.directory), problems)
     optimizer, schedule, state = make_state(config, policy, updates=c.run.steps)
     sizes = text_sizes(config, problems, policy.mesh)
     how = passes(config, policy, sizes)

@@ -29,7 +29,16 @@ from gspo_jax.memory import Sketch, explained, held_by, refuse_hopeless, short_m
 from gspo_jax.models.hf import read_config
 from gspo_jax.objective import CriticTerm, Metrics, Objective, Targets
 from gspo_jax.optim import Optimizer, schedule_count
-from gspo_jax.policy import Passes, Policy, Problems, load_policy, load_problems, passes, text_sizes
+from gspo_jax.policy import (
+    Passes,
+    Policy,
+    Problems,
+    load_policy,
+    load_problems,
+    passes,
+    text_sizes,
+    within_positions,
+)
 from gspo_jax.resume import Begun
 from gspo_jax.rollout import (
     Scorer,
@@ -73,8 +82,10 @@ def train(config: Config) -> Result:
         OutOfMemory: a device has less memory than is needed.
         NumericalError: more than `run.skip_budget` updates were not finite.
     """
-    loop, state = assemble(config)
-    policy, problems = loop.policy, loop.problems
+    policy = load_policy(config)
+    problems = load_problems(config, policy.tokenizer)
+    problems = within_positions(config, read_config(policy.directory), problems)
+    loop, state = assemble(config, policy, problems)
     held = held_by(state, dtype=policy.dtype, reference=loop.reference is not None)
     shape = read_config(policy.directory)
     sketch = Sketch(config, shape, policy, problems, state, loop.goal, loop.optimizer, held)
@@ -270,19 +281,20 @@ def respond(
 
 
 def speedometer(sketch: Sketch, run: Run) -> Callable[..., Metrics]:
-    """`costs.utilisation` of a step, from its texts' lengths and its times."""
+    """`costs.utilisation` of a step, from its texts' lengths and its times; see `costs.metered`."""
     config, policy = sketch.config, sketch.policy
     peak = costs.peak(policy.dtype)
     run.log.say(f"Speed: {costs.shown(peak)}.")
-    return partial(
+    of = partial(
         costs.utilisation,
         sketch.shape,
-        peak=peak,
         group_size=config.rollout.group_size,
         epochs=config.algo.epochs,
         itemsize=jnp.dtype(policy.dtype).itemsize,
         devices=policy.mesh.size,
     )
+    measure = partial(costs.peak, policy.dtype)
+    return costs.metered(of, measure, peak, partial(run.log.say, style="yellow"))
 
 
 def trl_names(metrics: Metrics, loss: str) -> Metrics:

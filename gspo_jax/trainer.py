@@ -15,6 +15,7 @@ import atexit
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -32,9 +33,9 @@ from gspo_jax.evaluate import evaluate
 from gspo_jax.export import export_params
 from gspo_jax.metrics import RunLog, plain
 from gspo_jax.models.files import resolve
-from gspo_jax.models.hf import save_model
+from gspo_jax.models.hf import read_config, save_model
 from gspo_jax.models.qwen import Qwen
-from gspo_jax.policy import Problems, load_policy
+from gspo_jax.policy import Problems, load_policy, beyond_positions
 from gspo_jax.rollout import encode_prompts, sample_completions, token_count
 from gspo_jax.spelling import meant
 from gspo_jax.tasks import load_task
@@ -228,6 +229,7 @@ class GSPOTrainer:
         self.reward_fn = reward_fn or verified
         self.config = self.options.to_config(directory_of(model, tokenizer))
         self.policy = load_policy(self.config)
+        self._shape = read_config(self.policy.directory)
         anything = Problems(
             load_task("arithmetic", sizes={"train": 1, "val": 0, "test": 0}),
             {"train": [0]},
@@ -343,14 +345,18 @@ class GSPOTrainer:
     ) -> list[str]:
         """One response to each prompt, under the model's chat template; temperature 0 is greedy."""
         roll = self.config.rollout
+        new = max_new_tokens or roll.max_completion_length
+        asked = [Problem(str(i), prompt) for i, prompt in enumerate(prompts)]
+        encoded = encode_prompts(self.tokenizer, asked)
+        self._check_positions(max(map(len, encoded), default=0), new)
         with jax.set_mesh(self.policy.mesh):
             _, texts = sample_completions(
                 self.policy.sampler(self.state.params),
                 self.tokenizer,
-                encode_prompts(self.tokenizer, [Problem(str(i), p) for i, p in enumerate(prompts)]),
+                encoded,
                 key=jax.random.key(seed),
                 group_size=1,
-                max_new_tokens=max_new_tokens or roll.max_completion_length,
+                max_new_tokens=new,
                 temperature=roll.temperature if temperature is None else temperature,
             )
         return texts
@@ -375,7 +381,14 @@ class GSPOTrainer:
                     f"item {problem.id!r:.60} has a prompt of {len(ids)} tokens, "
                     f"max_prompt_length={most}; raise it, or leave the item out."
                 )
+            self._check_positions(len(ids), self.config.rollout.max_completion_length)
         return problems
+
+    def _check_positions(self, prompt: int, new: int) -> None:
+        """Refuse texts that the model was not made for."""
+        name = "max_length" if self.options.max_length else "max_new_tokens"
+        if told := beyond_positions(self._shape, prompt, new, name):
+            warnings.warn(told, stacklevel=3)
 
 
 def as_problem(item: Item | str, place: int, *, answered: bool = False) -> Problem:

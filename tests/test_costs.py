@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from gspo_jax.costs import Peak, Rates, decode_floor, layer_parameters, operations, utilisation
+from gspo_jax.costs import (
+    Peak,
+    Rates,
+    decode_floor,
+    faster,
+    layer_parameters,
+    metered,
+    operations,
+    utilisation,
+)
 from gspo_jax.models.config import QwenConfig
 
 SHAPE = QwenConfig.from_hf(
@@ -54,6 +63,28 @@ def test_the_floor_of_decoding_is_the_sum_over_steps_of_what_the_living_rows_nee
         cache = sum(3 * 2 * 2 * 4 * n for n in alive)  # layers, keys and values, heads, width
         seconds += max(work / rates.matmul, 4 * (LAYERS + HEAD + cache) / rates.copy)
     assert decode_floor(SHAPE, PROMPT, LENGTH, rates) == pytest.approx(seconds, rel=1e-12)
+
+
+def test_shares_are_of_the_best_peak_of_the_run_and_never_above_one_without_a_word():
+    """The first measurement was taken beside other work: a step at half the speed reads 200 %."""
+    said, measured = [], [Peak(Rates(4e9, 1e9), 4e9, "")]
+
+    def of(rate, *, peak):
+        return {"speed/mfu": rate / peak.matmul}
+
+    busy = Peak(Rates(1e9, 2e9), 1e9, "measured")
+    meter = metered(of, measured.pop, busy, said.append)
+    assert meter(2e9) == {"speed/mfu": 0.5} and not said  # measured again at once
+    assert faster(busy, Peak(Rates(4e9, 1e9), 4e9, "")) == Peak(Rates(4e9, 2e9), 4e9, "measured")
+    # After 2, 4 and 8 steps again, with no need: what is slower changes nothing.
+    again = []
+    meter = metered(of, lambda: again.append(busy) or busy, Peak(Rates(4e9, 1e9), 4e9, ""), said)
+    assert [meter(1e9)["speed/mfu"] for _ in range(10)] == [0.25] * 10 and len(again) == 3
+    # What stays above 1 is told once, with the figure.
+    meter = metered(of, lambda: busy, busy, said.append)
+    assert meter(3.8e9) == meter(3.8e9) == {"speed/mfu": 3.8}
+    (line,) = said
+    assert line.startswith("warning: speed/mfu is 380%")
 
 
 def test_a_step_at_its_floor_has_utilisation_one_and_twice_the_time_or_devices_halves_it():

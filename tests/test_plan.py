@@ -5,6 +5,7 @@ import logging
 import math
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from gspo_jax import costs, memory
 from gspo_jax.cli import main
 from gspo_jax.config import load_config
 from gspo_jax.errors import ConfigError
+from gspo_jax.evaluate import evaluate_path
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.hf import read_config
 from gspo_jax.models.qwen import Qwen
@@ -25,6 +27,7 @@ from gspo_jax.policy import load_policy, load_problems
 from gspo_jax.programs import programs, sketch
 from gspo_jax.run import make_state
 from gspo_jax.settings import AlgoConfig, RolloutConfig
+from gspo_jax.sft import sft
 from gspo_jax.sharding import make_mesh
 from gspo_jax.tokenizer import load_tokenizer
 from gspo_jax.train import train
@@ -146,7 +149,9 @@ def test_planning_reads_no_weights_and_writes_nothing(config, tiny_dir, tmp_path
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(Path(tiny_dir) / "config.json", bare)
-    text = report(config(f"model.path={bare}"), compiled=False)
+    shown = []
+    report(config(f"model.path={bare}"), compiled=False, show=shown.append)
+    (text,) = shown
     assert f"{PARAMETERS / 1e6:.2f} M parameters" in text
     assert "prompts     1 to 32 tokens (assumed: " in text
     assert [p.name for p in tmp_path.iterdir()] == ["bare"]
@@ -156,6 +161,8 @@ def test_what_does_not_fit_is_refused_with_settings_that_help(config, capsys, mo
     large = config("optim.state=float32", "rollout.group_size=2", "eval.problems=1")
     with pytest.raises(ConfigError, match=r"needs [\d.]+ of 0.0001 GB per device") as error:
         report(large, compiled=False, limit=100_000)
+    table = capsys.readouterr().out  # stands there too, with what is largest
+    assert "masters" in table and re.search(r"peak .* of 0\.1 MB per device \(\d+%\)", table)
     for setting in ("model.remat=full", "optim.state=8bit", "algo.microbatch=1", "mesh.fsdp=2"):
         assert setting in str(error.value)
     monkeypatch.setattr(gspo_jax.plan, "capacity", lambda: 50_000)
@@ -166,11 +173,37 @@ def test_what_does_not_fit_is_refused_with_settings_that_help(config, capsys, mo
 
 def test_the_command_refuses_with_exit_code_2(config, data, tiny_dir, capsys):
     line = ["plan", f"model.path={tiny_dir}", f"task.path={data}", "--no-compile"]
-    line += ["task.max_prompt_length=32", "mesh.data=1"]
+    line += ["task.max_prompt_length=32", "mesh.data=1", "rollout.max_completion_length=64"]
     assert main([*line, "--memory", "80"]) == 0
     assert "of 80.00 GB per device (0%)" in capsys.readouterr().out
     assert main([*line, "--memory", "0.001"]) == 2
-    assert capsys.readouterr().err.startswith("gspo-jax: needs ")
+    told = capsys.readouterr()
+    assert told.err.startswith("gspo-jax: needs ") and "of 1.0 MB per device" in told.out
+
+
+def test_texts_beyond_the_models_positions_are_refused_before_anything_runs(
+    config, tiny_dir, tmp_path
+):
+    """The prompts have at most 11 tokens; the model was made for 256."""
+    longest = sketched(config()).problems.longest
+    too_many = config(f"rollout.max_completion_length={257 - longest}")
+    advice = f"has 256 positions: set rollout.max_completion_length={256 - longest} or lower"
+    for action in (gspo_jax.plan.plan, partial(report, compiled=False), train, sft, evaluate_path):
+        with pytest.raises(ConfigError, match=f"texts of up to 257 tokens .*{advice}"):
+            action(too_many)
+    gspo_jax.plan.plan(config(f"rollout.max_completion_length={256 - longest}"))
+    # Stretched four times from 128, 512 positions are there: told, and not refused.
+    stretched = tmp_path / "stretched"
+    shutil.copytree(tiny_dir, stretched)
+    file = stretched / "config.json"
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    told = json.loads(file.read_text()) | {"rope_scaling": scaling, "rope_parameters": None}
+    file.write_text(json.dumps(told))
+    here = f"model.path={stretched}"
+    text = gspo_jax.plan.plan(config(here, f"rollout.max_completion_length={512 - longest}"))
+    assert "max_position_embeddings=256; the model's rope_scaling reaches 512." in text
+    with pytest.raises(ConfigError, match="has 512 positions"):
+        gspo_jax.plan.plan(config(here, f"rollout.max_completion_length={513 - longest}"))
 
 
 def compiled_by(action, caplog):

@@ -125,6 +125,15 @@ class QwenConfig:
     def __post_init__(self):
         _check(vars(self))
 
+    @property
+    def positions(self) -> int:
+        """Tokens that a text may have: `max_position_embeddings`, or what they are stretched to."""
+        scaling = self.rope_scaling
+        if scaling is None:
+            return self.max_position_embeddings
+        made_for = scaling.original_max_position_embeddings or self.max_position_embeddings
+        return max(self.max_position_embeddings, int(scaling.factor * made_for))
+
     def is_sparse(self, layer: int) -> bool:
         """Whether this layer (from 0) has experts."""
         e = self.experts
