@@ -90,6 +90,7 @@ def environment() -> dict[str, Any]:
     return {
         "device": f"{jax.device_count()} x {device.device_kind}",
         "processor": f"{os.cpu_count()} x {_processor()}",
+        "instructions": _instructions(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
         "commit": git("rev-parse", "--short", "HEAD") + (" + changes" if git("diff") else ""),
@@ -106,6 +107,16 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
+
+
+def _instructions() -> str:
+    """The widest of the processor's vector instructions, which decide how fast it multiplies."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return "unknown"
+    widest = ("amx_tile", "avx512f", "avx2", "avx", "asimd")
+    return next((name for name in widest if name in flags), "unknown")
 
 
 def _busy() -> float:

@@ -59,7 +59,8 @@ def tiny_dir(tmp_path_factory):
     from gspo_jax.models.hf import save_model
 
     like = model_dir(load_config())
-    config = QwenConfig.from_hf(TINY | {"vocab_size": 296})
+    # Positions for the README's and the cookbook's longest texts.
+    config = QwenConfig.from_hf(TINY | {"vocab_size": 296, "max_position_embeddings": 1024})
     model = Qwen(config, rngs=nnx.Rngs(1))
     model.embed[...] = model.embed[...] * 10
     path = tmp_path_factory.mktemp("models") / "tiny"

@@ -24,6 +24,7 @@ TOKENS = jnp.ones((1, 4), jnp.int32)
 BATCH = TrainBatch(
     np.ones((1, 4), np.int32),
     np.full(1, 2, np.int32),
+    np.full(1, 2, np.int32),
     np.ones((1, 2), bool),
     np.ones(1, np.float32),
 )

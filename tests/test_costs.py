@@ -78,7 +78,9 @@ def test_shares_are_of_the_best_peak_of_the_run_and_never_above_one_without_a_wo
     assert faster(busy, Peak(Rates(4e9, 1e9), 4e9, "")) == Peak(Rates(4e9, 2e9), 4e9, "measured")
     # After 2, 4 and 8 steps again, with no need: what is slower changes nothing.
     again = []
-    meter = metered(of, lambda: again.append(busy) or busy, Peak(Rates(4e9, 1e9), 4e9, ""), said)
+    meter = metered(
+        of, lambda: again.append(busy) or busy, Peak(Rates(4e9, 1e9), 4e9, ""), said.append
+    )
     assert [meter(1e9)["speed/mfu"] for _ in range(10)] == [0.25] * 10 and len(again) == 3
     # What stays above 1 is told once, with the figure.
     meter = metered(of, lambda: busy, busy, said.append)

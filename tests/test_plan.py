@@ -184,26 +184,27 @@ def test_the_command_refuses_with_exit_code_2(config, data, tiny_dir, capsys):
 def test_texts_beyond_the_models_positions_are_refused_before_anything_runs(
     config, tiny_dir, tmp_path
 ):
-    """The prompts have at most 11 tokens; the model was made for 256."""
+    """The model was made for 1024; stretched eight times from 256, there are 2048."""
     longest = sketched(config()).problems.longest
-    too_many = config(f"rollout.max_completion_length={257 - longest}")
-    advice = f"has 256 positions: set rollout.max_completion_length={256 - longest} or lower"
+    settings = [f"rollout.max_completion_length={n - longest}" for n in (1024, 1025, 2048, 2049)]
+    fits, too_many, told, too_many_for_any = settings
+    advice = f"has 1,024 positions: set {fits} or lower"
     for action in (gspo_jax.plan.plan, partial(report, compiled=False), train, sft, evaluate_path):
-        with pytest.raises(ConfigError, match=f"texts of up to 257 tokens .*{advice}"):
-            action(too_many)
-    gspo_jax.plan.plan(config(f"rollout.max_completion_length={256 - longest}"))
-    # Stretched four times from 128, 512 positions are there: told, and not refused.
+        with pytest.raises(ConfigError, match=f"texts of up to 1,025 tokens .*{advice}"):
+            action(config(too_many))
+    gspo_jax.plan.plan(config(fits))
     stretched = tmp_path / "stretched"
     shutil.copytree(tiny_dir, stretched)
     file = stretched / "config.json"
-    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
-    told = json.loads(file.read_text()) | {"rope_scaling": scaling, "rope_parameters": None}
-    file.write_text(json.dumps(told))
+    scaling = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256}
+    changed = json.loads(file.read_text()) | {"rope_scaling": scaling}
+    changed.pop("rope_parameters", None)
+    file.write_text(json.dumps(changed))
     here = f"model.path={stretched}"
-    text = gspo_jax.plan.plan(config(here, f"rollout.max_completion_length={512 - longest}"))
-    assert "max_position_embeddings=256; the model's rope_scaling reaches 512." in text
-    with pytest.raises(ConfigError, match="has 512 positions"):
-        gspo_jax.plan.plan(config(here, f"rollout.max_completion_length={513 - longest}"))
+    text = gspo_jax.plan.plan(config(here, told))
+    assert "max_position_embeddings=1024; the model's rope_scaling reaches 2,048." in text
+    with pytest.raises(ConfigError, match="has 2,048 positions"):
+        gspo_jax.plan.plan(config(here, too_many_for_any))
 
 
 def compiled_by(action, caplog):
