@@ -35,7 +35,7 @@ from gspo_jax.metrics import RunLog, plain
 from gspo_jax.models.files import resolve
 from gspo_jax.models.hf import read_config, save_model
 from gspo_jax.models.qwen import Qwen
-from gspo_jax.policy import Problems, load_policy, beyond_positions
+from gspo_jax.policy import Problems, beyond_positions, load_policy
 from gspo_jax.rollout import encode_prompts, sample_completions, token_count
 from gspo_jax.spelling import meant
 from gspo_jax.tasks import load_task
