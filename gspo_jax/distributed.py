@@ -75,7 +75,7 @@ def check_backend() -> None:
     Raises:
         ConfigError: it has none, or 64-bit types are switched on.
     """
-    if jax.config.jax_enable_x64:
+    if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         raise ConfigError(
             "JAX_ENABLE_X64 is on, and a run computes in float32 and bfloat16; unset it (in "
             "Python: jax.config.update('jax_enable_x64', False))."
