@@ -19,6 +19,7 @@ LAYERS = [
         "hub",
         "stopping",
         "tasks.units",
+        "tasks.notation",
         "statistics",
     }
     | {"settings", "spelling"}

@@ -12,6 +12,7 @@ import yaml
 from gspo_jax.config import load_config
 from gspo_jax.tasks import TASKS
 from gspo_jax.tasks.published import PUBLISHED
+from gspo_jax.tasks.verify import check
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
@@ -62,3 +63,12 @@ def test_the_curriculum_and_the_checker_on_the_page_are_settings():
     assert checker in PAGE
     for where in ("task.name=math500", "task.path=rows.jsonl"):
         assert load_config(None, [where, checker]).task.options == {"checker": "math-verify"}
+
+
+def test_the_forms_of_an_answer_on_the_page_score_as_it_says():
+    table = PAGE.split("| the gold answer |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) == 9
+    for row in table:
+        (gold,), right, wrong = (re.findall("`([^`]+)`", c) for c in row[1:-1].split("|"))
+        for answers, worth in ((right, 1.0), (wrong, 0.0)):
+            assert [a for a in answers if check(rf"\boxed{{{a}}}", gold).score != worth] == [], gold

@@ -124,8 +124,9 @@ def test_only_formulas_are_left_to_math_verify():
     for text, gold in [(r"\boxed{7}", "7"), (r"\boxed{8}", "7"), ("7", "7"), (r"\boxed{\pi}", "7")]:
         assert decided("q", text, gold)[1]
     assert not decided("q", r"\boxed{2\pi}", r"\pi\cdot2")[1]
-    chat = [{"role": "user", "content": "q"}], [{"role": "assistant", "content": r"\boxed{a}"}]
-    assert not decided(*chat, "b")[1]
+    chat = [{"role": "user", "content": "q"}], [{"role": "assistant", "content": r"\boxed{a+1}"}]
+    assert not decided(*chat, "1+a")[1]
+    assert decided("q", r"\boxed{x}", r"\text{(C)}")[1]  # a letter is compared as a letter
 
 
 @needs_math_verify

@@ -116,6 +116,15 @@ def test_aime_answers_are_whole_numbers_from_0_to_999(write):
             load_task("aime25", path=write({"problem": "How many?", "answer": answer}))
 
 
+@pytest.mark.parametrize("answer", [r"336^\circ", r"$336^{\circ}$", "336.0", "336 degrees", "336"])
+def test_an_aime_answer_may_be_written_with_its_degrees(write, answer):
+    task = load_task("aime25", path=write({"problem": "Which angle?", "answer": answer}))
+    p = task.problem("test", 0)
+    assert p.answer == "336"
+    assert score(task, p, r"\boxed{336}") == score(task, p, r"\boxed{336^\circ}") == 1
+    assert score(task, p, r"\boxed{335^\circ}") == 0
+
+
 PUZZLE = make_puzzle(Random(5), 3, 3)
 
 

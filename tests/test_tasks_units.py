@@ -20,6 +20,11 @@ from gspo_jax.tasks.units import UNITS, Unit, unit
         ("liter", 1000, "ml"),
         ("km^2", 10**6, "m^2"),
         ("cubic yard", 27, "ft^3"),
+        ("m/s", Fraction(36, 10), "km/h"),
+        ("mph", Fraction("1.609344"), "kilometers per hour"),
+        ("mile per hour", 1, "mph"),
+        ("century", 100, "years"),
+        ("year", 12, "months"),
     ],
 )
 def test_one_of_them_is_so_many_of_the_other(one, count, other):
@@ -32,6 +37,22 @@ def test_case_and_plural_do_not_matter():
     assert unit("M^{2}") == Unit("length^2", Fraction(1))
 
 
-@pytest.mark.parametrize("word", ["", "apples", "squarehours", "kg^2", "m^4", "m^x", "square", "2"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "",
+        "apples",
+        "squarehours",
+        "kg^2",
+        "m^4",
+        "m^x",
+        "square",
+        "2",
+        "per",
+        "perhour",
+        "kg/",
+        "dozen",
+    ],
+)
 def test_other_words_are_no_units(word):
     assert unit(word) is None

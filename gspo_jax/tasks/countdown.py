@@ -21,6 +21,7 @@ from gspo_jax.tasks.draw import (
     shuffled,
     weighted,
 )
+from gspo_jax.tasks.notation import peeled
 from gspo_jax.tasks.task import Task
 from gspo_jax.tasks.verify import boxed, counts_reasoning, one_box
 
@@ -126,7 +127,7 @@ def solves(answer: str | None, numbers: Sequence[int], target: int) -> bool:
     """Is `answer` an expression of `target`, perhaps followed by "= target", in these numbers?"""
     if answer is None or len(answer) > MAX_EXPRESSION:
         return False
-    left, equals, right = plain(answer).partition("=")
+    left, equals, right = plain(peeled(answer)).partition("=")
     worked = evaluate(left)
     if worked is None or (equals and right.strip() != str(target)):
         return False
@@ -137,7 +138,7 @@ def solves(answer: str | None, numbers: Sequence[int], target: int) -> bool:
 def value_in(problem: Problem, text: str) -> str | None:
     """The boxed expression, without spaces, or None."""
     answer = boxed(text)
-    return re.sub(r"\s", "", plain(answer[:MAX_EXPRESSION])) if answer else None
+    return re.sub(r"\s", "", plain(peeled(answer[:MAX_EXPRESSION]))) if answer else None
 
 
 def plain(answer: str) -> str:

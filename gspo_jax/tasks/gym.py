@@ -19,8 +19,9 @@ import numpy as np
 from gspo_jax.batch import Problem
 from gspo_jax.errors import ConfigError
 from gspo_jax.tasks.draw import Drawn, between, chosen_sizes, chosen_weights, made_up, weighted
+from gspo_jax.tasks.notation import unwrapped
 from gspo_jax.tasks.task import Task, fingerprint
-from gspo_jax.tasks.verify import boxed, counts_reasoning, numeric, one_box, own_words, unwrapped
+from gspo_jax.tasks.verify import boxed, counts_reasoning, numeric, one_box, own_words
 
 GYM_SIZES = {"train": 1_000, "val": 50, "test": 100}
 COMPARED = (

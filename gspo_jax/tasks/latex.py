@@ -10,7 +10,8 @@ from typing import Any
 
 from gspo_jax.errors import ConfigError
 from gspo_jax.tasks.math_verify import MISSING, decided
-from gspo_jax.tasks.verify import braced, counts_reasoning
+from gspo_jax.tasks.notation import braced, peeled
+from gspo_jax.tasks.verify import counts_reasoning
 
 try:
     import math_verify as library  # pyright: ignore[reportMissingImports]
@@ -41,7 +42,7 @@ def equal(answer: str, gold: str) -> bool:
     """Does math-verify hold two pieces of LaTeX equal? Unbounded in time and memory."""
     gold_found, found = (
         library.parse(
-            rf"\boxed{{{braced(text)}}}",
+            rf"\boxed{{{braced(peeled(text))}}}",
             extraction_config=READ,
             fallback_mode="no_fallback",
             parsing_timeout=None,  # pyright: ignore[reportArgumentType]  # None is documented

@@ -6,25 +6,33 @@ intervals, sets, tuples and formulas. These math-verify reads as LaTeX and compa
 which may take forever: it does so in a process of its own (`latex`), within limits of time and
 memory.
 
-Because it computes, a question boxed again would be right. An answer whose text stands in the
-question is therefore left to `verify`.
+Because it computes, a question boxed again would be right. An expression that stands in the
+question is therefore left to `verify`; and so are answers whose bases, times of day or brackets
+differ, which math-verify reads over: it holds 4210_7 for 4210_5, and {0,1} for (0,1).
 """
 
-import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 from gspo_jax.batch import Problem
 from gspo_jax.errors import ConfigError
-from gspo_jax.tasks.verify import Verdict, accuracy, check, counts_reasoning, numeric, own_words
+from gspo_jax.tasks.notation import choice, comparable, computes, spaceless
+from gspo_jax.tasks.verify import (
+    Verdict,
+    accuracy,
+    asked,
+    check,
+    counts_reasoning,
+    numeric,
+    own_words,
+)
 
 MISSING = "checker=math-verify needs the package math-verify: pip install 'gspo_jax[math]'."
 CHECKERS = ("exact", "math-verify")
 SECONDS = 5.0  # for one answer, as math-verify has it; most take some 10 ms
 MEMORY = 4 * 10**9  # bytes of address space
 LOSSES = 20  # answers of one rollout that may run into a limit; what is left then scores 0 too
-_SPACE = re.compile(r"\\[,;:! ]|[\s$~]+")
 
 
 def reward_of(checker: str) -> Callable[..., list[float | None]]:
@@ -81,8 +89,11 @@ def math_verify_apart() -> Callable[..., list[float | None]]:
 
 def decided(prompt: Any, completion: Any, gold: str) -> tuple[Verdict, bool]:
     """What `verify` says of a completion, and whether that is the last word."""
-    verdict = check(own_words(prompt, completion), gold)
-    if verdict.reason != "wrong" or not str(gold).strip() or numeric(str(gold)) is not None:
+    question, gold = asked(prompt), str(gold)
+    verdict = check(own_words(prompt, completion), gold, question)
+    if verdict.reason != "wrong" or not gold.strip():
         return verdict, True
-    question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    return verdict, _SPACE.sub("", str(verdict.answer)) in _SPACE.sub("", question)
+    answer = str(verdict.answer)
+    if numeric(gold) is not None or choice(gold) is not None or not comparable(answer, gold):
+        return verdict, True
+    return verdict, computes(answer) and spaceless(answer) in spaceless(question)

@@ -24,6 +24,7 @@ from gspo_jax.tasks.sources import (
     read_rows,
 )
 from gspo_jax.tasks.task import SPLITS, Task, fingerprint
+from gspo_jax.tasks.verify import numeric
 from gspo_jax.tasks.zebra import example_row, grid_problem, group_of, mc_problem
 from gspo_jax.tasks.zebra_score import as_solution, choice_in, grid_reward, mc_reward, solution_in
 
@@ -153,9 +154,10 @@ def _checked(name: str, problem: Problem) -> Problem:
     if answer is None:
         raise DataError(f"{name}: problem {problem.id} has no answer.")
     if PUBLISHED[name].integers:
-        if not re.fullmatch("[0-9]{1,3}", answer):
+        value = numeric(answer)  # 336^\circ is written so in one copy
+        if value is None or value.denominator > 1 or not 0 <= value < 1000:
             raise DataError(f"{name}: problem {problem.id}: got {answer!r:.40}, wanted 0 to 999.")
-        answer = str(int(answer))  # "033" and 33 are one answer
+        answer = str(int(value))  # "033" and 33 are one answer
     solution = problem.columns.get("answer")
     columns = dict(problem.columns)
     if isinstance(solution, str) and "####" in solution:

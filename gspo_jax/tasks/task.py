@@ -11,14 +11,14 @@ import numpy as np
 
 from gspo_jax.batch import Problem
 from gspo_jax.errors import ConfigError
-from gspo_jax.tasks.verify import boxed
+from gspo_jax.tasks.verify import asked, boxed
 
 SPLITS = ("train", "val", "test")
 
 
 def boxed_in(problem: Problem, text: str) -> str | None:
     """What the last box of `text` holds, or None."""
-    return boxed(text) or None
+    return boxed(text, asked(problem.prompt)) or None
 
 
 @dataclass(frozen=True)
