@@ -29,6 +29,7 @@ from output import RESULTS, table
 
 from gspo_jax import train
 from gspo_jax.config import load_config, packaged_config
+from gspo_jax.tally import numbers
 
 RANGES = {  # the paper's own first
     "gspo": [(3e-4, 4e-4), (3e-3, 4e-3), (3e-2, 4e-2)],
@@ -83,10 +84,10 @@ def case(loss: str, low: float, high: float, seed: int, start, rollouts) -> dict
         for begun in rollouts:
             state = jax.tree.map(jnp.copy, start)  # an update gives its buffers away
             _, done = train.update(loop, state, begun)
-            found.append([jax.device_get(stats) for stats in done.pending.stats])
+            found.append([numbers(jax.device_get(stats)) for stats in done.pending.stats])
 
     def over_rollouts(name: str) -> list[float]:
-        return np.mean([[float(s[name]) for s in stats] for stats in found], axis=0).tolist()
+        return np.mean([[s[name] for s in stats] for stats in found], axis=0).tolist()
 
     clipped, mean, std = map(over_rollouts, ("clip_frac", "ratio_mean", "ratio_std"))
     return {

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from gspo_jax.tally import Tally
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -40,7 +42,8 @@ class Completions(NamedTuple):
 
     Attributes:
         tokens: the sampled ids, EOS included; what lies after it has no meaning.
-        mask: true on response tokens up to and including EOS.
+        mask: true on the tokens that were sampled, EOS included. Between them there may be others,
+            which are read and not sampled.
         logp: log-probability of each token at the sampling temperature, in nats.
         truncated: true where the response ended at the length limit instead of an EOS.
         routing: where it was asked for, the X experts of each token of the row's prompt and then
@@ -54,6 +57,12 @@ class Completions(NamedTuple):
     truncated: Bool[np.ndarray, " B"]
     routing: Int[np.ndarray, "B R M X"] | None = None
 
+    @property
+    def length(self) -> Int[np.ndarray, " B"]:
+        """Tokens of each response up to the last sampled one: nothing reads what lies behind."""
+        place = np.arange(1, self.mask.shape[1] + 1, dtype=np.int32)
+        return np.where(self.mask, place, 0).max(axis=1, initial=0)
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -66,7 +75,7 @@ class Rollout:
         texts: the responses decoded without special tokens, for rewards and logs.
         rewards: each reward function's own scores by its name; NaN where it did not score.
         reward: their weighted sum; NaN means "not scored".
-        log: numbers that reward functions asked to have logged.
+        log: what reward functions asked to have logged.
     """
 
     problems: list[Problem]
@@ -75,7 +84,7 @@ class Rollout:
     texts: list[str]
     rewards: dict[str, Float[np.ndarray, " B"]]
     reward: Float[np.ndarray, " B"]
-    log: dict[str, float] = field(default_factory=dict)
+    log: dict[str, Tally] = field(default_factory=dict)
 
 
 class TrainBatch(NamedTuple):

@@ -17,13 +17,14 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from gspo_jax.batch import TrainBatch
 from gspo_jax.errors import check_choice
 from gspo_jax.logps import token_logps
-from gspo_jax.losses import entropy_bonus
+from gspo_jax.losses import LOSSES, RATIO, entropy_bonus
 from gspo_jax.losses import kl as kl_penalty
 from gspo_jax.losses import value as value_loss
 from gspo_jax.models.moe import Routing, balance, router_metrics
 from gspo_jax.models.qwen import Qwen
 from gspo_jax.optim import Optimizer, global_norm
 from gspo_jax.sharding import by_rows, regathering, split_by, widened
+from gspo_jax.tally import Average, Least, Most, Tally
 
 Metrics = dict[str, Any]
 
@@ -207,8 +208,12 @@ def share_of_loss(
 
 def measure(
     grads: Gradients, at: Forward, batch: TrainBatch, given: Given, objective: Objective
-) -> tuple[Metrics, Bool[Array, ""]]:
-    """The metrics of one update, and whether its losses and gradients are finite."""
+) -> tuple[dict[str, Tally], Bool[Array, ""]]:
+    """The metrics of one update, and whether its losses and gradients are finite.
+
+    Means know over how many they are: tokens, or responses where a term is one per response. What
+    is one number of the update counts once, or not at all where no row was trained on.
+    """
     old = _own_where_unknown(given.old_logp, at.logp)
     (sum_, weight), metrics = objective.loss(at.logp, old, batch.adv, batch.mask)
     loss = sum_ / jnp.maximum(weight, 1)
@@ -219,7 +224,7 @@ def measure(
     bonus, found = entropy_bonus(at.entropy, batch.mask)
     loss += objective.entropy_coef * bonus.total / jnp.maximum(bonus.weight, 1)
     grad_norm = global_norm(grads.policy)
-    metrics |= {"loss": loss, "grad_norm": grad_norm} | found
+    metrics |= found
     finite = jnp.isfinite(loss + grad_norm)
     if objective.critic is not None:
         found = _critic_metrics(objective.critic, at.value, given.targets, batch.mask, grads.critic)
@@ -227,10 +232,33 @@ def measure(
         metrics |= found
     if at.routing is not None:
         found = router_metrics(at.routing, batch.routing, real_tokens(batch))
-        metrics["loss"] += objective.router_aux_coef * found["router/aux_loss"]
-        metrics["loss"] += objective.router_z_coef * found["router/z_loss"]
+        loss += objective.router_aux_coef * found["router/aux_loss"]
+        loss += objective.router_z_coef * found["router/z_loss"]
         metrics |= found
-    return metrics, finite
+    return tallied(metrics | {"loss": loss, "grad_norm": grad_norm}, batch, objective), finite
+
+
+BY_SEQUENCE = {LOSSES[name] for name, covers in RATIO.items() if covers == "sequence"}
+
+
+def tallied(metrics: Metrics, batch: TrainBatch, objective: Objective) -> dict[str, Tally]:
+    """The metrics of an update, each with what it takes to combine it with those of others."""
+    tokens = jnp.sum(batch.mask, dtype=jnp.float32)
+    responses = jnp.sum(jnp.any(batch.mask, axis=1), dtype=jnp.float32)
+    routed = jnp.sum(real_tokens(batch), dtype=jnp.float32)
+    function = getattr(objective.loss, "func", objective.loss)  # of a partial
+    ratios = responses if function in BY_SEQUENCE else tokens
+    trained = jnp.minimum(tokens, 1)
+    whole = ("loss", "grad_norm", "critic/grad_norm")  # of the update
+    weights = dict.fromkeys(whole, trained) | {"clip_frac_seq": responses}
+    weights |= {name: ratios for name in metrics if name.startswith("ratio_")}
+    weights |= {name: routed for name in metrics if name.startswith("router/")}
+    if batch.routing is not None:
+        known = real_tokens(batch) & (batch.routing[:, :, 0, 0] >= 0)
+        compared = jnp.sum(known, dtype=jnp.float32)
+        weights |= dict.fromkeys(("router/changed", "router/changed_tokens"), compared)
+    kinds = {"ratio_min": Least, "ratio_max": Most, "router/load_max": Most}
+    return {n: kinds.get(n, Average)(x, weights.get(n, tokens)) for n, x in metrics.items()}
 
 
 def _router_loss(

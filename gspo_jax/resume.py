@@ -25,6 +25,7 @@ from gspo_jax.objective import Targets
 from gspo_jax.policy import Problems
 from gspo_jax.spelling import meant
 from gspo_jax.spikes import empty_window
+from gspo_jax.tally import packed, unpacked
 from gspo_jax.tasks.task import fingerprint
 from gspo_jax.update import Pending, Scored, TrainState
 
@@ -77,7 +78,7 @@ def pack(begun: Begun) -> checkpoint.Pending:
     p = begun.pending
     stats = host(p.stats)
     record = {
-        "stats": [{name: float(value) for name, value in one.items()} for one in stats],
+        "stats": [packed(update) for update in stats],
         "scored": len(p.old),
         "metrics": plain(begun.metrics),
         "samples": plain(begun.samples),
@@ -96,20 +97,17 @@ def unpack(kept: checkpoint.Pending) -> Begun:
         fields = {name: found.get(f"{prefix}.{name}") for name in kind._fields}
         return None if all(x is None for x in fields.values()) else kind(**fields)
 
-    batch = read(TrainBatch, "batch")
+    batch, completions = read(TrainBatch, "batch"), read(Completions, "completions")
     if batch.length is None:  # written before masks could have holes
-        batch = batch._replace(length=found["completions.mask"].sum(1, dtype=np.int32))
+        batch = batch._replace(length=completions.length)
     pending = Pending(
         batch=batch,
         ref_logp=found.get("ref_logp"),
         targets=read(Targets, "targets"),
         old=tuple(read(Scored, f"old.{i}") for i in range(record["scored"])),
-        stats=tuple(record["stats"]),
+        stats=tuple(unpacked(update) for update in record["stats"]),
     )
-    completions, lengths = (
-        read(Completions, "completions"),
-        (found["lengths.0"], found["lengths.1"]),
-    )
+    lengths = found["lengths.0"], found["lengths.1"]
     return Begun(pending, completions, record["metrics"], record["samples"], lengths)
 
 

@@ -29,6 +29,7 @@ from gspo_jax.batch import Problem
 from gspo_jax.errors import ConfigError, DataError
 from gspo_jax.signatures import Batch, accepted, convention, is_number, trl
 from gspo_jax.stopping import raise_if_asked
+from gspo_jax.tally import Average, Tally
 
 LARGEST = float(np.finfo(np.float32).max)  # of a reward
 
@@ -80,7 +81,7 @@ def score(
     step: int | None = None,
     errors: Errors = "stop",
     told: set[str] | None = None,
-) -> tuple[dict[str, Float[np.ndarray, " B"]], Float[np.ndarray, " B"], dict[str, float]]:
+) -> tuple[dict[str, Float[np.ndarray, " B"]], Float[np.ndarray, " B"], dict[str, Tally]]:
     """Score B responses to P problems; response b answers problem b // (B / P).
 
         reward[b] = Σ_f weight_f * rewards[f][b], over the functions that scored response b
@@ -101,8 +102,8 @@ def score(
         told: functions whose first failure has been logged; the caller keeps it.
 
     Returns:
-        Each function's scores, their weighted sum, and the means of the numbers that functions
-        logged or returned beside their score.
+        Each function's scores, their weighted sum, and what functions logged or returned beside
+        their score: means of it, and counts of errors.
 
     Raises:
         DataError: with errors="stop", a function that failed; the message names it, and the
@@ -137,7 +138,7 @@ def score(
     parts = np.where(scored, each, 0) * np.asarray(weights, np.float64)[:, None]
     total = np.clip(parts.sum(0), -LARGEST, LARGEST)  # of finite numbers, and finite
     reward = np.where(scored.any(0) & ~unscored, total, np.nan).astype(np.float32)
-    return rewards, reward, {k: float(np.mean(v)) for k, v in batch.logged.items()}
+    return rewards, reward, batch.logged
 
 
 class Failure(NamedTuple):
@@ -267,7 +268,7 @@ def _fail(name: str, failed: list[Answer], batch: Batch, errors: Errors, told: s
     text = f"reward {name} {what.removesuffix('.')} (on {count} of {len(batch.texts)} responses)."
     if errors == "stop":
         raise DataError(text) from (cause or (_Elsewhere(trace) if trace else None))
-    batch.log(f"rewards/{name}/errors", count)
+    batch.count(f"rewards/{name}/errors", count)
     if name not in told:
         told.add(name)
         fate = "score 0" if errors == "zero" else "are not scored"
@@ -293,7 +294,7 @@ def _number_of(name: str, result: Any, batch: Batch) -> Any:
         return result
     for key, value in result.items():
         if key != "score" and is_number(value):
-            batch.log(f"rewards/{name}/{key}", value)
+            batch.add({f"rewards/{name}/{key}": Average(float(value), 1)})
     return result.get("score", "no 'score'")
 
 

@@ -14,9 +14,10 @@ from gspo_jax.advantages import soft_overlong
 from gspo_jax.batch import Completions, Problem, Rollout, TrainBatch
 from gspo_jax.distributed import gathered, own_rows
 from gspo_jax.generate import PureModel, bucket, generate
+from gspo_jax.tally import Tally, merged, numbers, packed, unpacked
 from gspo_jax.tokenizer import Tokenizer
 
-Scorer = Callable[..., tuple[dict[str, np.ndarray], np.ndarray, dict[str, float]]]
+Scorer = Callable[..., tuple[dict[str, np.ndarray], np.ndarray, dict[str, Tally]]]
 
 
 def encode_prompts(tokenizer: Tokenizer, problems: Sequence[Problem]) -> list[list[int]]:
@@ -90,7 +91,7 @@ def score_together(
     problems: Sequence[Problem],
     texts: Sequence[str],
     ids: Sequence[Sequence[int]],
-) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, float]]:
+) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, Tally]]:
     """What `scorer` says of all responses, each process having asked it for its own problems'."""
     if jax.process_count() == 1:
         return scorer(problems, texts, ids)
@@ -98,21 +99,17 @@ def score_together(
     rows, said = slice(mine.start * size, mine.stop * size), None
     if own := problems[mine]:
         rewards, reward, log = scorer(own, texts[rows], ids[rows])
-        said = {k: v.tolist() for k, v in rewards.items()}, reward.tolist(), log
+        said = {k: v.tolist() for k, v in rewards.items()}, reward.tolist(), packed(log)
     shares = [share for share in gathered(said) if share is not None]
-    names, logs = shares[0][0], [(len(reward), log) for _, reward, log in shares]
+    names = shares[0][0]
 
     def joined(lists) -> np.ndarray:
         return np.concatenate([np.asarray(x, np.float32) for x in lists])
 
-    def mean(name: str) -> float:  # over the responses of those who logged it
-        known = [(n, log[name]) for n, log in logs if name in log]
-        return sum(n * x for n, x in known) / sum(n for n, _ in known)
-
     return (
         {name: joined(share[0][name] for share in shares) for name in names},
         joined(share[1] for share in shares),
-        {name: mean(name) for name in sorted({name for _, log in logs for name in log})},
+        merged(unpacked(log) for *_, log in shares),
     )
 
 
@@ -159,7 +156,7 @@ def join_groups(parts: Sequence[tuple[Rollout, Sequence[int]]]) -> Rollout:
         texts=[r.texts[i] for (r, _), n in zip(rollouts, rows, strict=True) for i in n],
         rewards={name: stack(lambda r, n=name: r.rewards[n]) for name in rollouts[0][0].rewards},
         reward=stack(lambda r: r.reward),
-        log=rollouts[0][0].log,
+        log=merged(r.log for r, _ in rollouts),
     )
 
 
@@ -253,14 +250,14 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         known = values[np.isfinite(values)]
         metrics[f"rewards/{name}/mean"] = float(known.mean()) if known.size else float("nan")
         metrics[f"rewards/{name}/std"] = float(known.std()) if known.size else float("nan")
-    return metrics | rollout.log
+    return metrics | numbers(rollout.log)
 
 
 def text_lengths(rollout: Rollout) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
     """Tokens of each response's prompt, and of the response."""
     size = len(rollout.texts) // len(rollout.problems)
     prompt = np.repeat([len(ids) for ids in rollout.prompts], size)
-    return prompt, rollout.completions.mask.sum(1)
+    return prompt, rollout.completions.length
 
 
 def token_count(rollout: Rollout) -> int:
@@ -291,9 +288,10 @@ def sample_rows(rollout: Rollout, adv: np.ndarray, prompts: int = 4) -> list[dic
 
 
 def digest(completions: Completions) -> str:
-    """SHA-256 of which tokens were sampled, in hexadecimal; what lies after them does not count."""
+    """SHA-256 of the responses and of which of their tokens were sampled, in hexadecimal."""
     mask = completions.mask
+    within = np.arange(mask.shape[1])[None] < completions.length[:, None]
     found = hashlib.sha256(str(mask.shape).encode())
     found.update(np.ascontiguousarray(mask).tobytes())
-    found.update(np.where(mask, completions.tokens, 0).astype("<i4").tobytes())
+    found.update(np.where(within, completions.tokens, 0).astype("<i4").tobytes())
     return found.hexdigest()

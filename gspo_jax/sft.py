@@ -67,7 +67,7 @@ def sft(config: Config) -> Result:
             rate = float(schedule(schedule_count(state.opt_state)))
             state, stats, _ = programs.update(state, batch, phase=run.phase)
             state = state._replace(step=state.step + 1)
-            metrics = {name: float(stats[name]) for name in ("loss", "grad_norm", "entropy")}
+            metrics = {name: float(stats[name].value) for name in ("loss", "grad_norm", "entropy")}
             tokens = int(batch.prompt_length.sum() + batch.length.sum())
             run.record(state, metrics | {"learning_rate": rate}, tokens=tokens)
             run.save(state)

@@ -12,7 +12,6 @@ Other parameters are filled with the data's columns of the same name.
 import inspect
 import math
 import re
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
@@ -21,6 +20,7 @@ from typing import Any
 
 from gspo_jax.batch import Problem
 from gspo_jax.errors import DataError
+from gspo_jax.tally import Average, Count, Tally, merged
 from gspo_jax.tasks.verify import COUNTS_REASONING, after_reasoning, boxed
 
 _TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
@@ -36,7 +36,7 @@ class Batch:
     token_ids: list[list[int]]
     columns: dict[str, list[Any]]
     step: int | None
-    logged: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    logged: dict[str, Tally] = field(default_factory=dict)
 
     @classmethod
     def of(cls, problems, texts, token_ids, step) -> "Batch":
@@ -63,13 +63,21 @@ class Batch:
         return replace(self, texts=[a + b for a, b in zip(opened, self.texts, strict=True)])
 
     def log(self, name: str, value: Any) -> None:
-        self.logged[name].append(float(value))
+        """A number that holds for all responses alike."""
+        self.add({name: Average(float(value), len(self.texts))})
+
+    def count(self, name: str, number: int) -> None:
+        self.add({name: Count(number)})
+
+    def add(self, logged: Mapping[str, Tally]) -> None:
+        """To what was logged before."""
+        self.logged.update(merged([self.logged, logged]))
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
         """TRL's columns for a table of responses; of these, numbers are averaged and logged."""
         numbers = [float(v) for v in values if is_number(v)]
         if numbers:
-            self.log(column, math.fsum(numbers) / len(numbers))
+            self.add({column: Average(math.fsum(numbers) / len(numbers), len(numbers))})
 
 
 def trl(batch: Batch) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from the training program's own forward on the same shapes, never from the sampl
 band is as narrow as the noise between two programs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -41,6 +41,7 @@ from gspo_jax.objective import (
 from gspo_jax.optim import LeafByLeaf, Optimizer, let_pass
 from gspo_jax.sharding import batch_ways, regathers
 from gspo_jax.spikes import Spikes, empty_window, is_spike, remember
+from gspo_jax.tally import Tally, merged, numbers
 
 
 class CriticState(NamedTuple):
@@ -84,7 +85,7 @@ class Pending(NamedTuple):
     ref_logp: Float[Any, "B T"] | None = None
     targets: Targets | None = None
     old: tuple[Scored | None, ...] = ()
-    stats: tuple[Metrics, ...] = ()
+    stats: tuple[dict[str, Tally], ...] = ()
 
 
 class Accumulated(NamedTuple):
@@ -194,7 +195,7 @@ def make_programs(
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None, None))
     def apply(state: TrainState, total: Accumulated, batch: TrainBatch, given: Given):
         metrics, finite = measure(total.grads, total.found, batch, given, objective)
-        norm, spike = metrics["grad_norm"], jnp.bool_(False)
+        norm, spike = metrics["grad_norm"].value, jnp.bool_(False)
         if state.spikes is not None:
             spike = finite & is_spike(state.spikes, norm, spike_sigmas)
             taken = finite & ~spike & (norm > 0)
@@ -304,7 +305,7 @@ def update_on_rollout(
     ref_logp: Float[Array, "B T"] | None = None,
     targets: Targets | None = None,
     phase: Callable[[str], AbstractContextManager[None]] = nullcontext,
-) -> tuple[TrainState, list[Metrics], Float[np.ndarray, "B T"]]:
+) -> tuple[TrainState, list[dict[str, Tally]], Float[np.ndarray, "B T"]]:
     """All updates of one rollout in order, the metrics of each, and log π_old of all rows.
 
     Args:
@@ -408,14 +409,10 @@ BY_UPDATE = ("clip_frac", "loss", "router/changed", "ratio_std")
 BY_UPDATE += ("ratio_q05", "ratio_q50", "ratio_q95")
 
 
-def summarise(per_update: list[Metrics]) -> Metrics:
-    """A step's metrics from those of its updates: means, extremes, and lists of what differs."""
-    host = jax.device_get(per_update)
-    summary: Metrics = {}
-    for name in dict.fromkeys(name for m in host for name in m):
-        values = [float(m[name]) for m in host if name in m]
-        combine = min if name.endswith("_min") else max if name.endswith("_max") else np.mean
-        summary[name] = float(combine(values))
-        if name in BY_UPDATE:
-            summary[f"{name}_by_update"] = values
-    return summary
+def summarise(per_update: Sequence[Mapping[str, Tally]]) -> Metrics:
+    """A step's metrics from those of its updates: `tally.merged`, and lists of what differs."""
+    per_update = jax.device_get(per_update)
+    updates = [numbers(update) for update in per_update]
+    names = [name for name in BY_UPDATE if name in updates[0]]
+    listed = {f"{name}_by_update": [update[name] for update in updates] for name in names}
+    return numbers(merged(per_update)) | listed

@@ -282,8 +282,7 @@ class Remote:
                         if kind == "refused":
                             raise DataError(rest[1])
                         answer, logged = rest
-                        for key, values in logged.items():
-                            batch.logged[key] += values
+                        batch.add(logged)
                         left = [b for b in left if b not in answer.rows]
                         yield answer
             except DataError as error:  # what the columns hold does not come through

@@ -19,6 +19,7 @@ from gspo_jax.objective import Gradients, Objective
 from gspo_jax.optim import make_optimizer
 from gspo_jax.policy import to_sample
 from gspo_jax.sharding import make_mesh, shard_batch, state_shardings
+from gspo_jax.tally import numbers
 from gspo_jax.update import Programs, TrainState, init_state, make_programs
 
 # The sizes are unlike each other, so that a shape in a compiled program says what it is.
@@ -121,7 +122,7 @@ def updated(kind: str, **axes: int) -> tuple[Any, dict[str, Any]]:
         total, *given = programs.accumulate(Gradients(state.params), batch(kind))
         gradients = jax.device_get(total.grads.policy)
         _, metrics, _ = programs.apply(state, total, *given)
-        return gradients, jax.device_get(metrics)
+        return gradients, numbers(jax.device_get(metrics))
 
 
 def sampled(kind: str, **axes: int) -> Completions:

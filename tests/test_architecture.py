@@ -10,6 +10,7 @@ import gspo_jax
 PACKAGE = Path(gspo_jax.__file__).parent
 
 LAYERS = [
+    {"tally"},
     {
         "errors",
         "batch",

@@ -363,14 +363,14 @@ def test_a_value_that_has_moved_further_than_the_clip_learns_no_more(fresh):
 
     # R = -1: the clipped 0.8 is further (1.8² > 1²), so it counts, and is a constant.
     clipped = update(-1.0)
-    assert float(clipped["critic/vf_loss"]) == pytest.approx(1.8**2 / 2, rel=1e-5)
-    assert float(clipped["critic/vf_clipfrac"]) == 1
-    assert float(clipped["critic/grad_norm"]) == 0
+    assert float(clipped["critic/vf_loss"].value) == pytest.approx(1.8**2 / 2, rel=1e-5)
+    assert float(clipped["critic/vf_clipfrac"].value) == 1
+    assert float(clipped["critic/grad_norm"].value) == 0
     # R = 2: the value itself is further (2² > 1.2²), and is pulled up.
     free = update(2.0)
-    assert float(free["critic/vf_loss"]) == pytest.approx(2.0, rel=1e-5)
-    assert float(free["critic/vf_clipfrac"]) == 0
-    assert float(free["critic/grad_norm"]) > 0.1
+    assert float(free["critic/vf_loss"].value) == pytest.approx(2.0, rel=1e-5)
+    assert float(free["critic/vf_clipfrac"].value) == 0
+    assert float(free["critic/grad_norm"].value) > 0.1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -393,7 +393,7 @@ def test_a_return_that_is_not_finite_leaves_policy_and_critic_bit_unchanged(fres
     kept = jax.tree.map(np.asarray, (state.params, state.opt_state, state.critic))
     goal.returns[2, 1] = np.inf
     state, metrics, _ = programs.update(state, batch, None, None, on_device(goal))
-    assert not np.isfinite(metrics["critic/vf_loss"])
+    assert not np.isfinite(metrics["critic/vf_loss"].value)
     assert same_bits(let_pass(kept), (state.params, state.opt_state, state.critic))
     assert (int(state.updates), int(state.skipped)) == (1, 1)
 

@@ -1,5 +1,6 @@
 """Who is one of several processes, and what each of them is to do. (Two at once: tests/faults.)"""
 
+import json
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from gspo_jax import distributed, rollout, sharding
 from gspo_jax.batch import Problem
 from gspo_jax.errors import ConfigError
+from gspo_jax.tally import Average, Count
 
 
 @pytest.mark.parametrize(
@@ -139,17 +141,23 @@ def test_each_process_scores_its_own_problems_and_all_know_all_scores(monkeypatc
     def scorer(problems, texts, ids):
         asked.append([p.id for p in problems])
         reward = np.float32([len(i) if i else np.nan for i in ids])
-        # What is logged is a mean over the responses of the call.
-        return {"length": reward}, reward * 2, {"first": float(texts[0][0])}
+        wrong = {"wrong": Count(1)} if texts[0][0] == "1" else {}  # in one process alone
+        log = {"first": Average(float(texts[0][0]), len(texts)), **wrong}
+        return {"length": reward}, reward * 2, log
 
     ids = [[1], [], [1, 2], [3], [4, 5, 6], [7]]
     alone = rollout.score_together(scorer, problems, texts, ids)
     np.testing.assert_array_equal(alone[1], [2, np.nan, 4, 2, 6, 2])
 
+    def told(value):
+        return json.loads(json.dumps(value))
+
     # Four processes and three problems: one of them has none.
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     said = []
-    monkeypatch.setattr(rollout, "gathered", lambda value: said.append(value) or [value or alone3])
+    monkeypatch.setattr(
+        rollout, "gathered", lambda value: said.append(told(value)) or [value or alone3]
+    )
     alone3 = ({"length": [0.0]}, [0.0], {})
     for i in range(4):
         monkeypatch.setattr(jax, "process_index", lambda i=i: i)
@@ -158,7 +166,7 @@ def test_each_process_scores_its_own_problems_and_all_know_all_scores(monkeypatc
     rewards, reward, log = rollout.score_together(scorer, problems, texts, ids)
     np.testing.assert_array_equal(reward, alone[1])
     np.testing.assert_array_equal(rewards["length"], alone[0]["length"])
-    assert log == {"first": (0 + 1 + 2) / 3}
+    assert log == {"first": Average((0 + 1 + 2) / 3, 6), "wrong": Count(1)}
     assert asked == [["0", "1", "2"], ["0"], ["1"], ["2"], ["2"]]
 
 

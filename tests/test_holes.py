@@ -5,7 +5,9 @@ float64, takes the log-probabilities of the trained tokens by a plain log-softma
 together into rows without holes.
 """
 
+import json
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +17,14 @@ import pytest
 from flax import nnx
 
 from gspo_jax.advantages import ADVANTAGES
-from gspo_jax.batch import TrainBatch
+from gspo_jax.batch import Completions, Problem, Rollout, TrainBatch
 from gspo_jax.critic import estimate, make_critic, make_term
 from gspo_jax.losses import LOSSES
-from gspo_jax.objective import Gradients, Objective, Targets, measure
+from gspo_jax.objective import Gradients, Objective, Targets, measure, real_tokens
+from gspo_jax.rollout import digest, text_lengths, to_train_batch
 from gspo_jax.sharding import make_mesh, shard_batch, state_shardings
-from gspo_jax.update import make_programs
+from gspo_jax.tally import numbers
+from gspo_jax.update import make_programs, microbatches
 
 B, S, T = 8, 20, 10
 PROMPT = np.array([2, 5, 3, 8, 2, 4, 6, 3], np.int32)
@@ -151,9 +155,10 @@ def test_what_is_found_of_rows_with_holes_is_what_each_row_alone_has(case, devic
         metrics, _ = measure(total.grads, total.found, placed, given, goal)
     value, known, gradient = reference(case, LOSSES["gspo"])
     assert_close(total.grads.policy, gradient)
-    assert float(metrics["loss"]) == pytest.approx(value, rel=2e-5, abs=1e-7)
+    metrics = numbers(metrics)
+    assert metrics["loss"] == pytest.approx(value, rel=2e-5, abs=1e-7)
     for key in known:
-        assert float(metrics[key]) == pytest.approx(float(known[key]), abs=2e-5), key
+        assert metrics[key] == pytest.approx(float(known[key]), abs=2e-5), key
     logp = np.asarray(total.found.logp)
     for row in range(B):
         np.testing.assert_allclose(logp[row, batch.mask[row]], new[row], atol=2e-5)
@@ -224,3 +229,55 @@ def test_a_critic_reads_the_state_before_each_trained_token(case, kind):
     assert_close(total.grads.critic, want[1])
     if kind == "shared":
         assert_close(total.grads.policy, want[0])
+
+
+def test_gspo_over_rows_of_episodes_is_what_was_worked_out_elsewhere():
+    """Recorded in float64; two rows share an episode, which counts once."""
+    recorded = json.loads((Path(__file__).parent / "golden" / "gspo_rows.json").read_text())
+    clip = {k: recorded[k] for k in ("clip_low", "clip_high")}
+
+    def loss(logp):
+        mean, _ = LOSSES["gspo"](logp, old, adv, mask, weight=share, **clip)
+        return mean.total / recorded["episodes"]
+
+    with jax.enable_x64(True):
+        mask = jnp.array(recorded["mask"], bool)
+        logp, old = (jnp.where(mask, jnp.array(recorded[k]), jnp.nan) for k in ("logp", "old_logp"))
+        adv, share = (jnp.array(recorded[k]) for k in ("advantage_of_row", "share"))
+        got, gradient = jax.value_and_grad(loss)(logp)
+    np.testing.assert_allclose(got, recorded["loss"], rtol=1e-12)
+    np.testing.assert_allclose(gradient, recorded["grad_logp"], rtol=1e-12)
+
+
+def test_a_row_runs_as_wide_as_its_text_however_few_of_its_tokens_are_trained_on():
+    """Widths are 56 and 24; by its trained tokens row 0 would fit into 24, and lose its tail."""
+    mask = np.zeros((3, 50), bool)
+    mask[0, 49], mask[1, :4] = True, True  # and row 2 is not trained on: nothing runs it
+    prompt, length = np.array([[6, 6, 6], [50, 4, 50]], np.int32)
+    batch = TrainBatch(np.zeros((3, 56), np.int32), prompt, length, mask, np.ones(3, np.float32))
+    parts = microbatches(batch, Objective(LOSSES["gspo"], microbatch=56, longest=56))
+    runs = [(part.width, rows.tolist()) for part in parts for rows in part.rows[: part.number]]
+    assert runs == [(56, [0]), (24, [1, 3])]  # 3 stands for no row
+    real = np.asarray(real_tokens(jax.tree.map(jnp.asarray, batch)))
+    assert real.sum(1).tolist() == [56, 10, 0]
+
+
+def test_a_response_with_holes_goes_to_the_update_whole():
+    """And one that is cut and masked keeps its tokens and its length."""
+    tokens = np.arange(10, 24, dtype=np.int32).reshape(2, 7)
+    mask = np.array([[1, 1, 0, 0, 1, 0, 0], [1, 0, 1, 1, 1, 1, 1]], bool)
+    logp, cut = np.zeros((2, 7), np.float32), np.array([False, True])
+    completions, reward = Completions(tokens, mask, logp, cut), np.zeros(2, np.float32)
+    rollout = Rollout([Problem("a", "A")], [[1, 2]], completions, ["", ""], {"f": reward}, reward)
+    batch = to_train_batch(rollout, reward, mask_truncated=True, pad_id=99, width=10)
+    assert batch.tokens.tolist() == [
+        [1, 2, 10, 11, 12, 13, 14, 99, 99, 99],
+        [1, 2, 17, 18, 19, 20, 21, 22, 23, 99],
+    ]
+    assert batch.length.tolist() == text_lengths(rollout)[1].tolist() == [5, 7]
+    assert batch.mask.tolist() == [mask[0].tolist(), [False] * 7]
+    # What lies between the sampled tokens is part of what was seen; what lies behind is not.
+    behind, between = tokens.copy(), tokens.copy()
+    behind[0, 5:], between[1, 1] = 0, 0
+    assert digest(completions._replace(tokens=behind)) == digest(completions)
+    assert digest(completions._replace(tokens=between)) != digest(completions)

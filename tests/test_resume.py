@@ -15,6 +15,7 @@ from gspo_jax.errors import StorageError
 from gspo_jax.objective import Targets
 from gspo_jax.policy import Problems
 from gspo_jax.resume import Begun, find, pack, unpack
+from gspo_jax.tally import Average, Least
 from gspo_jax.tasks import load_task
 from gspo_jax.update import Pending, Scored
 
@@ -34,7 +35,9 @@ def begun(rich):
         routing,
     )
     known = Scored(jnp.asarray(table[2:]), None if routing is None else jnp.asarray(routing[2:]))
-    stats = ({"loss": jnp.float32(0.1), "grad_norm": jnp.float32(jnp.nan)},)
+    one, many = jnp.float32(1), jnp.float32(300)
+    stats = {"loss": Average(jnp.float32(0.1), one), "ratio_min": Least(jnp.float32(jnp.nan), many)}
+    stats = (stats,)
     pending = Pending(
         batch,
         jnp.asarray(table) if rich else None,
@@ -63,7 +66,8 @@ def test_a_step_half_done_comes_back_bit_for_bit(tmp_path, rich):
             np.testing.assert_array_equal(a, b)
     assert (back.metrics, back.samples, back.tokens) == (step.metrics, step.samples, 31)
     if rich:  # a float32 survives JSON
-        assert np.float32(back.pending.stats[0]["loss"]) == np.float32(0.1)
+        assert np.float32(back.pending.stats[0]["loss"].value) == np.float32(0.1)
+        assert type(back.pending.stats[0]["ratio_min"]) is Least
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 from gspo_jax.batch import Problem
 from gspo_jax.errors import ConfigError, DataError
 from gspo_jax.rewards import load_rewards, score
+from gspo_jax.tally import Average, Count
 from gspo_jax.tasks.verify import accuracy
 
 # Two problems, two responses to each: row b answers problem b // 2.
@@ -61,7 +62,7 @@ def test_trl_functions_get_columns_ids_and_loggers():
 
     rewards, _, log = run(f, step=12)
     np.testing.assert_array_equal(rewards["f"], [2, 1, 1, 0])
-    assert log == {"share": 0.5, "words": 3.0}
+    assert log == {"share": Average(0.5, 8), "words": Average(3.0, 4)}
 
 
 def test_trl_functions_get_only_what_they_name():
@@ -135,7 +136,7 @@ def test_verl_functions_are_called_once_per_response():
 
     rewards, _, log = run(compute_score)
     np.testing.assert_array_equal(rewards["compute_score"], [1, 0, 1, 0])
-    assert log == {"rewards/compute_score/acc": 7.75}  # (9 + 9 + 9 + 4) / 4
+    assert log == {"rewards/compute_score/acc": Average(7.75, 4)}  # (9 + 9 + 9 + 4) / 4
 
 
 def test_verifiers_functions_are_called_once_per_response():
@@ -231,7 +232,7 @@ def test_a_function_that_raises_is_named_with_its_error_and_count(function, rows
 def test_unless_strict_an_error_scores_0_and_is_counted(function, expected, caplog):
     _, reward, log = run(function, errors="zero")
     np.testing.assert_array_equal(reward, expected)
-    assert log == {f"rewards/{function.__name__}/errors": 4 - sum(expected)}
+    assert log == {f"rewards/{function.__name__}/errors": Count(4 - sum(expected))}
     assert "ZeroDivisionError" in caplog.text  # the first traceback
 
 
@@ -248,9 +249,9 @@ def test_one_rule_for_every_value_that_is_no_score_and_none_for_those_that_are(b
     def other(completions):
         return [2.0] * 4
 
-    log = {"rewards/f/errors": 1.0} if fails else {}
+    log = {"rewards/f/errors": Count(1)} if fails else {}
     if isinstance(bad, dict):
-        log["rewards/f/acc"] = 1.0  # what it returned beside the score that is missing
+        log["rewards/f/acc"] = Average(1.0, 1)  # what it returned beside the score that is missing
     value = NAN if bad is None else 0.0 if fails else bad
     rewards, reward, logged = run(f, other, errors="zero")
     np.testing.assert_array_equal(rewards["f"], [1, 1, value, 1])
@@ -283,10 +284,10 @@ def test_the_same_rule_for_what_fails_as_a_whole(function):
     name = function.__name__
     _, reward, log = run(function, accuracy, errors="zero")
     np.testing.assert_array_equal(reward, [1, 0, 1, 0])  # accuracy's alone
-    assert log == {f"rewards/{name}/errors": 4}
+    assert log == {f"rewards/{name}/errors": Count(4)}
     _, reward, log = run(function, accuracy, errors="unscored")
     np.testing.assert_array_equal(reward, [NAN] * 4)
-    assert log == {f"rewards/{name}/errors": 4}
+    assert log == {f"rewards/{name}/errors": Count(4)}
     with pytest.raises(DataError, match=rf"^reward {name} .* \(on 4 of 4 responses\)\.$"):
         run(function, accuracy, errors="stop")
 

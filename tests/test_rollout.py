@@ -1,6 +1,7 @@
 """From a rollout to training rows: ids untouched, padding on the right, masks from the sampler."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from gspo_jax.rollout import (
     score_completions,
     to_train_batch,
 )
+from gspo_jax.tally import Average, Count
 
 
 @pytest.fixture
@@ -85,6 +87,31 @@ def drawn(number, rewards):
 def test_only_groups_with_two_different_scores_have_spread():
     rewards = [[1, 0], [0.7, 0.7], [np.nan, 1], [np.nan, np.nan], [0, 0.1]]
     assert groups_with_spread(drawn(0, rewards)) == [0, 4]
+
+
+def test_where_the_truncated_are_masked_spread_is_that_of_the_rest():
+    """All of group 0 was cut, and one of group 1, whose other has no one to differ from."""
+    rollout = drawn(0, [[1, 0], [1, 0], [1, 0]])
+    cut = np.array([True, True, False, True, False, False])
+    rollout = replace(rollout, completions=rollout.completions._replace(truncated=cut))
+    assert groups_with_spread(rollout) == [0, 1, 2]
+    assert groups_with_spread(rollout, mask_truncated=True) == [2]
+    kept, _ = fill_with_spread(lambda n: rollout, prompts=1, rounds=1, mask_truncated=True)
+    assert [p.id for p in kept.problems] == ["0.2"]
+
+
+def test_what_is_logged_is_told_of_all_rounds():
+    """2 and 3 errors are 5; 0.5 over 4 responses and 1 over 12 are 0.875 over 16."""
+    logs = [
+        {"errors": Count(2), "share": Average(0.5, 4)},
+        {"errors": Count(3), "share": Average(1.0, 12), "late": Average(7.0, 1)},
+    ]
+    rounds = [[[1, 1], [1, 0]], [[0, 0], [0, 1]]]
+    _, everything = fill_with_spread(
+        lambda n: replace(drawn(n, rounds[n]), log=logs[n]), prompts=2, rounds=2
+    )
+    told = rollout_metrics(everything)
+    assert {name: told[name] for name in logs[1]} == {"errors": 5, "share": 0.875, "late": 7}
 
 
 def test_dynamic_sampling_draws_until_every_group_has_spread_and_no_longer():

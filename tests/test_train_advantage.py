@@ -113,8 +113,8 @@ def test_the_kl_of_a_run_is_the_mean_over_what_its_loss_is_the_mean_over(loss, o
     logp = jnp.where(mask, -1.0, NAN)
     at, given = Forward(logp, jnp.where(mask, 1.0, NAN)), Given(logp, logp + d)
     metrics, _ = measure(Gradients({"w": jnp.zeros(1)}), at, batch, given, goal)
-    np.testing.assert_allclose(metrics["loss"], 0.5 * want, rtol=1e-5)
-    np.testing.assert_allclose(metrics["kl"], k2.sum() / mask.sum(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"].value, 0.5 * want, rtol=1e-5)
+    np.testing.assert_allclose(metrics["kl"].value, k2.sum() / mask.sum(), rtol=1e-5)
 
 
 def test_a_steered_penalty_follows_its_target_by_the_published_rule():

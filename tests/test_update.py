@@ -126,10 +126,10 @@ def test_the_first_minibatch_has_ratio_exactly_1_and_a_later_one_moves(tiny_view
     before = programs.score(state.params, on_device(make_batch())).logp
     state, stats, old = update_on_rollout(programs, state, make_batch(), minibatches=4, epochs=1)
     metrics = summarise(stats)
-    assert float(stats[0]["ratio_min"]) == float(stats[0]["ratio_max"]) == 1.0
+    assert float(stats[0]["ratio_min"].value) == float(stats[0]["ratio_max"].value) == 1.0
     assert metrics["clip_frac_by_update"][0] == 0.0
     assert max(metrics["clip_frac_by_update"][1:]) > 0
-    assert all(float(s["ratio_std"]) > 0 for s in stats[1:])
+    assert all(float(s["ratio_std"].value) > 0 for s in stats[1:])
     assert (int(state.step), int(state.updates), int(state.skipped)) == (1, 4, 0)
     # log π_old of every row is that of the parameters before the step, the first rows' too.
     mask = make_batch().mask
@@ -140,7 +140,7 @@ def test_a_second_epoch_compares_with_the_policy_that_sampled(tiny_view):
     graphdef, optimizer, state = fresh(tiny_view)
     programs = make_programs(graphdef, optimizer, Objective(GSPO))
     _, stats, _ = update_on_rollout(programs, state, make_batch(), minibatches=2, epochs=2)
-    ratio_std = [float(s["ratio_std"]) for s in stats]
+    ratio_std = [float(s["ratio_std"].value) for s in stats]
     assert ratio_std[0] == 0 and len(ratio_std) == 4
     assert ratio_std[2] > 1e-5  # the first minibatch again, now off-policy
 
@@ -166,7 +166,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_state_bit_unchanged_and_is_cou
     batch = make_batch()
     batch.adv[3] = np.inf
     state, metrics, _ = programs.update(state, on_device(batch))
-    assert not np.isfinite(metrics["grad_norm"])
+    assert not np.isfinite(metrics["grad_norm"].value)
     assert leaves_equal((kept[0], let_pass(kept[1])), (state.params, state.opt_state))
     assert (int(state.updates), int(state.skipped)) == (1, 1)
     state, *_ = programs.update(state, on_device(make_batch(seed=1)))
@@ -220,7 +220,7 @@ def test_the_kl_term_pulls_towards_the_reference(tiny_view):
     values = []
     for _ in range(5):
         state, metrics, _ = programs.update(state, batch, None, ref)
-        values.append(float(metrics["kl"]))
+        values.append(float(metrics["kl"].value))
     # k3 = exp(d) - 1 - d with d = 0.3 at first
     assert values[0] == pytest.approx(np.exp(0.3) - 1.3, rel=1e-3)
     assert values[-1] < values[0]
@@ -236,8 +236,8 @@ def test_the_entropy_bonus_raises_the_entropy(tiny_view):
     values = []
     for _ in range(4):
         state, metrics, _ = programs.update(state, batch)
-        values.append(float(metrics["entropy"]))
-        assert float(metrics["loss"]) == pytest.approx(-0.5 * values[-1], rel=1e-5)
+        values.append(float(metrics["entropy"].value))
+        assert float(metrics["loss"].value) == pytest.approx(-0.5 * values[-1], rel=1e-5)
     assert values == sorted(values) and values[-1] > values[0] + 1e-3
 
 
@@ -277,7 +277,7 @@ def test_rows_of_any_length_compile_one_program_per_width_at_most(tiny_view, cap
         )
         with jax.log_compiles():
             state, metrics, _ = programs.update(state, batch)
-        assert np.isfinite(metrics["loss"])
+        assert np.isfinite(metrics["loss"].value)
     counts = compiled(caplog)
     assert 2 <= counts.pop("add") <= 4
     assert counts == {"apply": 1}

@@ -18,6 +18,7 @@ from gspo_jax import rewards, stopping, workers
 from gspo_jax.batch import Problem
 from gspo_jax.errors import DataError
 from gspo_jax.stopping import Abandoned, Stop
+from gspo_jax.tally import Average, Count
 from gspo_jax.workers import load_remote
 
 
@@ -66,7 +67,7 @@ def test_row_33_what_is_lost_scores_0_and_all_others_keep_their_place(judge, wha
     got, reward, log = score(judge, levels, errors="zero", told=set())
     np.testing.assert_array_equal(got["fails_where_asked"], [1, 0, 3, 0, 5])
     np.testing.assert_array_equal(reward, [1, 0, 3, 0, 5])
-    assert log == {"rewards/fails_where_asked/errors": 2}
+    assert log == {"rewards/fails_where_asked/errors": Count(2)}
     assert f"reward fails_where_asked {reason}" in caplog.text and "(on 2 of 5" in caplog.text
 
 
@@ -83,7 +84,7 @@ def test_row_21_a_function_that_always_hangs_costs_three_limits_and_no_more(judg
     # 3 children, each with 1 s to answer, and a start; then the rest fails at once.
     assert time.monotonic() - began < 30
     np.testing.assert_array_equal(got["fails_where_asked"], np.zeros(40))
-    assert log == {"rewards/fails_where_asked/errors": 40}
+    assert log == {"rewards/fails_where_asked/errors": Count(40)}
 
 
 def test_row_33_a_child_killed_from_outside_in_mid_batch_is_replaced(tmp_path):
@@ -101,7 +102,7 @@ def test_row_33_a_child_killed_from_outside_in_mid_batch_is_replaced(tmp_path):
     got, _, log = score(functions, [str(where)] * 6, "where", errors="zero", told=set())
     thread.join()
     np.testing.assert_array_equal(got["tells_its_process"], [1, 2, 0, 4, 5, 6])
-    assert log == {"rewards/tells_its_process/errors": 1}
+    assert log == {"rewards/tells_its_process/errors": Count(1)}
     pids = where.read_text().split()
     assert len(set(pids[:3])) == len(set(pids[3:])) == 1 and pids[0] != pids[-1]
 
@@ -248,7 +249,8 @@ def test_what_functions_log_and_ask_for_crosses_the_border(tmp_path, capfd):
     np.testing.assert_array_equal(got["waits"], [1, 0, 1])
     np.testing.assert_array_equal(got["chats"], [1, 1, 1])
     np.testing.assert_array_equal(got["Longer"], [1, 5, 3])
-    assert log == {"share": 0.25, "words": 3.0, "rewards/waits/errors": 1}
+    errors = {"rewards/waits/errors": Count(1)}
+    assert log == {"share": Average(0.25, 3), "words": Average(3.0, 3)} | errors
     assert capfd.readouterr().out == "seen 7\n"
 
 
