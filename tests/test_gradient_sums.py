@@ -88,8 +88,9 @@ def texts(rows, width, vocab, layers, *, adv=1.0):
     tokens = rng.integers(0, vocab, (rows, width)).astype(np.int32)
     tokens[rng.random((rows, width)) < 1 / 3] = 7
     routing = np.argsort(rng.random((rows, width, layers, 8)), axis=-1)[..., :2].astype(np.int16)
-    prompt, mask = np.full(rows, P, np.int32), np.ones((rows, width - P), bool)
-    return TrainBatch(tokens, prompt, mask, np.resize(np.float32(adv), rows), routing)
+    prompt, length = np.full(rows, P, np.int32), np.full(rows, width, np.int32)
+    mask = np.ones((rows, width - P), bool)
+    return TrainBatch(tokens, prompt, length, mask, np.resize(np.float32(adv), rows), routing)
 
 
 def gradient(view, batch, dtype, loss):
