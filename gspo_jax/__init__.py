@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from gspo_jax.losses import LOSSES, Mean, grpo, gspo, gspo_token, kl, ppo
     from gspo_jax.models import Qwen, load_model, save_model
     from gspo_jax.optim import compress_state
-    from gspo_jax.trainer import GSPOConfig, GSPOCustomDataset, GSPOTrainer
+    from gspo_jax.trainer import GSPOCustomDataset, GSPOTrainer
+    from gspo_jax.trainer_config import GSPOConfig
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Config": "config",
-    "GSPOConfig": "trainer",
+    "GSPOConfig": "trainer_config",
     "GSPOCustomDataset": "trainer",
     "GSPOTrainer": "trainer",
     "LOSSES": "losses",

@@ -8,11 +8,12 @@ goes away takes nothing with it.
 import os
 import re
 import statistics
+import threading
 import time
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 from rich.console import Console, Group
@@ -28,6 +29,7 @@ from gspo_jax.streams import Unfailing
 PLAIN_LINES = 20  # of a whole run, where there is no terminal
 PLAIN_SECONDS = 30.0  # but at least one in this time
 SHOWN_SAMPLES = 4
+PATIENCE = 2.0  # seconds after which `telling` tells
 SECRET_NAME = re.compile(r"TOKEN(?!IZER)|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 # Long and random: /data/hf_models_and_datasets and runs/sk-learn-baselines are paths.
 SECRET_TEXT = re.compile(
@@ -213,6 +215,23 @@ def progress(label: str, total: int, done: int) -> Iterator[Callable[[int], None
     with bar:
         shown = bar.add_task(label, total=total, completed=done)
         yield advance
+
+
+@contextmanager
+def telling(what: str) -> Iterator[None]:
+    """One line on stderr, if what is done inside takes longer than PATIENCE."""
+
+    def tell() -> None:
+        with suppress(OSError, ValueError):  # nobody is there to be told
+            Console(stderr=True).print(Text(f"{inert(what)} ..."), soft_wrap=True)
+
+    timer = threading.Timer(PATIENCE, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def one_line(text: Any, width: int) -> str:

@@ -12,12 +12,12 @@ config can say belong to that command; here are the names and the shape of a scr
 """
 
 import atexit
-import re
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ import numpy as np
 
 from gspo_jax import rewards, train
 from gspo_jax.batch import Problem
-from gspo_jax.config import Config, load_config, model_dir
+from gspo_jax.config import load_config, model_dir
+from gspo_jax.console import telling
 from gspo_jax.errors import ConfigError, DataError
 from gspo_jax.evaluate import evaluate
 from gspo_jax.export import export_params
@@ -37,119 +38,15 @@ from gspo_jax.models.hf import read_config, save_model
 from gspo_jax.models.qwen import Qwen
 from gspo_jax.policy import Problems, beyond_positions, load_policy
 from gspo_jax.rollout import encode_prompts, sample_completions, token_count
-from gspo_jax.spelling import meant
 from gspo_jax.tasks import load_task
 from gspo_jax.tasks.reasoning import MIX, reasoning_mix
 from gspo_jax.tasks.rows import ANSWER, answer_of, columns_of, problem_of
 from gspo_jax.tasks.sources import Row
 from gspo_jax.tasks.verify import counts_reasoning, list_accuracy
 from gspo_jax.tokenizer import Tokenizer
+from gspo_jax.trainer_config import GSPOConfig
 
 Item = Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GSPOConfig:
-    """What a script sets; every field acts. `to_config` says which setting of ours each one is."""
-
-    learning_rate: float = 1e-6
-    left_clip_range: float = 3e-4
-    """ε_low of the response's ratio, as in the paper."""
-    right_clip_range: float = 4e-4
-    """ε_high."""
-    group_size: int = 8
-    """Responses per prompt."""
-    batch_size: int = 8
-    """Prompts per step."""
-    mini_batch_size: int = 0
-    """Responses per forward and backward pass; 0 is by tokens. Changes memory and speed alone."""
-    minibatches_per_rollout: int = 0
-    """Updates per step; 0 is 4, or the largest number below that divides `batch_size`."""
-    num_epochs: int = 1
-    """Passes of `train` over its data."""
-    max_prompt_length: int = 512
-    """Tokens; problems with longer prompts are refused."""
-    max_new_tokens: int = 256
-    """Tokens of a response, at most."""
-    max_length: int = 0
-    """Prompt and response together, in place of `max_new_tokens`; 0 is unset."""
-    temperature: float = 1.0
-    """Of the samples, and of the policy that is trained."""
-    max_grad_norm: float = 1.0
-    advantage_normalization: bool = True
-    """Divide by the standard deviation of the group; False subtracts the mean alone."""
-    use_8bit_optimizer: bool = True
-    use_gradient_checkpointing: bool = False
-    """Recompute whole layers in the backward pass."""
-    eval_frequency: int = 0
-    """Steps of `train` between evaluations; 0 is before and after alone."""
-    seed: int = 0
-
-    def to_config(self, directory: Path) -> Config:
-        """The same as a `Config`, for the model in `directory`.
-
-        Raises:
-            ConfigError: a value out of range.
-        """
-        new = self.max_new_tokens
-        if self.max_length:
-            new = self.max_length - self.max_prompt_length
-        if new < 1:
-            raise ConfigError(
-                f"max_length={self.max_length} leaves no token beside max_prompt_length="
-                f"{self.max_prompt_length}; lower the latter, or set max_new_tokens."
-            )
-        parts = self.minibatches_per_rollout
-        parts = parts or max(n for n in (1, 2, 3, 4) if self.batch_size % n == 0)
-        advantage = "group_normalised" if self.advantage_normalization else "group_centred"
-        settings = {name: getattr(self, own) for name, own in FIELDS.items()} | {
-            "model.path": str(directory),
-            "model.remat": "full" if self.use_gradient_checkpointing else "auto",
-            "rollout.max_completion_length": new,
-            "algo.loss.name": "gspo",
-            "algo.advantage.name": advantage,
-            "algo.minibatches": parts,
-            "optim.state": "8bit" if self.use_8bit_optimizer else "float32",
-        }
-        try:
-            return load_config(None, [f"{name}={value}" for name, value in settings.items()])
-        except ConfigError as error:  # told with the names of the fields
-            own = partial(re.sub, r"[a-z]+(\.\w+)+", lambda name: FIELDS.get(name[0], name[0]))
-            raise ConfigError(own(str(error))) from None
-
-    def __new__(cls, *args: Any, **given: Any) -> "GSPOConfig":
-        known = [field.name for field in fields(cls)]
-        for name in given:
-            if name in ELSEWHERE:
-                raise ConfigError(f"GSPOConfig has no {name}: {ELSEWHERE[name]}.")
-            if name not in known:
-                raise ConfigError(f"GSPOConfig has no {name}.{meant(name, known)} It has {known}.")
-        return super().__new__(cls)
-
-
-FIELDS = {
-    "task.max_prompt_length": "max_prompt_length",
-    "rollout.prompts": "batch_size",
-    "rollout.group_size": "group_size",
-    "rollout.max_completion_length": "max_new_tokens",
-    "rollout.temperature": "temperature",
-    "algo.loss.clip_low": "left_clip_range",
-    "algo.loss.clip_high": "right_clip_range",
-    "algo.minibatches": "minibatches_per_rollout",
-    "algo.microbatch": "mini_batch_size",
-    "optim.learning_rate": "learning_rate",
-    "optim.max_grad_norm": "max_grad_norm",
-    "run.seed": "seed",
-}
-"""Settings of ours, and the fields that set them."""
-
-ELSEWHERE = {
-    "gradient_accumulation_steps": "set mini_batch_size, whose passes are added up exactly",
-    "reward_normalization": "rewards are compared within their group; see advantage_normalization",
-    "log_frequency": "every step returns its metrics",
-    "device": "jax chooses it (JAX_PLATFORMS); gspo-jax train has mesh.*",
-}
-"""Fields of other GSPO trainers, and what there is instead."""
 
 
 class GSPOCustomDataset:
@@ -227,8 +124,10 @@ class GSPOTrainer:
     ):
         self.options = config or GSPOConfig()
         self.reward_fn = reward_fn or verified
-        self.config = self.options.to_config(directory_of(model, tokenizer))
-        self.policy = load_policy(self.config)
+        with telling("Looking for the model's files"):  # which may come from the hub
+            self.config = self.options.to_config(directory_of(model, tokenizer))
+        with telling(f"Reading the weights of {self.config.model.path}"):
+            self.policy = load_policy(self.config)
         self._shape = read_config(self.policy.directory)
         anything = Problems(
             load_task("arithmetic", sizes={"train": 1, "val": 0, "test": 0}),
@@ -238,7 +137,8 @@ class GSPOTrainer:
             1,
             self.config.task.max_prompt_length,
         )
-        with jax.set_mesh(self.policy.mesh):
+        making = telling("Making the optimizer's state and the programs of a step")
+        with jax.set_mesh(self.policy.mesh), making:
             self._loop, self.state = train.assemble(self.config, self.policy, anything)
         self._place = 0  # in the data that `train_step` is given
 
@@ -264,10 +164,11 @@ class GSPOTrainer:
         asked = self._problems(chosen, reward_fn)
         step = int(self.state.step) + 1
         with jax.set_mesh(self.policy.mesh):
-            score = partial(self._score, reward_fn)
-            rollout = train.respond(self._loop, self.state, step, self._fitting(asked), score)
+            score, phase = partial(self._score, reward_fn), compiling if step == 1 else nullcontext
+            asked = self._fitting(asked)
+            rollout = train.respond(self._loop, self.state, step, asked, score, phase)
             begun = train.judge(self._loop, self.state, step, rollout, rollout)
-            self.state, begun = train.update(self._loop, self.state, begun)
+            self.state, begun = train.update(self._loop, self.state, begun, phase)
         metrics = plain(train.step_metrics(self.config, begun))
         adv = np.asarray(begun.pending.batch.adv)
         return metrics | {
@@ -389,6 +290,11 @@ class GSPOTrainer:
         name = "max_length" if self.options.max_length else "max_new_tokens"
         if told := beyond_positions(self._shape, prompt, new, name):
             warnings.warn(told, stacklevel=3)
+
+
+def compiling(stage: str) -> AbstractContextManager[None]:
+    """A stage of the first step, which is told where it takes long."""
+    return telling(f"The first step compiles as it goes: {stage}")
 
 
 def as_problem(item: Item | str, place: int, *, answered: bool = False) -> Problem:

@@ -7,6 +7,7 @@ The same as gspo-jax eval [BASE] MODEL --benchmarks ..., with its settings under
 
 import argparse
 import sys
+from pathlib import Path
 
 from gspo_jax.cli import main
 
@@ -27,7 +28,7 @@ def command(argv: list[str]) -> list[str]:
     parser.add_argument("--benchmarks", default="zebra,math,custom", help="default: %(default)s")
     parser.add_argument("--model_path", required=True, nargs="+", metavar="DIR")
     parser.add_argument("--base", metavar="DIR", help="the model to compare with")
-    parser.add_argument("--out", metavar="DIR", help="default: runs/eval")
+    parser.add_argument("--out", "--output_dir", metavar="DIR", help="default: runs/eval")
     for name, (setting, meta, text) in SETTINGS.items():
         parser.add_argument(f"--{name}", metavar=meta, help=f"{text} ({setting})")
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="any other")
@@ -35,13 +36,20 @@ def command(argv: list[str]) -> list[str]:
     chosen = [f"{s}={getattr(given, n)}" for n, (s, *_) in SETTINGS.items() if getattr(given, n)]
     return [
         "eval",
-        *([given.base] if given.base else []),
-        *given.model_path,
+        *([model_in(given.base)] if given.base else []),
+        *map(model_in, given.model_path),
         *("--benchmarks", given.benchmarks),
         *(["--out", given.out] if given.out else []),
         *chosen,
         *given.settings,
     ]
+
+
+def model_in(path: str) -> str:
+    """A model directory, or a run's directory as its export."""
+    export = Path(path) / "export"
+    is_run = (export / "config.json").is_file() and not (Path(path) / "config.json").is_file()
+    return str(export) if is_run else path
 
 
 if __name__ == "__main__":

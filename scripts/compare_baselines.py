@@ -1,10 +1,11 @@
-"""python scripts/compare_baselines.py --algorithms GSPO,GRPO,PPO: the same as gspo-jax compare."""
+"""python scripts/compare_baselines.py --algorithms GSPO,GRPO,PPO: the same as gspo-jax compare.
+
+Flags of other trainers work here too, --num_epochs, --output_dir and the like: see flags.py.
+"""
 
 import sys
 
-from gspo_jax.cli import main
+from flags import main
 
 if __name__ == "__main__":
-    arguments = ["--losses" if a == "--algorithms" else a for a in sys.argv[1:]]
-    arguments = [a.replace("--algorithms=", "--losses=", 1) for a in arguments]
-    sys.exit(main(["compare", *arguments]))
+    sys.exit(main("compare", sys.argv[1:]))

@@ -1,8 +1,11 @@
-"""python scripts/train.py [CONFIG.yaml] [section.key=value ...]: the same as gspo-jax train."""
+"""python scripts/train.py [CONFIG.yaml] [section.key=value ...]: the same as gspo-jax train.
+
+Flags of other trainers work here too, --model_name, --num_epochs and the like: see flags.py.
+"""
 
 import sys
 
-from gspo_jax.cli import main
+from flags import main
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.exit(main("train", sys.argv[1:]))

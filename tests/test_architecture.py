@@ -44,7 +44,7 @@ LAYERS = [
     {"update", "continuations"},
     {"checks", "critic"},
     {"config"},
-    {"policy", "model_card", "experiment"},
+    {"policy", "model_card", "experiment", "trainer_config"},
     {"evaluate", "memory", "costs", "resume", "export", "state", "saved", "compare", "harness"},
     {"run", "sweep", "benchmark"},
     {"train"},

@@ -11,7 +11,7 @@ from gspo_jax.cli import main
 from gspo_jax.config import load_config
 from gspo_jax.errors import ConfigError
 from gspo_jax.settings import SECTIONS
-from gspo_jax.trainer import GSPOConfig
+from gspo_jax.trainer_config import GSPOConfig
 
 FILES = {
     "tab.yaml": "run:\n\tsteps: 3\n",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gspo_jax import GSPOConfig, GSPOCustomDataset, GSPOTrainer, load_model
+from gspo_jax import GSPOConfig, GSPOCustomDataset, GSPOTrainer, console, load_model
 from gspo_jax.errors import ConfigError, DataError
 from gspo_jax.tasks import user_data
 from gspo_jax.tokenizer import load_tokenizer
@@ -136,6 +136,36 @@ def test_every_field_acts(tmp_path):
     in_train = {"num_epochs", "eval_frequency"}
     assert set(other) | in_train == set(GSPOConfig.__dataclass_fields__)
     assert GSPOConfig(batch_size=6).to_config(tmp_path).algo.minibatches == 3
+
+
+def test_what_takes_long_says_what_it_does(tiny_dir, monkeypatch, capsys):
+    """A clock that is always late: every stage of the constructor, and of the first step alone."""
+
+    class Late:
+        def __init__(self, seconds, tell):
+            assert seconds == console.PATIENCE
+            self.start = tell
+
+        def cancel(self):
+            pass
+
+    monkeypatch.setattr(console.threading, "Timer", Late)
+    config = GSPOConfig(group_size=2, batch_size=2, max_prompt_length=32, max_new_tokens=32)
+    made = GSPOTrainer(tiny_dir, config=config, reward_fn=short)
+    said = capsys.readouterr().err.replace(str(tiny_dir), "DIR").splitlines()
+    assert [line.partition(" ")[0] for line in said] == ["Looking", "Reading", "Making"]
+    assert said[1] == "Reading the weights of DIR ..."
+    made.train_step(ITEMS)
+    stages = [x.rpartition(": ")[2] for x in capsys.readouterr().err.splitlines()]
+    assert stages[:2] == ["generate ...", "reward ..."] and "update ..." in stages
+    made.train_step(ITEMS)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_quick_says_nothing(capsys):
+    with console.telling("A moment"):
+        pass
+    assert capsys.readouterr().err == ""
 
 
 def test_fields_of_others_are_refused_with_what_there_is_instead(tmp_path):
