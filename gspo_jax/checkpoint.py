@@ -7,17 +7,19 @@
         pending.npz, pending.json      in the middle of a step alone
         manifest.json    size and SHA-256 of every file
 
-A checkpoint is written as `.12.writing`, flushed to the disk and renamed; deleting renames it to
-`.12.removed` first. So what has a number for a name was complete when it got it, and the manifest
-tells whether it still is. Randomness and data order are functions of (seed, step).
+A checkpoint is written as `.12.writing`, read, flushed to the disk and renamed; deleting renames
+it to `.12.removed` first. So what has a number for a name was complete when it got it, and the
+manifest tells whether it still is. Randomness and data order are functions of (seed, step).
 """
 
 import json
 import re
 import shutil
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +34,8 @@ from gspo_jax.errors import StorageError
 
 NAME = re.compile(r"(\d+)(?:\+(\d+))?")
 PATIENCE = 50  # tenths of a second that what is left is removed again, while it still grows
-LEFTOVER = re.compile(r"\.\d+(\+\d+)?\.(writing|removed)|.*\.orbax-checkpoint-tmp")
+LEFTOVER = re.compile(r"\.\d+(\+\d+)?\.(writing|removed)|.*\.orbax-checkpoint-tmp|\.rehearsal")
+PATTERN = re.compile(r"[*?\[\]\\]")  # what Orbax, which globs, would not read as itself in a path
 
 
 class Kept(NamedTuple):
@@ -130,7 +133,7 @@ class Saver:
             _write(path, leaves, meta, pending)
             if is_writer():
                 rotate(self.directory, self.kept, newest=path.name, stale=stale)
-        except (OSError, ValueError) as error:  # Orbax reports a full disk as a ValueError
+        except (OSError, ValueError, StorageError) as error:  # Orbax has a full disk as ValueError
             self.whole.discard(path.name)
             self.stale |= stale
             if is_writer():
@@ -152,6 +155,37 @@ class Saver:
                 raise
         finally:
             self._thread.shutdown()
+
+
+def rehearse(directory: Path) -> list[str]:
+    """Save, read, compare and remove a few numbers where checkpoints are to go, as those are.
+
+    So that what would fail at the end of a run fails before its first step.
+
+    Returns:
+        What does not keep a run from going on but should be known, one line each.
+
+    Raises:
+        StorageError: nothing can be saved there, or what was saved is not what is read.
+    """
+    place, wanted = Path(directory).absolute() / ".rehearsal", np.arange(6, dtype=np.float32)
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = {"state": jax.ShapeDtypeStruct(wanted.shape, wanted.dtype, sharding=sharding)}
+    try:
+        save(place, 1, {"state": wanted}, {})
+        found = restore(place, 1, like)[0]["state"]
+        if not np.array_equal(found, wanted):
+            raise StorageError(
+                f"{directory}: what is read there is not what was saved; set run.dir elsewhere."
+            )
+        if integrity.sync(place):
+            return []
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    return [
+        f"{directory}: its file system does not flush directories; after a power cut the newest "
+        "checkpoint may be missing, and the one before it is taken."
+    ]
 
 
 def names(directory: Path) -> list[str]:
@@ -213,8 +247,11 @@ def restore(
     }
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            found = checkpointer.restore(path, args=args)
+        with (
+            ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
+            plain_path(path) as there,
+        ):
+            found = checkpointer.restore(there, args=args)
     except (ValueError, KeyError, FileNotFoundError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise StorageError(
@@ -302,10 +339,14 @@ def _write(path: Path, leaves: dict[str, Any], meta, pending: Pending | None) ->
         for left in path.parent.glob(f"{part.name}*"):
             shutil.rmtree(left)
     barrier(f"checkpoint {path.name} begins")
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(part, args=ocp.args.Composite(state=ocp.args.StandardSave(leaves)))
+    with (
+        ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
+        plain_path(part) as there,
+    ):
+        checkpointer.save(there, args=ocp.args.Composite(state=ocp.args.StandardSave(leaves)))
     barrier(f"checkpoint {path.name} is written")
     if is_writer():
+        check_leaves(part, leaves)
         (part / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         if pending is not None:
             np.savez(part / "pending.npz", **pending.arrays)  # pyright: ignore[reportArgumentType]
@@ -318,6 +359,34 @@ def _write(path: Path, leaves: dict[str, Any], meta, pending: Pending | None) ->
         if former is not None:
             shutil.rmtree(former)
     barrier(f"checkpoint {path.name} is in its place")
+
+
+@contextmanager
+def plain_path(path: Path) -> Iterator[Path]:
+    """`path`, through a link where its parents have characters that Orbax takes for a pattern."""
+    if not PATTERN.search(str(path.parent)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="gspo_jax-") as folder:
+        link = Path(folder) / "checkpoints"
+        link.symlink_to(path.parent, target_is_directory=True)
+        yield link / path.name
+
+
+def check_leaves(path: Path, leaves: dict[str, Any]) -> None:
+    """Raise a StorageError unless Orbax finds every leaf in `path`, of its shape and dtype."""
+    try:
+        with closing(ocp.StandardCheckpointHandler()) as handler, plain_path(path) as there:
+            found = handler.metadata(there / "state")
+        there_is = {name: (tuple(x.shape), np.dtype(x.dtype)) for name, x in found.items()}
+    except Exception as error:  # of whatever kind: it cannot be read
+        raise StorageError(f"{path}: what was written cannot be read ({error!r:.200}).") from error
+    wanted = {name: (tuple(np.shape(x)), np.dtype(x.dtype)) for name, x in leaves.items()}
+    if missing := [name for name in wanted if there_is.get(name) != wanted[name]]:
+        raise StorageError(
+            f"{path}: of what was written {missing[0]} and {len(missing) - 1} more of "
+            f"{len(wanted)} arrays cannot be read."
+        )
 
 
 def _on_host(leaves: dict[str, Any]) -> dict[str, Any]:

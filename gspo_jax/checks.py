@@ -59,6 +59,7 @@ AT_LEAST = {
     "run.seed": 0,
     "run.steps": 1,
     "run.save_every": 0,
+    "run.save_minutes": 0,
     "run.keep": 1,
     "run.keep_every": 0,
     "run.log_completions": 0,

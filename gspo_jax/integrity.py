@@ -8,6 +8,7 @@ The manifest is the text that `json` makes of its content and carries its own ch
 flipped bit in it is found like any other. Reads and writes files alone; no JAX.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from gspo_jax.errors import StorageError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
 THREADS = 4  # hashing runs outside of Python's lock
 
 
@@ -83,13 +85,21 @@ def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def sync(path: Path) -> None:
-    """Flush a file, or the names in a directory, to the disk."""
+def sync(path: Path) -> bool:
+    """Flush a file, or the names in a directory, to the disk; whether that was done.
+
+    Some network and user-space file systems refuse it for directories alone.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in REFUSED or not path.is_dir():
+            raise
+        return False
     finally:
         os.close(descriptor)
+    return True
 
 
 def tidy_names(paths: Iterable[Path]) -> str:

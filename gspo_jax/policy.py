@@ -28,7 +28,7 @@ from gspo_jax.models.qwen import Qwen
 from gspo_jax.models.remat import POLICIES, activation_bytes, choose_remat, share_of
 from gspo_jax.objective import cast
 from gspo_jax.rollout import Scorer
-from gspo_jax.settings import AlgoConfig
+from gspo_jax.settings import AlgoConfig, MeshConfig
 from gspo_jax.sharding import (
     RULES,
     constrain,
@@ -169,6 +169,16 @@ def open_mesh(config: Config, shape: QwenConfig) -> Mesh:
     mesh = make_mesh(**vars(config.mesh))
     check_mesh(mesh, shape)
     return mesh
+
+
+def with_devices_here(config: Config) -> Config:
+    """A run's configuration as it is read again: its mesh where there are devices for it, else the
+    devices that there are."""
+    try:
+        make_mesh(**vars(config.mesh))
+    except ConfigError:
+        return replace(config, mesh=MeshConfig())
+    return config
 
 
 def resolve_dtype(config: Config) -> str:

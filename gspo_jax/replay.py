@@ -17,6 +17,7 @@ from gspo_jax.errors import ConfigError, DataError, StorageError
 from gspo_jax.evaluate import evaluate_policy
 from gspo_jax.export import logged_step
 from gspo_jax.metrics import environment, plain
+from gspo_jax.policy import with_devices_here
 from gspo_jax.resume import Say, identity, newest_whole
 from gspo_jax.run import counted
 from gspo_jax.train import Loop, assemble, begin, step_metrics, update
@@ -57,7 +58,7 @@ def replay(run_dir: Path, step: int, say: Say = print) -> Replayed:
         DataError: the data is not that of the run.
     """
     recorded = _recorded(run_dir, step)
-    config = load_config(run_dir / "config.yaml")
+    config = with_devices_here(load_config(run_dir / "config.yaml"))
     _say_environment(run_dir, say)
     loop, state = assemble(config)
     with jax.set_mesh(loop.policy.mesh):

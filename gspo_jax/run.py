@@ -6,7 +6,7 @@
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,7 +32,7 @@ from gspo_jax.evaluate import evaluate_policy
 from gspo_jax.export import export_params, logged_eval, logged_step, run_card
 from gspo_jax.integrity import tidy_names
 from gspo_jax.metrics import RunLog
-from gspo_jax.policy import Policy, Problems, attention, load_policy
+from gspo_jax.policy import Policy, Problems, attention, load_policy, with_devices_here
 from gspo_jax.report import dynamics
 from gspo_jax.resume import Begun
 from gspo_jax.state import add_critic, make_state
@@ -113,6 +113,8 @@ class Run:
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     measured: tuple[int, float] = (0, -np.inf)  # the last step that was evaluated, and its value
     best: float = -np.inf  # of those values
+    clock: Callable[[], float] = time.monotonic  # in seconds
+    saved_at: float = field(default_factory=time.monotonic)  # or when the run began
 
     def start(self, state: TrainState) -> TrainState:
         """Continue from the newest checkpoint if `run.resume` says so, else measure and begin.
@@ -125,6 +127,8 @@ class Run:
         if is_writer() and (left := checkpoint.clean(self.checkpoints)):
             self.log.say(f"Removed what an interrupted save left: {tidy_names(left)}.")
         found = resume.find(self.config.run.resume, self.checkpoints, self.log.say)
+        for warning in checkpoint.rehearse(self.checkpoints):
+            self.log.say(f"warning: {warning}", style="yellow")
         trouble = attention(self.config, self.policy).trouble
         for warning in [*self.problems.task.warnings, *([trouble] if trouble else [])]:
             self.log.say(f"warning: {warning}", style="yellow")
@@ -268,6 +272,8 @@ class Run:
         value = self.measured[1] if self.measured[0] == step else None
         better = value is not None and value > self.best
         due = any(every and step % every == 0 for every in (r.save_every, r.keep_every))
+        if r.save_minutes:  # clocks differ between processes
+            due |= bool(agreed(self.clock() - self.saved_at >= 60 * r.save_minutes))
         if not (now or self.stopped_by or due or better):
             return
         self.log.doing("checkpoint")
@@ -281,6 +287,7 @@ class Run:
         meta |= resume.identity(self.config, self.problems)
         pending = None if self.begun is None else resume.pack(self.begun)
         self.saver.save(step, state, meta, pending=pending)
+        self.saved_at = self.clock()
 
     def save_at_failure(self, state: TrainState) -> None:
         """A checkpoint of the steps that are whole, if there are any, where something else failed.
@@ -376,7 +383,7 @@ def export(run_dir: Path, out_dir: Path) -> Path:
     found = checkpoint.steps(root)
     if not found or not (run_dir / "config.yaml").is_file():
         raise StorageError(f"{run_dir}: no checkpoint to export; give the directory of a run.")
-    config = load_config(run_dir / "config.yaml")
+    config = with_devices_here(load_config(run_dir / "config.yaml"))
     step = int(resume.newest_whole(root, map(str, found), partial(print, file=sys.stderr)))
     policy = load_policy(config)
     with jax.set_mesh(policy.mesh):

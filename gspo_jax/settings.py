@@ -261,7 +261,10 @@ class RunConfig:
     steps: int = 100
     """Rollouts; in supervised training, updates."""
     save_every: int = 0
-    """Steps between checkpoints; 0 is at the end alone."""
+    """Steps between checkpoints; 0 leaves it to run.save_minutes."""
+    save_minutes: float = 30.0
+    """Minutes after which a step's end is a checkpoint in any case; 0 is never. The end of a run
+    always is one."""
     keep: int = 2
     """Checkpoints kept, the newest; the best by evaluation is kept beside them."""
     keep_every: int = 0

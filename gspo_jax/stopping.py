@@ -135,6 +135,27 @@ def _leave(number: int) -> None:
     os._exit(128 + number)
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait until the end of a few lines that belong together.
+
+    KeyboardInterrupt may be raised between any two bytecodes of the main thread, as between what
+    ends one state and what keeps the next. Where a run listens to signals there is none to wait.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    waiting: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: waiting.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if waiting:
+        raise KeyboardInterrupt
+
+
 def out_of_time(minutes: float, need: float) -> bool:
     """Whether `need` more seconds would pass a budget of so many minutes; 0 is none."""
     return minutes > 0 and time.monotonic() - BEGAN + need > 60 * minutes

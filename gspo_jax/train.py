@@ -186,8 +186,10 @@ def update(
     begun: Begun,
     phase: Phase = nullcontext,
     stop: Callable[[], bool] = lambda: False,
+    hold: Callable[[TrainState], None] = lambda state: None,
 ) -> tuple[TrainState, Begun]:
-    """The updates of a step, or those of them that come before a stop; `state` is donated."""
+    """The updates of a step, or those of them that come before a stop; `state` is donated, and
+    `hold` is given its successor after each."""
     algo = loop.config.algo
     state, pending = continue_updates(
         loop.programs,
@@ -197,6 +199,7 @@ def update(
         epochs=algo.epochs,
         phase=phase,
         stop=stop,
+        hold=hold,
     )
     begun = begun._replace(pending=pending)
     if len(pending.stats) == algo.minibatches * algo.epochs:

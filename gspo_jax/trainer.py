@@ -29,14 +29,14 @@ from gspo_jax import rewards, train
 from gspo_jax.batch import Problem
 from gspo_jax.config import load_config, model_dir
 from gspo_jax.console import telling
-from gspo_jax.errors import ConfigError, DataError
+from gspo_jax.errors import ConfigError, DataError, StorageError
 from gspo_jax.evaluate import evaluate
 from gspo_jax.export import export_params
 from gspo_jax.metrics import RunLog, plain
 from gspo_jax.models.files import resolve
 from gspo_jax.models.hf import read_config, save_model
 from gspo_jax.models.qwen import Qwen
-from gspo_jax.policy import Problems, beyond_positions, load_policy
+from gspo_jax.policy import Policy, Problems, beyond_positions, load_policy
 from gspo_jax.rollout import encode_prompts, sample_completions, token_count
 from gspo_jax.tasks import load_task
 from gspo_jax.tasks.reasoning import MIX, reasoning_mix
@@ -127,8 +127,8 @@ class GSPOTrainer:
         with telling("Looking for the model's files"):  # which may come from the hub
             self.config = self.options.to_config(directory_of(model, tokenizer))
         with telling(f"Reading the weights of {self.config.model.path}"):
-            self.policy = load_policy(self.config)
-        self._shape = read_config(self.policy.directory)
+            policy = load_policy(self.config)
+        self._policy, self._shape = policy, read_config(policy.directory)
         anything = Problems(
             load_task("arithmetic", sizes={"train": 1, "val": 0, "test": 0}),
             {"train": [0]},
@@ -138,9 +138,14 @@ class GSPOTrainer:
             self.config.task.max_prompt_length,
         )
         making = telling("Making the optimizer's state and the programs of a step")
-        with jax.set_mesh(self.policy.mesh), making:
-            self._loop, self.state = train.assemble(self.config, self.policy, anything)
+        with jax.set_mesh(policy.mesh), making:
+            self._loop, self.state = train.assemble(self.config, policy, anything)
         self._place = 0  # in the data that `train_step` is given
+
+    @property
+    def policy(self) -> Policy:
+        """The network with the weights of the last whole update."""
+        return self._policy._replace(params=self.state.params)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -152,6 +157,9 @@ class GSPOTrainer:
     ) -> dict[str, Any]:
         """One rollout and its updates, on the next `batch_size` items of `data`, going round.
 
+        Interrupted, by Ctrl-C or by an error, the trainer has the weights of the last whole update,
+        and asks the same items next.
+
         Returns:
             `loss`, `clip_fraction`, `importance_ratio_mean`, `importance_ratio_std`,
             `advantage_mean`, `advantage_std` and `reward_mean`, and every metric of a run.
@@ -160,7 +168,6 @@ class GSPOTrainer:
         if not data:
             raise DataError("train_step was given no data.")
         chosen = [data[(self._place + i) % len(data)] for i in range(count)]
-        self._place += count
         asked = self._problems(chosen, reward_fn)
         step = int(self.state.step) + 1
         with jax.set_mesh(self.policy.mesh):
@@ -168,7 +175,9 @@ class GSPOTrainer:
             asked = self._fitting(asked)
             rollout = train.respond(self._loop, self.state, step, asked, score, phase)
             begun = train.judge(self._loop, self.state, step, rollout, rollout)
-            self.state, begun = train.update(self._loop, self.state, begun, phase)
+            hold = partial(setattr, self, "state")
+            self.state, begun = train.update(self._loop, self.state, begun, phase, hold=hold)
+        self._place += count
         metrics = plain(train.step_metrics(self.config, begun))
         adv = np.asarray(begun.pending.batch.adv)
         return metrics | {
@@ -193,6 +202,13 @@ class GSPOTrainer:
         With `output_dir` they are also written there as a run's (metrics.jsonl, status.json), which
         `gspo-jax report` reads, and the model is saved in its final_model/.
         """
+        if not data:
+            raise DataError("train was given no data.")
+        final = None if output_dir is None else Path(output_dir) / "final_model"
+        if final is not None and final.exists():
+            raise StorageError(
+                f"{final} is there already; give another output_dir, or move it away."
+            )
         count, every = self.options.batch_size, self.options.eval_frequency
         steps = -(-len(data) * self.options.num_epochs // count)
         history = []
@@ -205,19 +221,16 @@ class GSPOTrainer:
             if log and metrics:
                 log.step(step, metrics)
 
-        log = RunLog(Path(output_dir), of=steps) if output_dir else None
-        try:
+        log = None if final is None else RunLog(final.parent, of=steps)
+        with log or nullcontext():  # which says how it ended, whatever ends it
             if log:
                 log.start()
             done(0, {})
             for step in range(1, steps + 1):
                 done(step, self.train_step(data, reward_fn))
-            if output_dir and log:
-                self.save(Path(output_dir) / "final_model")
+            if final is not None and log:
+                self.save(final)
                 log.status("finished")
-        finally:
-            if log:
-                log.close()
         return history
 
     def evaluate(

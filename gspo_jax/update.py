@@ -41,6 +41,7 @@ from gspo_jax.objective import (
 from gspo_jax.optim import LeafByLeaf, Optimizer, let_pass
 from gspo_jax.sharding import batch_ways, regathers
 from gspo_jax.spikes import Spikes, empty_window, is_spike, remember
+from gspo_jax.stopping import uninterrupted
 from gspo_jax.tally import Tally, merged, numbers
 
 
@@ -222,12 +223,24 @@ def make_programs(
             total = add(total, trained, placed, given, rows, np.int32(count), width=width)
         return total, placed, given
 
-    def update(state, batch, old_logp=None, ref_logp=None, targets=None, *, phase=nullcontext):
+    def update(
+        state,
+        batch,
+        old_logp=None,
+        ref_logp=None,
+        targets=None,
+        *,
+        phase=nullcontext,
+        hold=lambda state: None,
+    ):
         with phase("update"):
             total = accumulate(_gradients_of(state), batch, old_logp, ref_logp, targets)
             jax.block_until_ready(total)
         with phase("optimizer"):
-            return jax.block_until_ready(apply(state, *total))
+            with uninterrupted():  # between the end of the former state and its successor's owner
+                found = apply(state, *total)
+                hold(found[0])
+            return jax.block_until_ready(found)
 
     return Programs(score, update, accumulate, blank, look, start, add, apply)
 
@@ -333,6 +346,7 @@ def continue_updates(
     epochs: int = 1,
     phase: Callable[[str], AbstractContextManager[None]] = nullcontext,
     stop: Callable[[], bool] = lambda: False,
+    hold: Callable[[TrainState], None] = lambda state: None,
 ) -> tuple[TrainState, Pending]:
     """The updates of a rollout that are left, or some of them: `stop` is asked before each.
 
@@ -341,6 +355,8 @@ def continue_updates(
 
     Args:
         programs, minibatches, epochs, phase: as of `update_on_rollout`; `state` is donated.
+        hold: given the state after each update at once, so that whatever interrupts the next one
+            leaves its caller with what is whole.
     """
     parts, total = _blocks(pending.batch, minibatches), minibatches * epochs
     refs, goals = (
@@ -365,7 +381,7 @@ def continue_updates(
             part = part._replace(routing=known.experts)
         known_logp = None if known is None else known.logp
         state, metrics, scored = programs.update(
-            state, part, known_logp, refs[i], goals[i], phase=phase
+            state, part, known_logp, refs[i], goals[i], phase=phase, hold=hold
         )
         stats.append(metrics)
         old[i] = scored if known is None else known

@@ -1,6 +1,9 @@
 """A checkpoint gives back every bit, whole or not at all."""
 
 import errno
+import os
+import re
+import stat
 import threading
 from functools import partial
 
@@ -229,3 +232,57 @@ def test_what_a_failed_save_left_is_removed_though_its_writers_are_not_done(tmp_
     monkeypatch.setattr(checkpoint.shutil, "rmtree", rmtree)
     assert checkpoint.clean(tmp_path) == [left]
     assert len(tried) == 3 and list(tmp_path.iterdir()) == []
+
+
+ODD = [
+    "lr[3e-5]",
+    "[proj]",
+    "a]b",
+    "back\\slash",
+    "st*r",
+    "wh?t",
+    "sp ace",
+    "ünï 漢",
+    "{x}",
+    "100%",
+]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_run_may_have_any_name_that_a_folder_may_have(tmp_path, state, name):
+    place = tmp_path / name / "checkpoints"
+    assert checkpoint.rehearse(place) == [] and list(place.iterdir()) == []
+    checkpoint.save(place, 7, state, {"step": 7})
+    back, _ = checkpoint.restore(place, 7, jax.tree.map(jnp.zeros_like, state))
+    jax.tree.map(np.testing.assert_array_equal, back, state)
+
+
+def test_what_cannot_be_read_is_no_checkpoint_and_the_rehearsal_says_so(
+    tmp_path, state, monkeypatch
+):
+    """Without the way around its globbing Orbax merges nothing here, and says nothing."""
+    monkeypatch.setattr(checkpoint, "PATTERN", re.compile("(?!)"))
+    place = tmp_path / "[proj]" / "checkpoints"
+    with pytest.raises(StorageError, match="cannot be read"):
+        checkpoint.save(place, 7, state, {})
+    assert checkpoint.names(place) == []
+    with pytest.raises(StorageError, match="cannot be read"):
+        checkpoint.rehearse(place)
+    assert list(place.iterdir()) == []
+
+
+def test_a_file_system_that_flushes_no_directories_is_told_of_and_used(
+    tmp_path, state, monkeypatch
+):
+    flush = os.fsync
+
+    def refused(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refused)
+    (warning,) = checkpoint.rehearse(tmp_path / "checkpoints")
+    assert "does not flush directories" in warning
+    checkpoint.save(tmp_path / "checkpoints", 7, state, {})
+    integrity.verify(tmp_path / "checkpoints" / "7")

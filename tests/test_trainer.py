@@ -1,13 +1,15 @@
 """The object API: the names of a trainer class over the functions of a run."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
 from flax import nnx
 
 from gspo_jax import GSPOConfig, GSPOCustomDataset, GSPOTrainer, console, load_model
-from gspo_jax.errors import ConfigError, DataError
+from gspo_jax.errors import ConfigError, DataError, StorageError
+from gspo_jax.stopping import uninterrupted
 from gspo_jax.tasks import user_data
 from gspo_jax.tokenizer import load_tokenizer
 from gspo_jax.trainer import as_problem, verified
@@ -229,3 +231,66 @@ def test_items_without_an_answer_are_refused_unless_a_function_scores_them(train
         trainer.evaluate(["Q"])
     assert len(trainer.train(data, reward_fn=lambda query, response: 1.0)) > 1
     assert as_problem({"prompt": "Q", "answer": {"a": 7}}, 0).columns["answer"] == {"a": 7}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_step_leaves_the_weights_of_the_last_whole_update(
+    trainer, monkeypatch, error
+):
+    """The second of a step's updates does not come: those of the first are there, and go on."""
+    trainer.train_step(ITEMS)
+    before = np.asarray(trainer.policy.params["embed"][...]).copy()
+    programs, calls = trainer._loop.programs, []
+
+    def update(*arguments, **options):
+        calls.append(None)
+        if len(calls) == 2:
+            raise error
+        return programs.update(*arguments, **options)
+
+    broken = trainer._loop._replace(programs=programs._replace(update=update))
+    place = trainer._place
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_loop", broken)
+        with pytest.raises(error):
+            trainer.train_step(ITEMS)
+    held = np.asarray(trainer.policy.params["embed"][...])
+    assert np.isfinite(held).all() and np.any(held != before)
+    assert trainer._place == place
+    assert np.isfinite(trainer.train_step(ITEMS)["loss"])
+
+
+def test_ctrl_c_waits_for_the_next_states_owner():
+    """Between the call that ends a state and the line that keeps its successor nothing is raised."""
+    kept = []
+
+    def interrupted():
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            kept.append("whole")
+        kept.append("never")
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert kept == ["whole"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_training_into_one_place_is_refused_before_its_first_step(trainer, tmp_path):
+    (tmp_path / "run" / "final_model").mkdir(parents=True)
+    step = int(trainer.state.step)
+    with pytest.raises(StorageError, match="final_model is there already; give another output_dir"):
+        trainer.train(ITEMS, output_dir=tmp_path / "run")
+    with pytest.raises(DataError, match="no data"):
+        trainer.train([], output_dir=tmp_path / "other")
+    assert int(trainer.state.step) == step and not (tmp_path / "other").exists()
+
+
+def test_the_status_of_a_training_that_fails_says_so(trainer, tmp_path):
+    def fails(query, response):
+        raise RuntimeError("no score today")
+
+    with pytest.raises(DataError):
+        trainer.train(ITEMS, output_dir=tmp_path / "run", reward_fn=fails)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed"
