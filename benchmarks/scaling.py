@@ -30,6 +30,7 @@ import numpy as np
 from gspo_jax import costs
 from gspo_jax.config import Config, load_config
 from gspo_jax.generate import programs_for
+from gspo_jax.logps import head_bytes
 from gspo_jax.memory import Planned, Sketch, cache, ways
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.remat import activation_bytes, share_of
@@ -181,9 +182,9 @@ def measure(model: str, devices: int) -> dict[str, Any]:
                 tokens=ROWS[devices] * (PROMPT + RESPONSE),
                 width=PROMPT + RESPONSE,
                 itemsize=2,
-                scores=False,
+                attention="cudnn",
             ),
-            "head": 3 * 4096 * shape.vocab_size * 4,
+            "head": head_bytes(4096, shape.vocab_size),
         },
         "moved": [
             {"kind": kind, "stage": stage, "across_nodes": across, "bytes": int(count)}

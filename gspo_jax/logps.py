@@ -23,6 +23,13 @@ from jaxtyping import Array, Float, Int
 
 from gspo_jax.masked import float_dtype
 
+CHUNK = 4096  # positions at a time
+
+
+def head_bytes(positions: int, vocabulary: int, chunk: int = CHUNK) -> int:
+    """Device memory that `token_logps` and its gradient take: three chunks of float32 logits."""
+    return 3 * 4 * min(positions, chunk) * vocabulary
+
 
 def token_logps(
     hidden: Float[Array, "B T D"],
@@ -30,7 +37,7 @@ def token_logps(
     tokens: Int[Array, "B T"],
     *,
     temperature: float = 1.0,
-    chunk: int = 4096,
+    chunk: int = CHUNK,
     axis: str | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """log π(tokens) and the entropy of π at each position, for π = softmax(hidden @ head / temp).

@@ -23,18 +23,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from gspo_jax.config import Config
+from gspo_jax.distributed import agreed
 from gspo_jax.errors import OutOfMemory
 from gspo_jax.generate import LENGTHS
-from gspo_jax.microbatch import rows_of, widths
+from gspo_jax.logps import head_bytes
+from gspo_jax.microbatch import shapes
 from gspo_jax.models.config import QwenConfig
-from gspo_jax.models.remat import share_of
+from gspo_jax.models.remat import POLICIES, activation_bytes, choose_remat, share_of
 from gspo_jax.objective import Objective
-from gspo_jax.policy import Policy, Problems
+from gspo_jax.policy import Passes, Policy, Problems, TextSizes, attention
 from gspo_jax.sharding import RULES, sharding_for, unsplit, ways_of
 from gspo_jax.update import TrainState
+
+MANY = 1 << 30  # rows of a minibatch that fills every microbatch
 
 
 class Planned(NamedTuple):
@@ -110,6 +115,91 @@ def held_by(state: TrainState, *, dtype: str, reference: bool) -> Held:
         weights=_sampler_bytes(state.params, dtype),
         gradients=masters + trained_too,
     )
+
+
+def passes(
+    config: Config,
+    policy: Policy,
+    shape: QwenConfig,
+    held: Held,
+    sizes: TextSizes,
+    *,
+    limit: int | None = None,
+) -> Passes:
+    """How a run's passes are run: what is configured, with every "auto" decided.
+
+    `train` asks with its arrays, `plan` with shapes: what is decided is the same.
+
+    Args:
+        held: with a separate critic or without it, as it may still have to be made.
+        limit: bytes of a device; None asks the device. Without a known limit, as on a CPU,
+            "auto" recomputes nothing; else as little as there is memory for.
+    """
+    everywhere = not agreed(attention(config, policy.dtype, shape).name != "cudnn")
+    how = Passes("cudnn" if everywhere else "xla", config.model.remat)
+    if how.remat != "auto":
+        return how
+    others = 0
+    if limit is None:
+        limit, in_use = _of_device(policy.mesh.local_devices[0])
+        others = max(in_use - held.masters - held.moments, 0)
+    if limit is None:
+        return how._replace(remat="none")
+    if config.algo.critic.kind == "separate" and not held.critic:
+        more = held.masters + held.moments
+        held = held._replace(critic=more, gradients=2 * held.gradients)
+    fixed = held.always + held.gradients + working(held, policy.dtype)
+    fixed += head_need(shape, policy.mesh, sizes)
+    need = {
+        name: activation_need(shape, policy.mesh, sizes, policy.dtype, how._replace(remat=name))
+        for name in POLICIES
+    }
+    chosen = choose_remat(limit - others - fixed, need)
+    chosen = POLICIES[agreed(POLICIES.index(chosen))]  # the process with least memory decides
+    return how._replace(remat=chosen)
+
+
+def _of_device(device: Any) -> tuple[int | None, int]:
+    """Bytes that an accelerator has and that are in use; None where it has no limit of its own."""
+    stats = device.memory_stats() or {}
+    if device.platform == "cpu" or "bytes_limit" not in stats:
+        return None, 0
+    return int(stats["bytes_limit"]), int(stats["bytes_in_use"])
+
+
+def working(held: Held, dtype: str) -> int:
+    """Bytes per device beside activations and logits while a gradient is computed.
+
+    A microbatch's own gradients, and in 16 bits the weights to compute with and theirs.
+    """
+    itemsize = jax.numpy.dtype(dtype).itemsize
+    return held.gradients + (2 * held.masters * itemsize // 4 if itemsize < 4 else 0)
+
+
+def activation_need(
+    shape: QwenConfig, mesh: Mesh, sizes: TextSizes, dtype: str, how: Passes
+) -> int:
+    """Bytes per device that the largest microbatch keeps for its backward pass (`models.remat`)."""
+    tensor, rows_over = mesh.shape["tensor"], ways_of(RULES["batch"], mesh)
+    share, itemsize = share_of(shape, tensor), jax.numpy.dtype(dtype).itemsize
+    return max(
+        activation_bytes(
+            share,
+            how.remat,
+            tokens=rows // rows_over * width,
+            width=width,
+            itemsize=itemsize,
+            attention=how.attention,
+        )
+        for width, rows in shapes(sizes.longest, sizes.microbatch, MANY, rows_over)
+    )
+
+
+def head_need(shape: QwenConfig, mesh: Mesh, sizes: TextSizes) -> int:
+    """Bytes per device of the logits that are alive at a time, and of their gradient."""
+    tensor, rows_over = mesh.shape["tensor"], ways_of(RULES["batch"], mesh)
+    width, rows = shapes(sizes.longest, sizes.microbatch, MANY, rows_over)[0]
+    return head_bytes(rows // rows_over * width, -(-shape.vocab_size // tensor))
 
 
 def _sampler_bytes(params: PyTree, dtype: str) -> int:
@@ -203,35 +293,24 @@ def cgroup_limits(
 
 def microbatch_shapes(run: Sketch, rows: int) -> list[tuple[int, int]]:
     """(width, rows) of each microbatch of a minibatch of `rows`."""
-    return [(w, rows_of(w, run.goal.microbatch, rows, ways(run))) for w in widths(run.goal.longest)]
+    return shapes(run.goal.longest, run.goal.microbatch, rows, ways(run))
 
 
-def activations(run: Sketch, layers: int | None = None) -> int:
-    """Bytes per device that a microbatch keeps for its backward pass, by a formula.
-
-    Per token and layer without rematerialisation: 6 D (residuals and norms), 3 N H + 3 K H
-    (queries, keys, values, heads), 4 F (MLP; X of F with experts), and N S twice (scores and
-    weights). With it: D, and one layer in whole.
-    """
-    c = share_of(run.shape, tensor_ways(run))
-    width, rows = max(microbatch_shapes(run, 1 << 30), key=lambda shape: math.prod(shape))
-    itemsize = jax.numpy.dtype(run.policy.dtype).itemsize
-    mlp = c.intermediate_size if c.experts is None else c.experts.size * c.experts.per_token
-    heads = 3 * (c.num_heads + c.num_kv_heads) * c.head_dim
-    numbers = (6 * c.hidden_size + heads + 4 * mlp) * itemsize
-    attention = c.num_heads * width * (4 + itemsize)
-    one = numbers + attention
-    if layers is None:
-        layers = c.num_layers if run.config.model.remat in ("auto", "none") else 1
-    kept = layers * one + c.num_layers * c.hidden_size * itemsize
-    return rows // ways(run) * width * kept
+def activations(run: Sketch, remat: str = "") -> int:
+    """`activation_need` of the run, or with another `remat`: "full" is also a pass forward alone,
+    which has one layer at a time in whole."""
+    how = Passes(run.goal.attention, remat or run.goal.remat)
+    return activation_need(run.shape, run.policy.mesh, _sizes(run), run.policy.dtype, how)
 
 
 def head(run: Sketch) -> int:
-    """Bytes per device of the logits that are alive at a time, and of their gradient."""
-    width, rows = microbatch_shapes(run, 1 << 30)[0]
-    positions = min(rows // ways(run) * width, 4096)
-    return 3 * positions * -(-run.shape.vocab_size // tensor_ways(run)) * 4
+    """`head_need` of the run."""
+    return head_need(run.shape, run.policy.mesh, _sizes(run))
+
+
+def _sizes(run: Sketch) -> TextSizes:
+    goal = run.goal
+    return TextSizes(goal.microbatch, goal.longest, goal.shortest_prompt)
 
 
 def cache(run: Sketch) -> int:
@@ -252,12 +331,12 @@ def short_memory(run: Sketch) -> str:
 def stages(run: Sketch, *, least: bool = False) -> dict[str, int]:
     """Bytes per device at the peak of each stage, by formulas.
 
-    With `least`, what no length of the responses and no kernel can lower: the cache in its first
-    portion, and activations, of one layer, only where XLA's own attention is sure.
+    With `least`, what no length of the responses and no compiler can lower: the cache in its first
+    portion, and the activations of one layer.
     """
-    h, cpu = run.held, run.policy.mesh.devices.flat[0].platform == "cpu"
-    kept = activations(run, layers=1 if least else None) if cpu or not least else 0
-    update = h.always + 2 * h.gradients + 2 * h.weights + kept + head(run)
+    h = run.held
+    kept = activations(run, "full" if least else "")
+    update = h.always + h.gradients + working(h, run.policy.dtype) + kept + head(run)
     portion = cache(run) // LENGTHS if least else cache(run)
     return {"update": update, "rollout": h.always + h.weights + portion}
 
@@ -299,7 +378,7 @@ def wanted(text: str) -> str:
 
 def _advice(run: Sketch, stage: str, need: int) -> str:
     c, limit = run.config, capacity()
-    rows = microbatch_shapes(run, 1 << 30)[0][1]
+    rows = microbatch_shapes(run, MANY)[0][1]
     length = f"rollout.max_completion_length={c.rollout.max_completion_length}"
     if run.held.always + run.held.gradients > limit:  # whatever the batch is
         knobs = ["optim.state=8bit"] if c.optim.state == "float32" else []

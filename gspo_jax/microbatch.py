@@ -53,6 +53,11 @@ def rows_of(width: int, tokens: int, rows: int, ways: int = 1) -> int:
     return min(max(tokens // width // ways * ways, ways), most) if tokens else most
 
 
+def shapes(longest: int, tokens: int, rows: int, ways: int = 1) -> list[tuple[int, int]]:
+    """(width, rows) of each microbatch that a minibatch of `rows` can have, widest first."""
+    return [(width, rows_of(width, tokens, rows, ways)) for width in widths(longest)]
+
+
 def split(
     length: Int[np.ndarray, " B"], longest: int, *, tokens: int, ways: int = 1
 ) -> list[Microbatches]:

@@ -16,6 +16,7 @@ from gspo_jax import checkpoint, costs
 from gspo_jax.config import Config, model_dir, run_dir
 from gspo_jax.errors import ConfigError, DataError
 from gspo_jax.memory import (
+    MANY,
     Compiled,
     Planned,
     Sketch,
@@ -29,6 +30,7 @@ from gspo_jax.memory import (
     short_memory,
     size,
     ways,
+    working,
 )
 from gspo_jax.metrics import check_place
 from gspo_jax.models.files import find_tensors
@@ -106,7 +108,7 @@ def report(
         ConfigError: it does not fit; the message says what to change.
         DataError: the model's config.json is not what it should be.
     """
-    run, note = sketched(config)
+    run, note = sketched(config, limit)
     planned = programs(run)
     found = [compile_one(p) if compiled else estimate(run, p) for p in largest(planned)]
     limit = capacity() if limit is None else limit
@@ -117,8 +119,11 @@ def report(
     refuse(run, found, limit)
 
 
-def sketched(config: Config) -> tuple[Sketch, str]:
+def sketched(config: Config, limit: int | None = None) -> tuple[Sketch, str]:
     """The run in shapes, on simulated devices where need be, and what had to be assumed.
+
+    Args:
+        limit: bytes of a device; None asks the device.
 
     Raises:
         ConfigError, DataError: as `report`.
@@ -131,7 +136,7 @@ def sketched(config: Config) -> tuple[Sketch, str]:
     problems, note = _problems(config, directory)
     fitting = within_positions(config, shape, problems)
     note += f"; {fitting.task.warnings[-1]}" if fitting is not problems else ""
-    return sketch(config, shape, fitting, mesh), note
+    return sketch(config, shape, fitting, mesh, limit=limit), note
 
 
 def refuse(run: Sketch, found: Sequence[Compiled], limit: int) -> None:
@@ -155,8 +160,8 @@ def advice(run: Sketch, worst: Compiled) -> str:
     settings = []
     if worst.planned.stage == "update":
         if worst.planned.name in ("add", "look"):
-            settings += ["model.remat=full"] if c.model.remat != "full" else []
-            rows = microbatch_shapes(run, 1 << 30)[0][1]
+            settings += ["model.remat=full"] if run.goal.remat != "full" else []
+            rows = microbatch_shapes(run, MANY)[0][1]
             settings += [f"algo.microbatch={max(rows // 2, 1)}"] if rows > 1 else []
     elif worst.planned.stage == "rollout":
         settings += [f"rollout.prompts={max(c.rollout.prompts // 2, 1)}"]
@@ -179,9 +184,9 @@ def estimate(run: Sketch, p: Planned) -> Compiled:
     h = run.held
     temporary, output, aliased = 0, 0, 0
     if p.name == "add":
-        temporary = h.gradients + activations(run) + head(run) + 2 * h.weights
+        temporary = working(h, run.policy.dtype) + activations(run) + head(run)
     elif p.name == "look":
-        temporary = head(run) + activations(run, layers=1) + h.weights
+        temporary = head(run) + activations(run, "full") + h.weights
     elif p.name == "apply":
         temporary = h.gradients * (5 if run.config.optim.state == "8bit" else 2)
     elif p.name == "start":
@@ -226,8 +231,16 @@ def _sizes(run: Sketch, note: str) -> list[tuple[str, str]]:
     return [
         ("model", f"{run.shape.family}, {count / 1e6:,.2f} M parameters, {run.policy.dtype}"),
         ("devices", f"{mesh.size} x {kind}: {axes}"),
+        ("passes", f"attention {run.goal.attention}, remat {run.goal.remat}{_decided(run)}"),
         ("prompts", f"{run.problems.shortest} to {run.problems.longest} tokens{note}"),
     ]
+
+
+def _decided(run: Sketch) -> str:
+    """Which of the two was left to us; a run on this device would do the same."""
+    model = run.config.model
+    autos = [name for name in ("attention", "remat") if getattr(model, name) == "auto"]
+    return f" ({' and '.join(autos)} decided here)" if autos else ""
 
 
 def _memory(run: Sketch, found: Sequence[Compiled], limit: int) -> list[tuple[str, str]]:
@@ -270,7 +283,7 @@ def _cost(run: Sketch) -> list[tuple[str, str]]:
         c.rollout,
         c.algo,
         run.problems.longest,
-        remat=c.model.remat == "full",
+        remat=run.goal.remat == "full",
         itemsize=itemsize,
         ways=ways(run),
     )

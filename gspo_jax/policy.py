@@ -9,7 +9,6 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import PyTree
@@ -17,7 +16,7 @@ from jaxtyping import PyTree
 from gspo_jax import rewards
 from gspo_jax.batch import Problem
 from gspo_jax.config import Config, model_dir
-from gspo_jax.distributed import agreed, place
+from gspo_jax.distributed import place
 from gspo_jax.errors import ConfigError, DataError
 from gspo_jax.generate import PureModel
 from gspo_jax.microbatch import MICROBATCH_TOKENS
@@ -25,7 +24,6 @@ from gspo_jax.models.attention import Choice, choose
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.hf import lent_files, load_model, read_config
 from gspo_jax.models.qwen import Qwen
-from gspo_jax.models.remat import POLICIES, activation_bytes, choose_remat, share_of
 from gspo_jax.objective import cast
 from gspo_jax.rollout import Scorer
 from gspo_jax.settings import AlgoConfig, MeshConfig
@@ -365,7 +363,10 @@ def text_sizes(config: Config, problems: Problems, mesh: Mesh) -> TextSizes:
 
 
 class Passes(NamedTuple):
-    """How forward and backward passes are run; the result is the same with any."""
+    """How forward and backward passes are run; the result is the same with any.
+
+    `memory.passes` decides it, for a run and for its plan.
+    """
 
     attention: str = "xla"  # or "cudnn"
     remat: str = "none"  # of models.remat.POLICIES
@@ -374,61 +375,11 @@ class Passes(NamedTuple):
 PLAIN = Passes()
 
 
-def passes(config: Config, policy: Policy, sizes: TextSizes) -> Passes:
-    """The configured ones, with every "auto" decided."""
-    everywhere = not agreed(attention(config, policy).name != "cudnn")
-    kind = "cudnn" if everywhere else "xla"
-    return Passes(kind, remat(config, policy, sizes, kind))
-
-
-def attention(config: Config, policy: Policy) -> Choice:
+def attention(config: Config, dtype: str, shape: QwenConfig) -> Choice:
     """The attention of the training programs; the first call may try cuDNN's."""
     if config.model.attention == "xla":
         return Choice("xla")
-    shape = read_config(policy.directory)
-    return choose(policy.dtype, shape.num_heads, shape.num_kv_heads, shape.head_dim)
-
-
-def remat(config: Config, policy: Policy, sizes: TextSizes, attention: str) -> str:
-    """What the backward pass recomputes; "auto" is the least that the device has memory for.
-
-    Asked while the parameters and the optimizer's state are the only large things on the device.
-    Without a known limit, as on a CPU, nothing is recomputed.
-    """
-    if config.model.remat != "auto":
-        return config.model.remat
-    device = policy.mesh.local_devices[0]
-    stats = device.memory_stats() or {}
-    if device.platform == "cpu" or "bytes_limit" not in stats:
-        return "none"
-    itemsize = jnp.dtype(policy.dtype).itemsize
-    held = stats["bytes_in_use"]
-    tensor = policy.mesh.shape["tensor"]
-    shards = [(x, x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(policy.params)]
-    weights = sum(math.prod(shape) * x.dtype.itemsize for x, shape in shards)
-    coming = weights // 4 * (8 + itemsize)  # two gradients, and the weights to compute with
-    if config.algo.critic.kind == "separate":
-        coming += held + coming
-    if config.algo.kl.coef:
-        coming += weights  # of the reference
-    shape = read_config(policy.directory)
-    rows = policy.mesh.size // tensor  # devices that split them
-    tokens = max(-(-sizes.microbatch // rows), sizes.longest)
-    coming += 2 * 4 * min(tokens, 4096) * shape.vocab_size // tensor  # logits and their gradient
-    shape = share_of(shape, tensor)
-    need = {
-        name: activation_bytes(
-            shape,
-            name,
-            tokens=tokens,
-            width=sizes.longest,
-            itemsize=itemsize,
-            scores=attention == "xla",
-        )
-        for name in POLICIES
-    }
-    chosen = choose_remat(stats["bytes_limit"] - held - coming, need)
-    return POLICIES[agreed(POLICIES.index(chosen))]  # the process with least memory decides
+    return choose(dtype, shape.num_heads, shape.num_kv_heads, shape.head_dim)
 
 
 def _on_cpu() -> bool:

@@ -25,12 +25,20 @@ from gspo_jax.batch import TrainBatch
 from gspo_jax.config import Config
 from gspo_jax.critic import make_critic, make_look, make_term
 from gspo_jax.generate import LAST_SHRINK, Sampling, bucket, schedule
-from gspo_jax.memory import Planned, Sketch, held_by, microbatch_shapes, per_device, ways
+from gspo_jax.memory import Planned, Sketch, held_by, microbatch_shapes, passes, per_device, ways
 from gspo_jax.models.cache import AXES
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.qwen import Qwen
 from gspo_jax.objective import CriticTerm, Given, Gradients, Targets
-from gspo_jax.policy import Passes, Policy, Problems, compiled_to_sample, resolve_dtype, to_sample
+from gspo_jax.policy import (
+    Passes,
+    Policy,
+    Problems,
+    compiled_to_sample,
+    resolve_dtype,
+    text_sizes,
+    to_sample,
+)
 from gspo_jax.sharding import sharding_for, state_shardings
 from gspo_jax.state import optimizer_at, starter
 from gspo_jax.tokenizer import Tokenizer
@@ -46,8 +54,12 @@ def sketch(
     *,
     tokenizer: Tokenizer | None = None,
     directory: Path = Path(),
+    limit: int | None = None,
 ) -> Sketch:
-    """The run that `config` describes, without an array: only the sizes in `problems` are used."""
+    """The run that `config` describes, without an array: only the sizes in `problems` are used.
+
+    `limit` is the bytes of a device by which "auto" decides; None asks the device.
+    """
     model = nnx.eval_shape(lambda: Qwen(shape, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(model)
     params = _placed(params, state_shardings(params, params, mesh))
@@ -57,13 +69,13 @@ def sketch(
     optimizer, _ = optimizer_at(config, config.optim.learning_rate, updates)
     state = jax.eval_shape(starter(config, optimizer), params)
     state = _placed(state, state_shardings(state, params, mesh))
-    # What "auto" would choose is known on the device alone: here it recomputes nothing.
-    kept = config.model.remat if config.model.remat != "auto" else "none"
-    how = Passes("xla", kept)
-    critic, term = _critic(config, policy, updates, problems.shortest, kept)
+    reference = config.algo.kl.coef > 0
+    held = held_by(state, dtype=dtype, reference=reference)
+    how = passes(config, policy, shape, held, text_sizes(config, problems, mesh), limit=limit)
+    critic, term = _critic(config, policy, updates, problems.shortest, how)
     state = state._replace(critic=critic)
     goal = objective(config, policy, problems, how, term)
-    held = held_by(state, dtype=dtype, reference=config.algo.kl.coef > 0)
+    held = held_by(state, dtype=dtype, reference=reference)
     return Sketch(config, shape, policy, problems, state, goal, optimizer, held)
 
 
@@ -263,7 +275,7 @@ def _given(run: Sketch, rows: int) -> Given:
 
 
 def _critic(
-    config: Config, policy: Policy, updates: int, shortest: int, remat: str
+    config: Config, policy: Policy, updates: int, shortest: int, how: Passes
 ) -> tuple[CriticState | None, CriticTerm | None]:
     """`run.add_critic` in shapes."""
     c = config.algo.critic
@@ -286,7 +298,8 @@ def _critic(
         clip=c.clip,
         coef=c.coef,
         dtype=policy.dtype,
-        remat=remat,
+        remat=how.remat,
+        attention=how.attention,
         shortest_prompt=shortest,
     )
     return state, term

@@ -32,6 +32,7 @@ from gspo_jax.evaluate import evaluate_policy
 from gspo_jax.export import export_params, logged_eval, logged_step, run_card
 from gspo_jax.integrity import tidy_names
 from gspo_jax.metrics import RunLog
+from gspo_jax.models.hf import read_config
 from gspo_jax.policy import Policy, Problems, attention, load_policy, with_devices_here
 from gspo_jax.report import dynamics
 from gspo_jax.resume import Begun
@@ -129,7 +130,8 @@ class Run:
         found = resume.find(self.config.run.resume, self.checkpoints, self.log.say)
         for warning in checkpoint.rehearse(self.checkpoints):
             self.log.say(f"warning: {warning}", style="yellow")
-        trouble = attention(self.config, self.policy).trouble
+        shape = read_config(self.policy.directory)
+        trouble = attention(self.config, self.policy.dtype, shape).trouble
         for warning in [*self.problems.task.warnings, *([trouble] if trouble else [])]:
             self.log.say(f"warning: {warning}", style="yellow")
         if self.problems.too_long:

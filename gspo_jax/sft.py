@@ -13,10 +13,11 @@ from gspo_jax.batch import Problem, TrainBatch
 from gspo_jax.config import Config
 from gspo_jax.errors import DataError
 from gspo_jax.losses import LOSSES
+from gspo_jax.memory import held_by, passes
 from gspo_jax.models.hf import read_config
 from gspo_jax.objective import Objective
 from gspo_jax.optim import schedule_count
-from gspo_jax.policy import load_policy, load_problems, passes, text_sizes, within_positions
+from gspo_jax.policy import load_policy, load_problems, text_sizes, within_positions
 from gspo_jax.rollout import encode_prompts
 from gspo_jax.run import Result, open_run
 from gspo_jax.sharding import shard_batch
@@ -34,10 +35,12 @@ def sft(config: Config) -> Result:
     c = config
     policy = load_policy(config)
     problems = load_problems(config, policy.tokenizer, scored=False)
-    problems = within_positions(config, read_config(policy.directory), problems)
+    shape = read_config(policy.directory)
+    problems = within_positions(config, shape, problems)
     optimizer, schedule, state = make_state(config, policy, updates=c.run.steps)
     sizes = text_sizes(config, problems, policy.mesh)
-    how = passes(config, policy, sizes)
+    held = held_by(state, dtype=policy.dtype, reference=False)
+    how = passes(config, policy, shape, held, sizes)
     objective = Objective(
         loss=LOSSES["reinforce"],
         dtype=policy.dtype,

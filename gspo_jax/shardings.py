@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from gspo_jax.logps import CHUNK
 from gspo_jax.memory import Sketch, microbatch_shapes, per_device, size, ways
 from gspo_jax.models.cache import AXES as CACHE
 from gspo_jax.sharding import (
@@ -176,7 +177,7 @@ def _activations(run: Sketch) -> list[Line]:
     c, dtype = run.shape, run.policy.dtype
     S, m = microbatch_shapes(run, 1 << 30)[0]
     T = min(run.config.rollout.max_completion_length, S - run.goal.shortest_prompt)
-    positions = ways(run) * min(m // ways(run) * T, 4096)
+    positions = ways(run) * min(m // ways(run) * T, CHUNK)
     heads = ("batch", "heads", None, None)
     lines = [
         Line("hidden states", 1, dtype, (m, S, c.hidden_size), ("batch", None, None)),

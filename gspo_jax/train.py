@@ -25,7 +25,7 @@ from gspo_jax.distributed import host, place
 from gspo_jax.errors import DataError
 from gspo_jax.losses import LOSSES, MEAN, RATIO, token_kl
 from gspo_jax.losses import kl as kl_penalty
-from gspo_jax.memory import Sketch, explained, held_by, refuse_hopeless, short_memory
+from gspo_jax.memory import Sketch, explained, held_by, passes, refuse_hopeless, short_memory
 from gspo_jax.models.hf import read_config
 from gspo_jax.objective import CriticTerm, Metrics, Objective, Targets
 from gspo_jax.optim import Optimizer, schedule_count
@@ -35,7 +35,6 @@ from gspo_jax.policy import (
     Problems,
     load_policy,
     load_problems,
-    passes,
     text_sizes,
     within_positions,
 )
@@ -136,7 +135,9 @@ def assemble(
     problems = problems or load_problems(config, policy.tokenizer)
     updates = config.run.steps * config.algo.minibatches * config.algo.epochs
     optimizer, schedule, state = make_state(config, policy, updates)
-    how = passes(config, policy, text_sizes(config, problems, policy.mesh))
+    held = held_by(state, dtype=policy.dtype, reference=config.algo.kl.coef > 0)
+    sizes = text_sizes(config, problems, policy.mesh)
+    how = passes(config, policy, read_config(policy.directory), held, sizes)
     shortest = problems.shortest
     state, critic = add_critic(config, policy, state, updates, how, shortest_prompt=shortest)
     reference = jax.tree.map(jnp.copy, policy.params) if config.algo.kl.coef else None

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from gspo_jax import policy as policy_module
+from gspo_jax import memory
 from gspo_jax.config import load_config
 from gspo_jax.losses import gspo
 from gspo_jax.models import Qwen, QwenConfig
 from gspo_jax.models.remat import POLICIES, activation_bytes, choose_remat, compiler_options
 from gspo_jax.objective import Objective
-from gspo_jax.policy import TextSizes
-from gspo_jax.sharding import MESH_AXES
+from gspo_jax.policy import Policy, TextSizes
+from gspo_jax.sharding import make_mesh
 
 DENSE = QwenConfig(
     family="qwen2",
@@ -59,7 +59,7 @@ def residuals(config, remat):
 
 
 def estimate(config, remat):
-    return activation_bytes(config, remat, tokens=B * S, width=S, itemsize=4, scores=True)
+    return activation_bytes(config, remat, tokens=B * S, width=S, itemsize=4, attention="xla")
 
 
 def test_less_memory_is_taken_the_more_is_recomputed():
@@ -85,6 +85,31 @@ def test_what_a_layer_keeps_is_exactly_as_counted(remat):
     assert got == estimate(deeper, remat) - estimate(DENSE, remat)
 
 
+@pytest.mark.parametrize(("dtype", "per_score"), [("float32", 13), ("bfloat16", 11)])
+def test_what_attention_keeps_of_each_score_is_exactly_as_counted(dtype, per_score):
+    """Masked and as weights in float32, as weights in the dtype, and the mask: 4 + 4 + x + 1."""
+
+    def scores(config):
+        model = nnx.eval_shape(lambda: Qwen(config, rngs=nnx.Rngs(0)))
+        graphdef, params = nnx.split(model)
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
+
+        def hidden(p):
+            return nnx.merge(graphdef, p)(jnp.ones((B, S), jnp.int32)).astype(jnp.float32).sum()
+
+        kept = jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(hidden, p)[1], params))
+        of_pairs = config.num_heads * B * S * S
+        return sum(x.dtype.itemsize for x in kept if x.size == of_pairs and x.ndim > 3)
+
+    one, two = (dataclasses.replace(DENSE, num_layers=n) for n in (1, 2))
+    assert scores(two) - scores(one) == per_score
+    size = {"tokens": B * S, "width": S, "itemsize": jnp.dtype(dtype).itemsize}
+    with_scores, without = (
+        activation_bytes(one, "none", attention=kind, **size) for kind in ("xla", "cudnn")
+    )
+    assert with_scores - without == per_score * one.num_heads * B * S * S
+
+
 def test_the_estimate_of_a_known_model():
     """R1-Distill-Qwen-1.5B, 16,384 tokens in bfloat16, attention without scores; by hand.
 
@@ -101,8 +126,8 @@ def test_the_estimate_of_a_known_model():
         head_dim=128,
     )
 
-    def gigabytes(remat, scores=False):
-        size = {"tokens": 16384, "width": 1280, "itemsize": 2, "scores": scores}
+    def gigabytes(remat, attention="cudnn"):
+        size = {"tokens": 16384, "width": 1280, "itemsize": 2, "attention": attention}
         return activation_bytes(shape, remat, **size) / 1e9
 
     token = 2 * 16384 / 1e9
@@ -110,7 +135,7 @@ def test_the_estimate_of_a_known_model():
     assert gigabytes("dots") == pytest.approx((28 * 23040 + 62720) * token)
     assert gigabytes("full") == pytest.approx((28 * 1536 + 62720) * token)
     # Scores: 12 heads x 1280 positions x (4 + 4 + 2 + 1) bytes per token.
-    more = gigabytes("none", scores=True) - gigabytes("none")
+    more = gigabytes("none", "xla") - gigabytes("none")
     assert more == pytest.approx(28 * 12 * 1280 * 11 * 16384 / 1e9)
 
 
@@ -122,34 +147,39 @@ def test_the_least_is_recomputed_that_fits_into_four_fifths():
     assert choose_remat(-5, need) == "full"
 
 
-def policy_on(device, monkeypatch):
-    monkeypatch.setattr(policy_module, "read_config", lambda _: DENSE)
-    shape = dict.fromkeys(MESH_AXES, 1)
-    mesh = SimpleNamespace(local_devices=[device], size=1, shape=shape)
-    weights = {"w": jnp.ones((10, 25))}  # 1000 bytes
-    return policy_module.Policy(None, weights, None, mesh, "float32", Path())
+SIZES = TextSizes(microbatch=B * S, longest=S, shortest_prompt=1)
+HELD = memory.Held(masters=1000, moments=2000, gradients=1000)
+
+
+@pytest.fixture
+def decided(monkeypatch):
+    """The remat that `passes` decides on a device with these statistics."""
+    ask = memory._of_device
+
+    def decide(*overrides, stats=None, platform="gpu", **options):
+        device = SimpleNamespace(platform=platform, memory_stats=lambda: stats)
+        monkeypatch.setattr(memory, "_of_device", lambda _: ask(device))
+        policy = Policy(None, None, None, make_mesh(data=1), "float32", Path())
+        config = load_config(None, list(overrides))
+        return memory.passes(config, policy, DENSE, HELD, SIZES, **options).remat
+
+    return decide
 
 
 @pytest.mark.parametrize("room", POLICIES)
-def test_auto_leaves_room_for_gradients_and_logits(monkeypatch, room):
-    """1000 bytes of weights, float32: 3000 of gradients and of weights to compute with."""
-    sizes = TextSizes(microbatch=B * S, longest=S, shortest_prompt=1)
-    logits = 8 * B * S * DENSE.vocab_size
+def test_auto_leaves_room_for_gradients_and_logits(decided, room):
+    """3000 bytes held, 1000 of accumulated gradients and 1000 of a microbatch's, 500 of others."""
+    fixed = 3000 + 2 * 1000 + 3 * 4 * B * S * DENSE.vocab_size
     free = int(estimate(DENSE, room) / 0.8) + 10
     for spare, want in ((free, room), (free - 500, None)):
-        stats = {"bytes_limit": 7000 + 3000 + logits + spare, "bytes_in_use": 7000}
-        device = SimpleNamespace(platform="gpu", memory_stats=lambda stats=stats: stats)
-        policy = policy_on(device, monkeypatch)
-        found = policy_module.remat(load_config(), policy, sizes, "xla")
-        assert (found == room) == (want is not None or room == "full")
+        stats = {"bytes_limit": fixed + 500 + spare, "bytes_in_use": 3500}
+        for found in (decided(stats=stats), decided(limit=fixed + spare)):
+            assert (found == room) == (want is not None or room == "full")
 
 
-def test_a_cpu_recomputes_nothing_unless_told(monkeypatch):
-    policy = policy_on(jax.devices()[0], monkeypatch)
-    sizes = TextSizes(512, 64, 1)
-    assert policy_module.remat(load_config(), policy, sizes, "xla") == "none"
-    told = load_config(None, ["model.remat=dots"])
-    assert policy_module.remat(told, policy, sizes, "xla") == "dots"
+def test_a_cpu_recomputes_nothing_unless_told(decided):
+    assert decided(platform="cpu") == "none"
+    assert decided("model.remat=dots", platform="cpu") == "dots"
 
 
 def test_an_objective_recomputes_nothing_by_itself():

@@ -22,6 +22,7 @@ from gspo_jax.evaluate import evaluate_path
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.hf import read_config
 from gspo_jax.models.qwen import Qwen
+from gspo_jax.models.remat import POLICIES
 from gspo_jax.plan import report
 from gspo_jax.policy import load_policy, load_problems
 from gspo_jax.programs import programs, sketch
@@ -30,7 +31,7 @@ from gspo_jax.settings import AlgoConfig, RolloutConfig
 from gspo_jax.sft import sft
 from gspo_jax.sharding import make_mesh
 from gspo_jax.tokenizer import load_tokenizer
-from gspo_jax.train import train
+from gspo_jax.train import assemble, train
 
 HERE = Path(__file__).parent
 
@@ -158,7 +159,8 @@ def test_planning_reads_no_weights_and_writes_nothing(config, tiny_dir, tmp_path
 
 
 def test_what_does_not_fit_is_refused_with_settings_that_help(config, capsys, monkeypatch):
-    large = config("optim.state=float32", "rollout.group_size=2", "eval.problems=1")
+    few = ["rollout.group_size=2", "eval.problems=1"]
+    large = config("optim.state=float32", "model.remat=none", *few)
     with pytest.raises(ConfigError, match=r"needs [\d.]+ of 0.0001 GB per device") as error:
         report(large, compiled=False, limit=100_000)
     table = capsys.readouterr().out  # stands there too, with what is largest
@@ -253,6 +255,31 @@ def test_steps_after_the_first_compile_nothing(config):
     lines = (result.run_dir / "metrics.jsonl").read_text().splitlines()
     compiles = [row["compiles"] for row in map(json.loads, lines) if row["step"]]
     assert compiles[0] > 0 and compiles[1:] == [0, 0]
+
+
+def test_a_plan_is_of_the_passes_that_a_run_takes(config, monkeypatch):
+    """On a device with little memory both recompute; the formulas' figures follow."""
+    c = config("algo.kl.coef=0.1")
+    seen = set()
+    for limit in (1 << 34, 5_600_000, 1):
+        monkeypatch.setattr(memory, "_of_device", lambda _, limit=limit: (limit, 0))
+        goal = sketched(c).goal
+        loop, _ = assemble(c)
+        assert (goal.remat, goal.attention) == (loop.goal.remat, loop.goal.attention)
+        same = {"loss": None, "kl": None}  # functions with keywords, which compare by identity
+        assert goal._replace(**same) == loop.goal._replace(**same)
+        seen.add(goal.remat)
+    assert seen == set(POLICIES)
+
+
+def test_a_plan_says_which_passes_it_is_of(config):
+    shown = []
+    report(config(), compiled=False, limit=1 << 40, show=shown.append)
+    with pytest.raises(ConfigError):
+        report(config(), compiled=False, limit=1, show=shown.append)
+    generous, tight = shown
+    assert "attention xla, remat none (attention and remat decided here)" in generous
+    assert "attention xla, remat full" in tight
 
 
 def test_a_critic_and_its_values_are_planned_too(config):

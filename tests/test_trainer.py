@@ -261,7 +261,7 @@ def test_an_interrupted_step_leaves_the_weights_of_the_last_whole_update(
 
 
 def test_ctrl_c_waits_for_the_next_states_owner():
-    """Between the call that ends a state and the line that keeps its successor nothing is raised."""
+    """Between what ends a state and what keeps its successor nothing is raised."""
     kept = []
 
     def interrupted():

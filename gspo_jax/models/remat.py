@@ -9,10 +9,12 @@ a layer has them (1 where it does not):
 
     full   D
     dots   2 D + (N + 2 K) H + 2 X F
-    none   8 D + 2 (N + 2 K) H + N H + 5 X F, and N S scores thrice where attention keeps them
+    none   8 D + 2 (N + 2 K) H + N H + 5 X F, and N S scores thrice where attention keeps them:
+           masked and as weights in float32, as weights in the activations' dtype, and which were
+           masked in a byte
 
-The first two are exact; the last is what XLA keeps, from above. All but `none` have one layer's
-`none` at a time in addition, while that layer is recomputed.
+The first two are exact, and so are the bytes of the scores; the rest of the last is near. All but
+`none` have one layer's `none` at a time in addition, while that layer is recomputed.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,6 +24,7 @@ from typing import Any
 import jax
 
 from gspo_jax.errors import check_choice
+from gspo_jax.models.attention import check_attention
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.sharding import regathering
 
@@ -69,7 +72,7 @@ def compiler_options(remat: str, regathers: bool = False) -> dict[str, Any]:
 
 
 def activation_bytes(
-    c: QwenConfig, remat: str, *, tokens: int, width: int, itemsize: int, scores: bool
+    c: QwenConfig, remat: str, *, tokens: int, width: int, itemsize: int, attention: str
 ) -> int:
     """Device memory that one forward and backward pass of `tokens` tokens takes, estimated.
 
@@ -77,15 +80,22 @@ def activation_bytes(
         remat: one of POLICIES.
         width: tokens of a row.
         itemsize: bytes of an activation.
-        scores: whether attention keeps its scores ("xla") or not ("cudnn").
+        attention: "xla" keeps its scores, "cudnn" does not but in layers with a window.
+
+    Raises:
+        ConfigError: another `remat` or `attention`.
     """
+    check_remat(remat)
+    check_attention(attention)
     D, N, KH = c.hidden_size, c.num_heads, c.num_kv_heads * c.head_dim
     NH = N * c.head_dim
     sparse = None if c.experts is None else c.experts.per_token * c.experts.size
     dense = c.intermediate_size
     inner = [sparse if sparse and c.is_sparse(i) else dense for i in range(c.num_layers)]
+    has_scores = [attention == "xla" or i in c.window_layers for i in range(c.num_layers)]
+    layers = list(zip(inner, has_scores, strict=True))
 
-    def kept(policy: str, F: int) -> int:
+    def kept(policy: str, F: int, scores: bool) -> int:
         if policy == "full":
             return itemsize * D
         if policy == "dots":
@@ -93,9 +103,8 @@ def activation_bytes(
         of_scores = N * width * (2 * 4 + itemsize + 1) if scores else 0
         return itemsize * (8 * D + 2 * (NH + 2 * KH) + NH + 5 * F) + of_scores
 
-    layers = sum(kept(remat, F) for F in inner)
-    again = 0 if remat == "none" else max(kept("none", F) for F in inner)
-    return tokens * (layers + again)
+    again = 0 if remat == "none" else max(kept("none", *layer) for layer in layers)
+    return tokens * (sum(kept(remat, *layer) for layer in layers) + again)
 
 
 def share_of(c: QwenConfig, ways: int) -> QwenConfig:
