@@ -83,10 +83,10 @@ def train(config: Config) -> Result:
     """
     policy = load_policy(config)
     problems = load_problems(config, policy.tokenizer)
-    problems = within_positions(config, read_config(policy.directory), problems)
+    shape = read_config(policy.directory)
+    problems = within_positions(config, shape, problems)
     loop, state = assemble(config, policy, problems)
     held = held_by(state, dtype=policy.dtype, reference=loop.reference is not None)
-    shape = read_config(policy.directory)
     sketch = Sketch(config, shape, policy, problems, state, loop.goal, loop.optimizer, held)
     refuse_hopeless(sketch)
     with open_run(config, policy, problems) as run, jax.set_mesh(policy.mesh), explained(sketch):
@@ -226,8 +226,7 @@ def steer(config: Config, state: TrainState, metrics: Metrics) -> TrainState:
 def step_metrics(config: Config, begun: Begun) -> Metrics:
     """What the rollout of a step and all its updates have to say."""
     stats = summarise(list(begun.pending.stats))
-    trained = np.asarray(begun.pending.batch.mask)
-    stats |= mismatch(old_logps(begun.pending), begun.completions.logp, trained)
+    stats |= mismatch(old_logps(begun.pending), begun.completions.logp, begun.pending.batch.mask)
     return begun.metrics | stats | trl_names(stats, config.algo.loss["name"])
 
 

@@ -223,18 +223,9 @@ def make_programs(
             total = add(total, trained, placed, given, rows, np.int32(count), width=width)
         return total, placed, given
 
-    def update(
-        state,
-        batch,
-        old_logp=None,
-        ref_logp=None,
-        targets=None,
-        *,
-        phase=nullcontext,
-        hold=lambda state: None,
-    ):
+    def update(state, *data, phase=nullcontext, hold=lambda state: None):
         with phase("update"):
-            total = accumulate(_gradients_of(state), batch, old_logp, ref_logp, targets)
+            total = accumulate(_gradients_of(state), *data)
             jax.block_until_ready(total)
         with phase("optimizer"):
             with uninterrupted():  # between the end of the former state and its successor's owner

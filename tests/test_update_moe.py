@@ -112,8 +112,8 @@ def test_after_an_update_routers_choose_other_experts_and_replay_keeps_the_old(v
     assert min(moved) > 0.02  # of the expert choices of the second minibatch
     assert "router/changed" not in plain[1][0]  # the first minibatch is where they are recorded
     # The first update is the same; the second runs on other experts.
-    assert float(plain[1][0]["loss"]) == float(replayed[1][0]["loss"])
-    assert float(plain[1][1]["ratio_mean"]) != float(replayed[1][1]["ratio_mean"])
+    assert float(plain[1][0]["loss"].value) == float(replayed[1][0]["loss"].value)
+    assert float(plain[1][1]["ratio_mean"].value) != float(replayed[1][1]["ratio_mean"].value)
 
 
 def test_with_replay_the_second_update_is_that_of_the_recorded_experts(view):
