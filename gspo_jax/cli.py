@@ -250,7 +250,8 @@ def export(arguments: argparse.Namespace) -> int:
     from gspo_jax.run import export
 
     run = Path(arguments.run)
-    made = export(run, Path(arguments.out) if arguments.out else run / "export")
+    out = Path(arguments.out) if arguments.out else run / "export"
+    made = export(run, out, like=arguments.like)
     print(made)
     print(how_to_use(made))
     return 0

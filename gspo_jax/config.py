@@ -7,6 +7,7 @@ that was typed, before weights are loaded or anything is compiled.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -367,14 +368,23 @@ def packaged_config(name: str) -> Path:
     return inside if inside.exists() else PACKAGE.parent / "configs" / name
 
 
-def to_yaml(config: Config) -> str:
+PLACES = (("model", "path"), ("task", "path"), ("task", "rewards"), ("run", "resume"))
+"""Settings that may name a file or a directory."""
+
+
+def to_yaml(config: Config, *, absolute: bool = False) -> str:
     """All settings, in order, such that loading them gives an equal config.
+
+    With `absolute`, files and directories that are there have their whole path, so that the text
+    means the same wherever it is read.
 
     Values that were written as ${...} appear as they were written: what the environment holds
     does not reach a saved file. Nor does a secret: see `console.recorded`.
     """
     tree = _sections(config)
     current = dict(_leaves(tree))
+    if absolute:
+        _locate(tree)
     for name, (text, value) in config.written.items():
         if current.get(name) == value:
             *path, last = name.split(".")
@@ -383,6 +393,23 @@ def to_yaml(config: Config) -> str:
                 place = place[int(key) if isinstance(place, list) else key]
             place[int(last) if isinstance(place, list) else last] = text
     return OmegaConf.to_yaml(OmegaConf.create(_recorded(tree)))
+
+
+def _locate(tree: dict[str, Any]) -> None:
+    """Make what PLACES name absolute, where it is there."""
+
+    def whole(text: Any) -> Any:
+        if not isinstance(text, str) or text in ("demo", "auto", "never"):
+            return text
+        file, colon, function = text.rpartition(":") if text.count(":") else (text, "", "")
+        there = os.path.exists(file)
+        return f"{os.path.abspath(file)}{colon}{function}" if there else text
+
+    for section, key in PLACES:
+        value = tree.get(section, {}).get(key)
+        if value is not None:
+            found = [whole(item) for item in value] if isinstance(value, list) else whole(value)
+            tree[section][key] = found
 
 
 def _recorded(value: Any) -> Any:
@@ -403,14 +430,14 @@ def diff(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
 def changes(saved: str, config: Config) -> dict[str, tuple[Any, Any]]:
     """Dotted name -> (then, now) of what differs from a YAML text that `to_yaml` once gave.
 
-    Values are compared as they were written. A setting that did not exist then is no change while
-    it has its default.
+    Values are compared as they were written, paths as what they name from here. A setting that did
+    not exist then is no change while it has its default.
     """
     texts = (saved, to_yaml(config), to_yaml(Config()))
-    then, now, default = (
-        dict(_leaves(OmegaConf.to_container(OmegaConf.create(text), resolve=False)))
-        for text in texts
-    )
+    trees: Any = [OmegaConf.to_container(OmegaConf.create(t), resolve=False) for t in texts]
+    for tree in trees:
+        _locate(tree)
+    then, now, default = (dict(_leaves(tree)) for tree in trees)
     names = [*then, *(name for name in now if name not in then and default.get(name) != now[name])]
     return {n: (then.get(n), now.get(n)) for n in names if then.get(n) != now.get(n)}
 

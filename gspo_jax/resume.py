@@ -201,7 +201,7 @@ def _after(names: Iterable[str], name: str) -> tuple[str, ...]:
 def identity(config: Config, problems: Problems) -> dict[str, Any]:
     """What a checkpoint says of its run: the settings, and the fingerprint of its problems."""
     visited = [problems.task.fingerprint, problems.indices["train"]]
-    return {"config": to_yaml(config), "data": fingerprint(visited)}
+    return {"config": to_yaml(config, absolute=True), "data": fingerprint(visited)}
 
 
 def restore(found: Found, meta: dict[str, Any], state: TrainState) -> TrainState:

@@ -6,9 +6,9 @@
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -84,7 +84,7 @@ def open_run(
         directory if is_writer() else directory / "processes" / str(jax.process_index()),
         of=config.run.steps,
         console=None if is_writer() else Console(quiet=True),
-        config=to_yaml(config),
+        config=to_yaml(config, absolute=True),
         report_to=config.run.report_to if is_writer() else (),
         devices=devices,
     )
@@ -114,7 +114,6 @@ class Run:
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     measured: tuple[int, float] = (0, -np.inf)  # the last step that was evaluated, and its value
     best: float = -np.inf  # of those values
-    clock: Callable[[], float] = time.monotonic  # in seconds
     saved_at: float = field(default_factory=time.monotonic)  # or when the run began
 
     def start(self, state: TrainState) -> TrainState:
@@ -275,7 +274,7 @@ class Run:
         better = value is not None and value > self.best
         due = any(every and step % every == 0 for every in (r.save_every, r.keep_every))
         if r.save_minutes:  # clocks differ between processes
-            due |= bool(agreed(self.clock() - self.saved_at >= 60 * r.save_minutes))
+            due |= bool(agreed(time.monotonic() - self.saved_at >= 60 * r.save_minutes))
         if not (now or self.stopped_by or due or better):
             return
         self.log.doing("checkpoint")
@@ -289,7 +288,7 @@ class Run:
         meta |= resume.identity(self.config, self.problems)
         pending = None if self.begun is None else resume.pack(self.begun)
         self.saver.save(step, state, meta, pending=pending)
-        self.saved_at = self.clock()
+        self.saved_at = time.monotonic()
 
     def save_at_failure(self, state: TrainState) -> None:
         """A checkpoint of the steps that are whole, if there are any, where something else failed.
@@ -373,8 +372,11 @@ def counted(metrics: Mapping[str, Any], state: TrainState, tokens: int) -> dict[
     }
 
 
-def export(run_dir: Path, out_dir: Path) -> Path:
+def export(run_dir: Path, out_dir: Path, *, like: str | None = None) -> Path:
     """The newest checkpoint of a run that is whole, as a Hugging Face directory.
+
+    Args:
+        like: a directory of the same model, where that of the run is no longer at its place.
 
     Raises:
         StorageError: no run, or no whole checkpoint in it.
@@ -387,6 +389,8 @@ def export(run_dir: Path, out_dir: Path) -> Path:
         raise StorageError(f"{run_dir}: no checkpoint to export; give the directory of a run.")
     config = with_devices_here(load_config(run_dir / "config.yaml"))
     step = int(resume.newest_whole(root, map(str, found), partial(print, file=sys.stderr)))
+    if like is not None:
+        config = replace(config, model=replace(config.model, path=like))
     policy = load_policy(config)
     with jax.set_mesh(policy.mesh):
         _, _, state = make_state(config, policy, updates=1)

@@ -3,17 +3,20 @@
 import inspect
 import json
 import os
+import shutil
 import signal
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-from gspo_jax import checkpoint
+from gspo_jax import checkpoint, load_model
 from gspo_jax import run as module
 from gspo_jax.config import load_config
-from gspo_jax.errors import ConfigError
-from gspo_jax.replay import TIMED
+from gspo_jax.errors import ConfigError, DataError
+from gspo_jax.replay import TIMED, replay
 from gspo_jax.sft import sft
 from gspo_jax.train import train
 
@@ -95,6 +98,43 @@ def test_an_evaluation_that_a_stop_left_out_is_made_up_for(settings, monkeypatch
     assert train(config).state == "finished"
     assert [row["step"] for row in rows_of(stopped)] == [0, 1, 2, 3, 4]
     assert rows_of(stopped) == rows_of(straight)
+
+
+def test_a_run_without_settings_for_it_saves_as_time_passes_and_compares_what_it_trained(settings):
+    """All but a few responses reach the limit and are left out: no difference is taken of those.
+
+    So many minutes as a nanosecond have passed after every step; keep=2.
+    """
+    config = settings("timed", "run.save_minutes=1e-12", "algo.mask_truncated=true", "run.steps=3")
+    run = train(config).run_dir
+    assert checkpoint.names(run / "checkpoints") == ["2", "3"]
+    rows = [row for row in rows_of(run) if row["step"]]
+    assert all(row["completions/clipped_ratio"] > 0.3 for row in rows)
+    assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-4
+
+
+def test_a_run_is_read_elsewhere_than_where_it_was_trained(
+    settings, tiny_dir, tmp_path, monkeypatch
+):
+    """Paths were relative, the mesh was larger than this machine, and the model has moved."""
+    shutil.copytree(tiny_dir, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    moved = ["model.path=model", "task.path=prompts.jsonl", "eval.samples=0", "run.steps=2"]
+    run = train(settings("moved", *moved, "run.save_every=1")).run_dir.resolve()
+    assert train(settings("moved", *moved)).steps == 2  # the same settings, so the same run
+    text = (run / "config.yaml").read_text()
+    assert f"path: {tmp_path / 'model'}" in text and "data: 1" in text
+    (run / "config.yaml").write_text(text.replace("data: 1", "data: 64"))
+    monkeypatch.chdir("/")
+    here = load_model(module.export(run, tmp_path / "here"))
+    again = replay(run, 2, say=lambda text: None)  # on all devices: other last bits, the same step
+    assert {"completions/digest", "reward", "updates"} <= set(again.same)
+    (tmp_path / "model").rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError):
+        module.export(run, tmp_path / "none")
+    there = load_model(module.export(run, tmp_path / "there", like=str(tmp_path / "elsewhere")))
+    for one, other in zip(*(jax.tree.leaves(nnx.state(m)) for m in (here, there)), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_every_nth_checkpoint_is_saved_and_stays(settings):
