@@ -67,6 +67,7 @@ def _replies(request: Any, functions: list[tuple[str, Any]]) -> Iterator[Any]:
         yield "loaded", [(name, calls_one_by_one(name, f)) for name, f in found]
         return
     number, name, batch, rows, seconds = rest
+    batch.logged.clear()  # what other functions logged stays where it is: it would come back twice
     for answer in answers(name, functions[number][1], batch, rows, seconds=seconds):
         if answer.failure is not None:  # its exception may not survive the way
             answer = answer._replace(failure=answer.failure._replace(cause=None))

@@ -237,9 +237,10 @@ def test_a_run_compiles_no_large_program_that_is_not_planned(config, caplog):
     unforeseen = {x for x in ran - listed if x[0] in names and elements(x[1]) > 4}
     assert {(name, elements(shapes)) for name, shapes in unforeseen} == set()
     # what is not planned works on numbers per row, but for the reference's beginning, the cast
-    # that changes nothing in float32, and the look at the parameters before they are saved
+    # that changes nothing in float32, the look at the parameters before they are saved, and the two
+    # that measure the machine
     large = {name for name, shapes in ran - listed if elements(shapes) > 4096}
-    assert large == {"copy", "to_sample", "all_finite"}
+    assert large - {"_square", "_copy"} == {"copy", "to_sample", "all_finite"}
 
 
 def test_the_state_takes_over_the_buffers_of_the_policy(config):

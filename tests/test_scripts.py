@@ -126,7 +126,7 @@ def test_a_config_file_and_settings_go_before_what_flags_mean_by_default(transla
         ("train", ["--warm_up", "3"], "unknown argument --warm_up. A setting is written without"),
         ("train", ["--algorithms", "ppo"], "unknown argument --algorithms"),
         ("compare", ["--seed", "1"], "unknown argument --seed. "),
-        ("train", ["--learning_rate", "fast"], "optim.learning_rate=fast"),
+        ("train", ["--learning_rate", "fast"], "optim.learning_rate=fast: expected a number"),
         (
             "compare",
             [str(ROOT / "configs/experiments/losses.yaml"), "--num_epochs", "3"],

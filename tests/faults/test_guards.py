@@ -16,8 +16,7 @@ from gspo_jax import train as train_module
 from gspo_jax.cli import main
 from gspo_jax.console import Display
 from gspo_jax.errors import NumericalError
-from gspo_jax.train import train
-from gspo_jax.update import (
+from gspo_jax.spikes import (
     SPIKE_FEWEST,
     SPIKE_PATIENCE,
     SPIKE_WINDOW,
@@ -25,6 +24,7 @@ from gspo_jax.update import (
     is_spike,
     remember,
 )
+from gspo_jax.train import train
 
 FOUR = ["mesh.data=2", "mesh.fsdp=2"]
 SAVED = ["eval.split=test", "run.save_every=1", "run.keep=9"]

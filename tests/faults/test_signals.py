@@ -277,7 +277,8 @@ def test_row_20_a_stopped_process_continues_as_if_nothing_had_been(
     process = start(given, command=[*DRIVEN, "reward", "2", "tell"], TOLD=str(told))
     eventually(told.exists, 120, process)
     time.sleep(0.1)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    threads = Path(f"/proc/{process.pid}/task").glob("*/children")
+    children = [pid for thread in threads for pid in thread.read_text().split()]
     asleep = [process.pid, *map(int, children)]
     assert len(asleep) > 1
     for number, seconds in ((signal.SIGSTOP, pause), (signal.SIGCONT, 0)):
