@@ -257,7 +257,7 @@ def test_a_run_may_have_any_name_that_a_folder_may_have(tmp_path, state, name):
     jax.tree.map(np.testing.assert_array_equal, back, state)
 
 
-def test_what_cannot_be_read_is_no_checkpoint_and_the_rehearsal_says_so(
+def test_what_cannot_be_read_is_no_checkpoint_and_is_found_at_the_start(
     tmp_path, state, monkeypatch
 ):
     """Without the way around its globbing Orbax merges nothing here, and says nothing."""
