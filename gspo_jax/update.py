@@ -420,6 +420,6 @@ def summarise(per_update: Sequence[Mapping[str, Tally]]) -> Metrics:
     """A step's metrics from those of its updates: `tally.merged`, and lists of what differs."""
     per_update = jax.device_get(per_update)
     updates = [numbers(update) for update in per_update]
-    names = [name for name in BY_UPDATE if name in updates[0]]
-    listed = {f"{name}_by_update": [update[name] for update in updates] for name in names}
+    by_update = {name: [u[name] for u in updates if name in u] for name in BY_UPDATE}
+    listed = {f"{name}_by_update": values for name, values in by_update.items() if values}
     return numbers(merged(per_update)) | listed

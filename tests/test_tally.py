@@ -67,9 +67,11 @@ def test_a_steps_numbers_are_over_what_was_trained_on(loss, mean):
         update(loss, [0, 0, 0], entropy=0.0, loss=0.0),
         update(loss, [6], entropy=0.8, loss=3.0, ratio_mean=0.8, ratio_min=0.8, ratio_max=0.8),
     ]
+    updates[2] |= {"router/changed": Average(0.25, 6)}  # the first update has nothing to compare
     told = summarise(updates)
     wanted = {"entropy": (6 * 0.4 + 6 * 0.8) / 12, "loss": 2.0, "ratio_max": 1.3, "ratio_min": 0.8}
     wanted |= {"ratio_mean": mean}
     assert {name: told[name] for name in wanted} == pytest.approx(wanted)
     assert told["loss_by_update"] == [1.0, 0.0, 3.0]
+    assert told["router/changed_by_update"] == [0.25]
     assert summarise(updates[1:2])["ratio_mean"] == 1.0
