@@ -227,7 +227,7 @@ def compare(meta: dict[str, Any], config: Config, problems: Problems, found: Fou
 
     Raises:
         ConfigError: a setting of SAME differs, and the checkpoint is the run's own or lies in the
-            middle of a step; or a setting of DATA, with which the problems are others.
+            middle of a step; or a setting of DATA but the path, with which the problems are others.
         DataError: the problems are others although the settings are the same.
     """
     now = identity(config, problems)
@@ -238,7 +238,8 @@ def compare(meta: dict[str, Any], config: Config, problems: Problems, found: Fou
     if meta["data"] != now["data"]:
         another = "start another run with run.name=NEW"
         if not config.run.allow_data_change:
-            _refuse(differs, DATA, found.path, f"{another}, or set run.allow_data_change=true")
+            others = set(DATA) - {"task.path"}  # a file is known by its rows, wherever it lies
+            _refuse(differs, others, found.path, f"{another}, or set run.allow_data_change=true")
             raise DataError(
                 f"{config.task.path or config.task.name}: not the data that {found.path} was "
                 "trained on (rows were edited, moved, added or removed); put it back, "

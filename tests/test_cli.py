@@ -400,9 +400,15 @@ def test_the_benchmark_script_is_eval_with_short_names(measured, tmp_path):
 
 def test_export_goes_beside_the_run_or_where_it_is_told(monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(gspo_jax.run, "export", lambda run, out: calls.append((run, out)) or out)
-    assert main(["export", "runs/x"]) == 0 and main(["export", "runs/x", "out"]) == 0
-    assert calls == [(Path("runs/x"), Path("runs/x/export")), (Path("runs/x"), Path("out"))]
+
+    def export(run, out, like):
+        calls.append((str(run), str(out), like))
+        return out
+
+    monkeypatch.setattr(gspo_jax.run, "export", export)
+    assert main(["export", "runs/x"]) == 0
+    assert main(["export", "runs/x", "out", "--like", "base"]) == 0
+    assert calls == [("runs/x", "runs/x/export", None), ("runs/x", "out", "base")]
     assert capsys.readouterr().out.split() == ["runs/x/export", "out"]
 
 
@@ -413,7 +419,7 @@ def test_an_export_and_the_end_of_a_run_say_how_the_model_is_used(
     out.mkdir(parents=True)
     text = model_card(load_config(), steps=1, supervised=False, before={}, after={})
     (out / "README.md").write_text(text)
-    monkeypatch.setattr(gspo_jax.run, "export", lambda run, out: out)
+    monkeypatch.setattr(gspo_jax.run, "export", lambda run, out, like: out)
     assert main(["export", str(tmp_path / "run")]) == 0
     assert main(["train", DEMO]) == 0
     told = capsys.readouterr().out

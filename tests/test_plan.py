@@ -262,7 +262,7 @@ def test_a_plan_is_of_the_passes_that_a_run_takes(config, monkeypatch):
     """On a device with little memory both recompute; the formulas' figures follow."""
     c = config("algo.kl.coef=0.1")
     seen = set()
-    for limit in (1 << 34, 5_600_000, 1):
+    for limit in (1 << 34, 2_250_000, 1):
         monkeypatch.setattr(memory, "_of_device", lambda _, limit=limit: (limit, 0))
         goal = sketched(c).goal
         loop, _ = assemble(c)

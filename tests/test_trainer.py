@@ -260,9 +260,12 @@ def test_an_interrupted_step_leaves_the_weights_of_the_last_whole_update(
     assert np.isfinite(trainer.train_step(ITEMS)["loss"])
 
 
-def test_ctrl_c_waits_for_the_next_states_owner():
+def test_ctrl_c_waits_for_the_next_states_owner(request):
     """Between what ends a state and what keeps its successor nothing is raised."""
     kept = []
+    # A shell's background jobs ignore Ctrl-C, and what they start inherits that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def interrupted():
         with uninterrupted():
