@@ -28,8 +28,8 @@ import numpy as np
 from output import RESULTS, table
 
 from gspo_jax import train
-from gspo_jax.config import load_config, packaged_config
-from gspo_jax.tally import numbers
+from gspo_jax.config.load import load_config, packaged_config
+from gspo_jax.numbers.tally import numbers
 
 RANGES = {  # the paper's own first
     "gspo": [(3e-4, 4e-4), (3e-3, 4e-3), (3e-2, 4e-2)],

@@ -27,11 +27,11 @@ import numpy as np
 from flax import nnx
 from output import numbers, parser, report
 
-from gspo_jax import generate as engine
-from gspo_jax.generate import PureModel, Rows, Sampling, bucket, generate, programs_for
 from gspo_jax.models.cache import LayerCache
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.qwen import Qwen
+from gspo_jax.rollout import engine
+from gspo_jax.rollout.engine import PureModel, Rows, Sampling, bucket, generate, programs_for
 
 NAMES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
 MODELS = {  # name -> NAMES, key/value heads, vocabulary, tied

@@ -77,7 +77,7 @@ def write(root: Path) -> dict[str, Any]:
     """The source: random bfloat16 in shards of 2 GB."""
     import ml_dtypes
 
-    from gspo_jax.models import files
+    from gspo_jax.models.hf import files
 
     dtype = np.dtype(ml_dtypes.bfloat16)
     rng = np.random.default_rng(0)
@@ -275,7 +275,7 @@ def main() -> int:
 
     import jax
 
-    from gspo_jax.metrics import environment
+    from gspo_jax.files.provenance import environment
 
     env = environment([str(d) for d in jax.devices()])
     env = {key: value for key, value in env.items() if key != "host"}

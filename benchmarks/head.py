@@ -27,7 +27,7 @@ from output import (
     temp_bytes,
 )
 
-from gspo_jax.logps import token_logps
+from gspo_jax.algo.logps import token_logps
 
 COLUMNS = ("pass, positions at a time", "ms", "low - high", "FLOP/s", "of matmul", "of datasheet")
 COLUMNS += ("temp MiB", "n, others' cores")

@@ -16,7 +16,7 @@ import optax
 from decode import MODELS, qwen2, random_model
 from output import mebibytes, on_cpu, parser, percent, report, temp_bytes
 
-from gspo_jax.optim import make_optimizer
+from gspo_jax.update.optim import make_optimizer
 
 COLUMNS = ("state", "ms", "low - high", "floor ms", "of floor", "bytes of state per parameter")
 COLUMNS += ("temp MiB", "n, others' cores")

@@ -27,16 +27,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gspo_jax import costs
-from gspo_jax.config import Config, load_config
-from gspo_jax.generate import programs_for
-from gspo_jax.logps import head_bytes
-from gspo_jax.memory import Planned, Sketch, cache, ways
+from gspo_jax.algo.logps import head_bytes
+from gspo_jax.config.load import Config, load_config
+from gspo_jax.mesh.sharding import make_mesh
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.remat import activation_bytes, share_of
+from gspo_jax.plan import costs
+from gspo_jax.plan.memory import Planned, Sketch, cache, ways
+from gspo_jax.plan.programs import programs, sketch
 from gspo_jax.policy import Problems
-from gspo_jax.programs import programs, sketch
-from gspo_jax.sharding import make_mesh
+from gspo_jax.rollout.engine import programs_for
 from gspo_jax.tasks import Task
 
 HERE = Path(__file__).parent

@@ -30,4 +30,4 @@ def stand_in(name: str, *needed: str) -> None:
 
 
 stand_in("jaxtyping", "jaxtyping")
-stand_in("gspo_jax.tokenizer", "tokenizers", "jinja2")
+stand_in("gspo_jax.prompt.tokenizer", "tokenizers", "jinja2")

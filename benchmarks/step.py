@@ -27,19 +27,19 @@ from calibrate import environment
 from decode import MODELS, qwen2, random_model
 from flax import nnx
 
-from gspo_jax.advantages import group_normalised
+from gspo_jax.algo.advantages import group_normalised
+from gspo_jax.algo.losses import gspo
 from gspo_jax.batch import Completions, Problem, Rollout
-from gspo_jax.generate import generate
-from gspo_jax.losses import gspo
-from gspo_jax.microbatch import MICROBATCH_TOKENS
 from gspo_jax.models import load_model
 from gspo_jax.models.attention import KINDS
 from gspo_jax.models.remat import POLICIES
-from gspo_jax.objective import Objective, cast
-from gspo_jax.optim import make_optimizer
-from gspo_jax.rollout import to_train_batch
-from gspo_jax.tokenizer import load_tokenizer
-from gspo_jax.update import init_state, make_programs, update_on_rollout
+from gspo_jax.prompt.tokenizer import load_tokenizer
+from gspo_jax.rollout.engine import generate
+from gspo_jax.rollout.stages import to_train_batch
+from gspo_jax.update.microbatch import MICROBATCH_TOKENS
+from gspo_jax.update.objective import Objective, cast
+from gspo_jax.update.optim import make_optimizer
+from gspo_jax.update.steps import init_state, make_programs, update_on_rollout
 
 
 def main() -> None:

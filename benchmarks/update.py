@@ -37,14 +37,14 @@ from output import (
     temp_bytes,
 )
 
+from gspo_jax.algo.losses import gspo
 from gspo_jax.batch import TrainBatch
-from gspo_jax.losses import gspo
 from gspo_jax.models.attention import KINDS
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.remat import POLICIES
-from gspo_jax.objective import Given, Gradients, Objective
-from gspo_jax.optim import make_optimizer
-from gspo_jax.update import Accumulated, init_state, make_programs, microbatches
+from gspo_jax.update.objective import Given, Gradients, Objective
+from gspo_jax.update.optim import make_optimizer
+from gspo_jax.update.steps import Accumulated, init_state, make_programs, microbatches
 
 COLUMNS = ("microbatch, width", "rows", "gradient s", "optimizer s", "low - high", "FLOP/s")
 COLUMNS += ("of matmul", "of datasheet", "compile s", "temp MiB", "n, others' cores")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from gspo_jax.tally import Tally
+from gspo_jax.numbers.tally import Tally
 
 
 @dataclass(frozen=True)

@@ -13,21 +13,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from gspo_jax import rewards
 from gspo_jax.batch import Problem
-from gspo_jax.config import Config, model_dir
-from gspo_jax.distributed import place
+from gspo_jax.config.load import Config, model_dir
+from gspo_jax.config.settings import AlgoConfig, MeshConfig
 from gspo_jax.errors import ConfigError, DataError
-from gspo_jax.generate import PureModel
-from gspo_jax.microbatch import MICROBATCH_TOKENS
-from gspo_jax.models.attention import Choice, choose
-from gspo_jax.models.config import QwenConfig
-from gspo_jax.models.hf import lent_files, load_model, read_config
-from gspo_jax.models.qwen import Qwen
-from gspo_jax.objective import cast
-from gspo_jax.rollout import Scorer
-from gspo_jax.settings import AlgoConfig, MeshConfig
-from gspo_jax.sharding import (
+from gspo_jax.mesh.distributed import place
+from gspo_jax.mesh.sharding import (
     RULES,
     constrain,
     current_mesh,
@@ -36,10 +27,19 @@ from gspo_jax.sharding import (
     unsplit,
     ways_of,
 )
+from gspo_jax.models.attention import Choice, choose
+from gspo_jax.models.config import QwenConfig
+from gspo_jax.models.hf.weights import lent_files, load_model, read_config
+from gspo_jax.models.qwen import Qwen
+from gspo_jax.prompt.tokenizer import Tokenizer, load_tokenizer
+from gspo_jax.reward import rewards
+from gspo_jax.reward.workers import load_remote
+from gspo_jax.rollout.engine import PureModel
+from gspo_jax.rollout.stages import Scorer
 from gspo_jax.tasks import Task, load_task
 from gspo_jax.tasks.task import curriculum_stages, staged_order
-from gspo_jax.tokenizer import Tokenizer, load_tokenizer
-from gspo_jax.workers import load_remote
+from gspo_jax.update.microbatch import MICROBATCH_TOKENS
+from gspo_jax.update.objective import cast
 
 
 def to_sample(params: PyTree, dtype: str) -> PyTree:

@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gspo_jax import checkpoint
-from gspo_jax.config import Config, changes, load_config
+from gspo_jax.config.load import Config, changes, load_config
 from gspo_jax.errors import ConfigError, DataError, StorageError
-from gspo_jax.evaluate import evaluate_policy
-from gspo_jax.export import logged_step
-from gspo_jax.metrics import environment, plain
+from gspo_jax.evaluation.evaluate import evaluate_policy
+from gspo_jax.files.jsonl import plain
+from gspo_jax.files.provenance import environment
 from gspo_jax.policy import with_devices_here
-from gspo_jax.resume import Say, identity, newest_whole
-from gspo_jax.run import counted
+from gspo_jax.run import checkpoint
+from gspo_jax.run.export import logged_step
+from gspo_jax.run.lifecycle import counted
+from gspo_jax.run.resume import Say, identity, newest_whole
 from gspo_jax.train import Loop, assemble, begin, step_metrics, update
 
 TIMED = ("step_time", "compile_time", "compiles", "tokens_per_second", "time/", "speed/")

@@ -9,21 +9,21 @@ from functools import partial
 import jax
 import numpy as np
 
+from gspo_jax.algo.losses import LOSSES
 from gspo_jax.batch import Problem, TrainBatch
-from gspo_jax.config import Config
+from gspo_jax.config.load import Config
 from gspo_jax.errors import DataError
-from gspo_jax.losses import LOSSES
-from gspo_jax.memory import held_by, passes
-from gspo_jax.models.hf import read_config
-from gspo_jax.objective import Objective
-from gspo_jax.optim import schedule_count
+from gspo_jax.mesh.sharding import shard_batch
+from gspo_jax.models.hf.weights import read_config
+from gspo_jax.plan.memory import held_by, passes
 from gspo_jax.policy import load_policy, load_problems, text_sizes, within_positions
-from gspo_jax.rollout import encode_prompts
-from gspo_jax.run import Result, open_run
-from gspo_jax.sharding import shard_batch
+from gspo_jax.prompt.tokenizer import Tokenizer
+from gspo_jax.rollout.stages import encode_prompts
+from gspo_jax.run.lifecycle import Result, open_run
 from gspo_jax.state import make_state
-from gspo_jax.tokenizer import Tokenizer
-from gspo_jax.update import make_programs
+from gspo_jax.update.objective import Objective
+from gspo_jax.update.optim import schedule_count
+from gspo_jax.update.steps import make_programs
 
 
 def sft(config: Config) -> Result:

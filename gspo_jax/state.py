@@ -1,4 +1,4 @@
-"""What a run starts from: the optimizer, its schedule, and the state before the first step."""
+"""What a run starts from: its objective, its optimizer, and the state before the first step."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,13 +7,15 @@ from typing import Any
 import jax
 import optax
 
-from gspo_jax.config import Config
-from gspo_jax.critic import make_critic, make_term
-from gspo_jax.objective import CriticTerm
-from gspo_jax.optim import Optimizer, make_optimizer, make_schedule
-from gspo_jax.policy import PLAIN, Passes, Policy
-from gspo_jax.sharding import state_shardings
-from gspo_jax.update import CriticState, TrainState, init_state
+from gspo_jax.algo.losses import LOSSES, MEAN
+from gspo_jax.algo.losses import kl as kl_penalty
+from gspo_jax.config.load import Config
+from gspo_jax.mesh.sharding import state_shardings
+from gspo_jax.policy import PLAIN, Passes, Policy, Problems, text_sizes
+from gspo_jax.update.critic import make_critic, make_term
+from gspo_jax.update.objective import CriticTerm, Objective
+from gspo_jax.update.optim import Optimizer, make_optimizer, make_schedule
+from gspo_jax.update.steps import CriticState, TrainState, init_state
 
 
 def make_state(
@@ -96,3 +98,35 @@ def optimizer_at(
         state=c.state,
     )
     return optimizer, schedule
+
+
+def objective(
+    config: Config, policy: Policy, problems: Problems, how: Passes, critic: CriticTerm | None
+) -> Objective:
+    """The configured loss with its keywords bound, and how its forward pass is run."""
+    options, sizes = dict(config.algo.loss), text_sizes(config, problems, policy.mesh)
+    return Objective(
+        loss=partial(LOSSES[options.pop("name")], **options),
+        temperature=config.rollout.temperature,
+        kl_coef=config.algo.kl.coef,
+        kl=kl_term(config),
+        entropy_coef=config.algo.entropy_coef,
+        dtype=policy.dtype,
+        remat=how.remat,
+        attention=how.attention,
+        microbatch=sizes.microbatch,
+        longest=sizes.longest,
+        shortest_prompt=sizes.shortest_prompt,
+        routing_replay=config.algo.routing_replay,
+        router_aux_coef=config.algo.router_aux_coef,
+        router_z_coef=config.algo.router_z_coef,
+        critic=critic,
+    )
+
+
+def kl_term(config: Config) -> Callable[..., Any]:
+    """The configured KL to the reference, the mean over what the policy loss is the mean over."""
+    loss = config.algo.loss
+    # A loss that the user has added to LOSSES has no entry in MEAN.
+    mean = {"over": MEAN.get(loss["name"], "responses"), "max_length": loss.get("max_length")}
+    return partial(kl_penalty, kind=config.algo.kl.kind, **mean)

@@ -16,21 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from gspo_jax import costs
-from gspo_jax.advantages import ADVANTAGES, BY_FUNCTION, adapted_coef
+from gspo_jax.algo.advantages import ADVANTAGES, BY_FUNCTION, adapted_coef
+from gspo_jax.algo.losses import RATIO, token_kl
 from gspo_jax.batch import Problem, Rollout, TrainBatch
-from gspo_jax.config import Config
-from gspo_jax.critic import estimate, make_values
-from gspo_jax.distributed import host, place
+from gspo_jax.config.load import Config
+from gspo_jax.config.settings import GAE
 from gspo_jax.errors import DataError
-from gspo_jax.losses import LOSSES, MEAN, RATIO, token_kl
-from gspo_jax.losses import kl as kl_penalty
-from gspo_jax.memory import Sketch, explained, held_by, passes, refuse_hopeless, short_memory
-from gspo_jax.models.hf import read_config
-from gspo_jax.objective import CriticTerm, Metrics, Objective, Targets
-from gspo_jax.optim import Optimizer, schedule_count
+from gspo_jax.files.stopping import Abandoned
+from gspo_jax.mesh.distributed import host, place
+from gspo_jax.mesh.sharding import shard_batch
+from gspo_jax.models.hf.weights import read_config
+from gspo_jax.plan import costs
+from gspo_jax.plan.memory import Sketch, explained, held_by, passes, refuse_hopeless, short_memory
 from gspo_jax.policy import (
-    Passes,
     Policy,
     Problems,
     load_policy,
@@ -38,8 +36,7 @@ from gspo_jax.policy import (
     text_sizes,
     within_positions,
 )
-from gspo_jax.resume import Begun
-from gspo_jax.rollout import (
+from gspo_jax.rollout.stages import (
     Scorer,
     digest,
     encode_prompts,
@@ -53,12 +50,13 @@ from gspo_jax.rollout import (
     text_lengths,
     to_train_batch,
 )
-from gspo_jax.run import Result, Run, open_run
-from gspo_jax.settings import GAE
-from gspo_jax.sharding import shard_batch
-from gspo_jax.state import add_critic, make_state
-from gspo_jax.stopping import Abandoned
-from gspo_jax.update import (
+from gspo_jax.run.lifecycle import Result, Run, open_run
+from gspo_jax.run.resume import Begun
+from gspo_jax.state import add_critic, make_state, objective
+from gspo_jax.update.critic import estimate, make_values
+from gspo_jax.update.objective import CriticTerm, Metrics, Objective, Targets
+from gspo_jax.update.optim import Optimizer, schedule_count
+from gspo_jax.update.steps import (
     Pending,
     Programs,
     TrainState,
@@ -329,38 +327,6 @@ def mismatch(
     name = "sampling/sampling_logp_difference"
     difference = difference if difference.size else np.zeros(1)
     return {f"{name}/mean": float(difference.mean()), f"{name}/max": float(difference.max())}
-
-
-def objective(
-    config: Config, policy: Policy, problems: Problems, how: Passes, critic: CriticTerm | None
-) -> Objective:
-    """The configured loss with its keywords bound, and how its forward pass is run."""
-    options, sizes = dict(config.algo.loss), text_sizes(config, problems, policy.mesh)
-    return Objective(
-        loss=partial(LOSSES[options.pop("name")], **options),
-        temperature=config.rollout.temperature,
-        kl_coef=config.algo.kl.coef,
-        kl=kl_term(config),
-        entropy_coef=config.algo.entropy_coef,
-        dtype=policy.dtype,
-        remat=how.remat,
-        attention=how.attention,
-        microbatch=sizes.microbatch,
-        longest=sizes.longest,
-        shortest_prompt=sizes.shortest_prompt,
-        routing_replay=config.algo.routing_replay,
-        router_aux_coef=config.algo.router_aux_coef,
-        router_z_coef=config.algo.router_z_coef,
-        critic=critic,
-    )
-
-
-def kl_term(config: Config) -> Callable[..., Any]:
-    """The configured KL to the reference, the mean over what the policy loss is the mean over."""
-    loss = config.algo.loss
-    # A loss that the user has added to LOSSES has no entry in MEAN.
-    mean = {"over": MEAN.get(loss["name"], "responses"), "max_length": loss.get("max_length")}
-    return partial(kl_penalty, kind=config.algo.kl.kind, **mean)
 
 
 class Judged(NamedTuple):

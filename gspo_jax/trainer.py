@@ -25,25 +25,27 @@ from typing import Any
 import jax
 import numpy as np
 
-from gspo_jax import rewards, train
+from gspo_jax import train
+from gspo_jax.answers.verify import counts_reasoning, list_accuracy
 from gspo_jax.batch import Problem
-from gspo_jax.config import load_config, model_dir
-from gspo_jax.console import telling
+from gspo_jax.config.load import load_config, model_dir
 from gspo_jax.errors import ConfigError, DataError, StorageError
-from gspo_jax.evaluate import evaluate
-from gspo_jax.export import export_params
-from gspo_jax.metrics import RunLog, plain
-from gspo_jax.models.files import resolve
-from gspo_jax.models.hf import read_config, save_model
+from gspo_jax.evaluation.evaluate import evaluate
+from gspo_jax.files.jsonl import plain
+from gspo_jax.models.hf.files import resolve
+from gspo_jax.models.hf.weights import read_config, save_model
 from gspo_jax.models.qwen import Qwen
 from gspo_jax.policy import Policy, Problems, beyond_positions, load_policy
-from gspo_jax.rollout import encode_prompts, sample_completions, token_count
+from gspo_jax.prompt.tokenizer import Tokenizer
+from gspo_jax.reward import rewards
+from gspo_jax.rollout.stages import encode_prompts, sample_completions, token_count
+from gspo_jax.run.export import export_params
+from gspo_jax.run.metrics import RunLog
 from gspo_jax.tasks import load_task
-from gspo_jax.tasks.reasoning import MIX, reasoning_mix
+from gspo_jax.tasks.made.reasoning import MIX, reasoning_mix
 from gspo_jax.tasks.rows import ANSWER, answer_of, columns_of, problem_of
 from gspo_jax.tasks.sources import Row
-from gspo_jax.tasks.verify import counts_reasoning, list_accuracy
-from gspo_jax.tokenizer import Tokenizer
+from gspo_jax.text.console import telling
 from gspo_jax.trainer_config import GSPOConfig
 
 Item = Mapping[str, Any]
@@ -112,7 +114,7 @@ class GSPOTrainer:
         tokenizer: its directory, one of `load_tokenizer` or of transformers; None is the model's.
         config: what to do.
         reward_fn: `f(query, response)` or `f(query, response, item)` per response, or any other
-            form of `gspo_jax.signatures`; by default the answer of the item, compared exactly.
+            form of `reward.signatures`; by default the answer of the item, compared exactly.
     """
 
     def __init__(

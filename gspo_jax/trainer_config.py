@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gspo_jax.config import Config, load_config
+from gspo_jax.config.load import Config, load_config
 from gspo_jax.errors import ConfigError
-from gspo_jax.spelling import meant
+from gspo_jax.text.spelling import meant
 
 
 @dataclass(frozen=True, kw_only=True)

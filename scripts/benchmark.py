@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from gspo_jax.cli import main
+from gspo_jax.cli.commands import main
 
 ABOUT = "Measure a model on benchmarks, beside the model that it was trained from."
 SETTINGS = {

@@ -2,8 +2,8 @@
 
     python scripts/config_reference.py [FILE]
 
-Names, types, defaults and meanings are those of gspo_jax/settings.py, smallest values those of
-`checks.AT_LEAST`, options those of the functions' signatures.
+Names, types, defaults and meanings are those of gspo_jax/config/settings.py, smallest values those
+of `checks.AT_LEAST`, options those of the functions' signatures.
 """
 
 import ast
@@ -17,11 +17,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from gspo_jax import settings
-from gspo_jax.advantages import ADVANTAGES
-from gspo_jax.checks import AT_LEAST, ELSEWHERE
-from gspo_jax.config import ALIASES, Config
-from gspo_jax.losses import LOSSES
+from gspo_jax.algo.advantages import ADVANTAGES
+from gspo_jax.algo.losses import LOSSES
+from gspo_jax.config import settings
+from gspo_jax.config.checks import AT_LEAST, ELSEWHERE
+from gspo_jax.config.load import ALIASES, Config
 from gspo_jax.tasks import TASKS, user_data
 
 OUT = Path(__file__).parent.parent / "docs" / "configuration.md"

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gspo_jax import cli
-from gspo_jax.arguments import IS_OVERRIDE, say_error
+from gspo_jax.cli import commands as cli
+from gspo_jax.cli.arguments import IS_OVERRIDE, say_error
 from gspo_jax.errors import ConfigError
 from gspo_jax.trainer_config import FIELDS
 
@@ -133,9 +133,9 @@ def _batches(number: int, file: str | None, settings: Sequence[str]) -> tuple[li
 
 def _steps(epochs: int, file: str | None, settings: Sequence[str]) -> tuple[list[str], str]:
     """So many passes over the problems whose prompts fit."""
-    from gspo_jax.config import model_dir
+    from gspo_jax.config.load import model_dir
     from gspo_jax.policy import load_problems
-    from gspo_jax.tokenizer import load_tokenizer
+    from gspo_jax.prompt.tokenizer import load_tokenizer
 
     config = _config(file, settings)
     problems = load_problems(config, load_tokenizer(model_dir(config)))
@@ -145,8 +145,8 @@ def _steps(epochs: int, file: str | None, settings: Sequence[str]) -> tuple[list
 
 
 def _config(file: str | None, settings: Sequence[str]) -> Any:
-    from gspo_jax.config import config_file, load_config
-    from gspo_jax.experiment import is_experiment
+    from gspo_jax.config.load import config_file, load_config
+    from gspo_jax.experiment.trials import is_experiment
 
     path = None if file is None else Path(config_file(file))
     if path is not None and is_experiment(path):

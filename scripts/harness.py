@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gspo_jax.cli import explain
+from gspo_jax.cli.commands import explain
 from gspo_jax.errors import ConfigError, DataError
 
 
@@ -22,7 +22,7 @@ def rows(results: dict[str, Any]) -> list[tuple[str, str, float, float, float, i
 
     Shares of right answers have Wilson's interval, other metrics 1.96 of lm-eval's standard errors.
     """
-    from gspo_jax.statistics import Z95, wilson
+    from gspo_jax.numbers.statistics import Z95, wilson
 
     found = []
     for task, values in results["results"].items():
@@ -47,7 +47,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
-    from gspo_jax.harness import Harness
+    from gspo_jax.evaluation.harness import Harness
 
     model = Harness(
         arguments.model_path,

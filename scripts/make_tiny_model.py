@@ -31,7 +31,7 @@ from tokenizers import (
     trainers,
 )
 
-from gspo_jax.config import Config, load_config
+from gspo_jax.config.load import Config, load_config
 from gspo_jax.errors import ConfigError
 from gspo_jax.tasks import load_task
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from gspo_jax.cli import main
+from gspo_jax.cli.commands import main
 
 if __name__ == "__main__":
     sys.exit(main(["monitor", *sys.argv[1:]]))

@@ -63,7 +63,7 @@ def snapshot(source: Path, folder: Path) -> None:
 
 def run(original: Path, mutant: Mutant | None) -> Outcome:
     """The tests on a copy of the package with the mutant applied; None is the package as it is."""
-    start, files = time.monotonic(), [f"tests/test_{name}.py" for name in TESTS]
+    start, files = time.monotonic(), [f"tests/algo/test_{name}.py" for name in TESTS]
     with tempfile.TemporaryDirectory() as folder:
         snapshot(original, Path(folder))
         if mutant is not None:
@@ -116,7 +116,7 @@ def print_table(results: Iterable[tuple[Mutant, Outcome]]) -> int:
     print("| # | module | was | became | caught by | s |\n|---|---|---|---|---|---|")
     for number, (m, outcome) in enumerate(results, 1):
         survivors += outcome.caught_by is None
-        verdict = (outcome.caught_by or "**survived**").removeprefix("FAILED tests/test_")
+        verdict = (outcome.caught_by or "**survived**").removeprefix("FAILED tests/")
         was, became = (text.replace("|", "\\|") for text in (m.old, m.new))
         row = f"{number} | {m.module} | `{was}` | `{became}` | {verdict} | {outcome.seconds:.0f}"
         print(f"| {row} |", flush=True)

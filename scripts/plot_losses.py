@@ -2,7 +2,7 @@
 
     python scripts/plot_losses.py [OUT_DIR]
 
-Nothing here knows a formula: weights are jax.grad of `gspo_jax.losses`, clip fractions are the
+Nothing here knows a formula: weights are jax.grad of `gspo_jax.algo.losses`, clip fractions are the
 `clip_frac` that the losses return.
 """
 
@@ -20,8 +20,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from gspo_jax.figures import BLUE, GREEN, GREY, ORANGE, RED, STYLE
-from gspo_jax.losses import LOSSES, RATIO, kl
+from gspo_jax.algo.losses import LOSSES, RATIO, kl
+from gspo_jax.view.figures import BLUE, GREEN, GREY, ORANGE, RED, STYLE
 
 OUT = Path(__file__).parent.parent / "docs" / "images"
 SVG: dict[Any, Any] = {

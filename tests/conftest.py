@@ -55,8 +55,8 @@ def tiny_view(tiny):
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory):
     """A Hugging Face directory with random tiny weights and the demo's tokenizer."""
-    from gspo_jax.config import load_config, model_dir
-    from gspo_jax.models.hf import save_model
+    from gspo_jax.config.load import load_config, model_dir
+    from gspo_jax.models.hf.weights import save_model
 
     like = model_dir(load_config())
     # Positions for the README's and the cookbook's longest texts.

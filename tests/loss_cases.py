@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 
-from gspo_jax.losses import LOSSES
+from gspo_jax.algo.losses import LOSSES
 
 WIDE = {"clip_low": 1.0, "clip_high": float("inf")}  # clips nothing
 

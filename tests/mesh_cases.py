@@ -10,17 +10,17 @@ import optax
 import pytest
 from flax import nnx
 
+from gspo_jax.algo.losses import gspo
 from gspo_jax.batch import Completions, TrainBatch
-from gspo_jax.generate import generate
-from gspo_jax.losses import gspo
+from gspo_jax.mesh.sharding import make_mesh, shard_batch, state_shardings
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.qwen import Qwen
-from gspo_jax.objective import Gradients, Objective
-from gspo_jax.optim import make_optimizer
+from gspo_jax.numbers.tally import numbers
 from gspo_jax.policy import to_sample
-from gspo_jax.sharding import make_mesh, shard_batch, state_shardings
-from gspo_jax.tally import numbers
-from gspo_jax.update import Programs, TrainState, init_state, make_programs
+from gspo_jax.rollout.engine import generate
+from gspo_jax.update.objective import Gradients, Objective
+from gspo_jax.update.optim import make_optimizer
+from gspo_jax.update.steps import Programs, TrainState, init_state, make_programs
 
 # The sizes are unlike each other, so that a shape in a compiled program says what it is.
 DENSE = {

@@ -3,7 +3,7 @@
 import re
 from html.parser import HTMLParser
 
-from gspo_jax.page import STYLE
+from gspo_jax.view.page import STYLE
 
 
 def row(step, **more):

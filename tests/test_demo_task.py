@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gspo_jax.config import load_config, packaged_config
+from gspo_jax.config.load import load_config, packaged_config
 from gspo_jax.train import train
 
 

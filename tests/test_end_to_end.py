@@ -9,12 +9,12 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from gspo_jax.cli import main
-from gspo_jax.config import load_config
+from gspo_jax.cli.commands import main
+from gspo_jax.config.load import load_config
 from gspo_jax.errors import ConfigError
-from gspo_jax.metrics import lock, unlock
+from gspo_jax.files.whole import lock, unlock
 from gspo_jax.models import Qwen, QwenConfig, load_model, save_model
-from gspo_jax.tokenizer import load_tokenizer
+from gspo_jax.prompt.tokenizer import load_tokenizer
 from gspo_jax.train import train
 
 HERE = Path(__file__).parent

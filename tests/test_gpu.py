@@ -9,15 +9,15 @@ import optax
 import pytest
 from flax import nnx
 
+from gspo_jax.algo.logps import token_logps
+from gspo_jax.algo.losses import gspo
 from gspo_jax.batch import TrainBatch
-from gspo_jax.generate import generate
-from gspo_jax.logps import token_logps
-from gspo_jax.losses import gspo
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.qwen import Qwen
-from gspo_jax.objective import Objective, cast, forward_logps
-from gspo_jax.optim import make_optimizer
-from gspo_jax.update import init_state, make_programs
+from gspo_jax.rollout.engine import generate
+from gspo_jax.update.objective import Objective, cast, forward_logps
+from gspo_jax.update.optim import make_optimizer
+from gspo_jax.update.steps import init_state, make_programs
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from gspo_jax.cli import main
-from gspo_jax.config import load_config
+from gspo_jax.cli.commands import main
+from gspo_jax.config.load import load_config
 from gspo_jax.replay import compared
 from gspo_jax.train import train
 

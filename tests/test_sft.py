@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from gspo_jax.batch import Problem
-from gspo_jax.config import load_config
+from gspo_jax.config.load import load_config
 from gspo_jax.errors import DataError
+from gspo_jax.prompt.tokenizer import load_tokenizer
 from gspo_jax.sft import sft, solutions
-from gspo_jax.tokenizer import load_tokenizer
 
 
 def make(tiny_dir, *overrides):

@@ -7,13 +7,13 @@ import optax
 import pytest
 
 from gspo_jax import train as loop
+from gspo_jax.algo.losses import LOSSES
 from gspo_jax.batch import Completions, Rollout, TrainBatch
-from gspo_jax.config import load_config
+from gspo_jax.config.load import load_config
 from gspo_jax.errors import ConfigError
-from gspo_jax.losses import LOSSES
-from gspo_jax.objective import Forward, Given, Gradients, Objective, measure
-from gspo_jax.sharding import make_mesh, sharding_for
-from gspo_jax.update import init_state
+from gspo_jax.mesh.sharding import make_mesh, sharding_for
+from gspo_jax.update.objective import Forward, Given, Gradients, Objective, measure
+from gspo_jax.update.steps import init_state
 
 NAN = np.nan
 NOTHING = Completions(*(np.zeros((8, 0), kind) for kind in ("i4", "?", "f4")), np.zeros(8, bool))

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gspo_jax import GSPOConfig, GSPOCustomDataset, GSPOTrainer, console, load_model
+from gspo_jax import GSPOConfig, GSPOCustomDataset, GSPOTrainer, load_model
 from gspo_jax.errors import ConfigError, DataError, StorageError
-from gspo_jax.stopping import uninterrupted
+from gspo_jax.files.stopping import uninterrupted
+from gspo_jax.prompt.tokenizer import load_tokenizer
 from gspo_jax.tasks import user_data
-from gspo_jax.tokenizer import load_tokenizer
+from gspo_jax.text import console
 from gspo_jax.trainer import as_problem, verified
 
 SEVEN = ("loss", "clip_fraction", "importance_ratio_mean", "importance_ratio_std")

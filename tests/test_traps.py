@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from gspo_jax.batch import Completions, Problem, Rollout
-from gspo_jax.config import load_config, warnings
+from gspo_jax.config.load import load_config, warnings
 from gspo_jax.errors import ConfigError
-from gspo_jax.generate import generate
-from gspo_jax.rollout import rollout_metrics, to_train_batch
+from gspo_jax.rollout.engine import generate
+from gspo_jax.rollout.stages import rollout_metrics, to_train_batch
 from gspo_jax.train import train
 
 HERE = Path(__file__).parent

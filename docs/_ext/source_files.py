@@ -1,6 +1,6 @@
 """A page for every file outside of docs/ that a page links to, and for what the reference names.
 
-On GitHub `../gspo_jax/losses.py` leads to the file; on the site to files/gspo_jax/losses.py.html:
+On GitHub `../gspo_jax/batch.py` leads to the file; on the site to files/gspo_jax/batch.py.html:
 its text with line numbers, whatever the repository's address is, in the version that was built.
 Of a notebook it is its cells, beside the file. A linked page of HTML in docs/ lies where it lay.
 """

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from gspo_jax.algo.masked import float_dtype
 from gspo_jax.errors import check_choice
-from gspo_jax.masked import float_dtype
-from gspo_jax.sharding import constrain
+from gspo_jax.mesh.sharding import constrain
 
 KINDS = ("xla", "cudnn")  # `attend`, `fused`
 TOLERANCE = 0.05  # bfloat16 rounding measures 0.004; a mask that is off by one above 1

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gspo_jax.sharding import constrain
+from gspo_jax.mesh.sharding import constrain
 
 AXES = ("batch", "kv_heads", None, None)
 

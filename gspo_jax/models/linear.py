@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from gspo_jax.sharding import (
+from gspo_jax.mesh.sharding import (
     GATHERED,
     current_mesh,
     fill_up,

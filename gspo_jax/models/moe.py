@@ -32,11 +32,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
-from gspo_jax.masked import float_dtype
+from gspo_jax.algo.masked import float_dtype
+from gspo_jax.mesh.sharding import by_rows, gather, split_by, widened
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.init import kernel
 from gspo_jax.models.linear import dense
-from gspo_jax.sharding import by_rows, gather, split_by, widened
 
 
 class Routing(NamedTuple):

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
-from gspo_jax.masked import float_dtype
+from gspo_jax.algo.masked import float_dtype
+from gspo_jax.mesh.sharding import constrain
 from gspo_jax.models.attention import attend, check_attention, fused
 from gspo_jax.models.cache import Cache, LayerCache, write
 from gspo_jax.models.config import QwenConfig
@@ -28,7 +29,6 @@ from gspo_jax.models.linear import dense, lookup, spread
 from gspo_jax.models.moe import Experts, Routing, join
 from gspo_jax.models.remat import check_remat, recomputed
 from gspo_jax.models.rope import inverse_frequencies
-from gspo_jax.sharding import constrain
 
 Rope = tuple[Float[Array, "B 1 S H"], Float[Array, "B 1 S H"]]  # cos, sin
 

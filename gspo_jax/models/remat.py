@@ -24,9 +24,9 @@ from typing import Any
 import jax
 
 from gspo_jax.errors import check_choice
+from gspo_jax.mesh.sharding import regathering
 from gspo_jax.models.attention import check_attention
 from gspo_jax.models.config import QwenConfig
-from gspo_jax.sharding import regathering
 
 POLICIES = ("none", "dots", "full")  # largest first
 SHARE = 0.8  # of the free memory: the allocator leaves gaps, and the estimate is one

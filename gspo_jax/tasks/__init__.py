@@ -1,4 +1,19 @@
-"""Where problems come from: the table of built-in tasks, and data of the user's own."""
+"""Where problems come from: the table of built-in tasks, and data of the user's own.
+
+In reading order:
+
+    task         what a task is, and the order in which a run visits its problems
+    draw         making problems up: draws that no Python version changes, splits apart
+    mixture      several tasks in fixed shares
+    sources      rows of data files, each with its place for an error message
+    rows         one row as a Problem: the only reader of columns
+    data         problems from data of the user's own
+    published    readers of published sets
+    math_verify  answers that are the same mathematics in other words (extra `math`)
+    latex        the same in a process that can be killed
+    made/        problems made up on the spot
+    zebra/       logic grids
+"""
 
 import inspect
 import re
@@ -7,18 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from gspo_jax.errors import ConfigError
-from gspo_jax.spelling import meant
-from gspo_jax.tasks.countdown import countdown_numbers
 from gspo_jax.tasks.data import user_data
 from gspo_jax.tasks.draw import chosen_sizes
-from gspo_jax.tasks.gym import reasoning_gym
-from gspo_jax.tasks.knights import knights_and_knaves
-from gspo_jax.tasks.math import arithmetic
+from gspo_jax.tasks.made.arithmetic import arithmetic
+from gspo_jax.tasks.made.countdown import countdown_numbers
+from gspo_jax.tasks.made.gym import reasoning_gym
+from gspo_jax.tasks.made.knights import knights_and_knaves
+from gspo_jax.tasks.made.reasoning import reasoning_mix
 from gspo_jax.tasks.mixture import Part, mix, parsed_parts
 from gspo_jax.tasks.published import READERS, recognised
-from gspo_jax.tasks.reasoning import reasoning_mix
 from gspo_jax.tasks.task import SPLITS, Task, order
-from gspo_jax.tasks.zebra import zebra_synth
+from gspo_jax.tasks.zebra.puzzles import zebra_synth
+from gspo_jax.text.spelling import meant
 
 __all__ = ["SPLITS", "TASKS", "Task", "load_task", "order", "user_data"]
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from gspo_jax.answers.verify import MAX_ANSWER
 from gspo_jax.batch import Problem
 from gspo_jax.errors import DataError
 from gspo_jax.tasks.math_verify import reward_of
@@ -34,7 +35,6 @@ from gspo_jax.tasks.sources import (
     read_rows,
 )
 from gspo_jax.tasks.task import SPLITS, Task, fingerprint, fraction
-from gspo_jax.tasks.verify import MAX_ANSWER
 
 BOX = "\\boxed"
 HELD_OUT = 0.1  # share of the prompts that becomes "test" where the data names no splits

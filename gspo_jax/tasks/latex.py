@@ -8,10 +8,10 @@ other rewards `task.rewards=[gspo_jax.tasks.latex:math_verify, ...]`.
 import logging
 from typing import Any
 
+from gspo_jax.answers.notation import braced, peeled
+from gspo_jax.answers.verify import counts_reasoning
 from gspo_jax.errors import ConfigError
 from gspo_jax.tasks.math_verify import MISSING, decided
-from gspo_jax.tasks.notation import braced, peeled
-from gspo_jax.tasks.verify import counts_reasoning
 
 try:
     import math_verify as library  # pyright: ignore[reportMissingImports]

@@ -15,10 +15,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-from gspo_jax.batch import Problem
-from gspo_jax.errors import ConfigError
-from gspo_jax.tasks.notation import choice, comparable, computes, spaceless
-from gspo_jax.tasks.verify import (
+from gspo_jax.answers.notation import choice, comparable, computes, spaceless
+from gspo_jax.answers.verify import (
     Verdict,
     accuracy,
     asked,
@@ -27,6 +25,8 @@ from gspo_jax.tasks.verify import (
     numeric,
     own_words,
 )
+from gspo_jax.batch import Problem
+from gspo_jax.errors import ConfigError
 
 MISSING = "checker=math-verify needs the package math-verify: pip install 'gspo_jax[math]'."
 CHECKERS = ("exact", "math-verify")
@@ -56,7 +56,7 @@ def math_verify_apart() -> Callable[..., list[float | None]]:
     The process starts when it is first needed. An answer that keeps it busy for `SECONDS`, or that
     it dies of, scores 0; the metric `math_verify/lost` counts them.
     """
-    from gspo_jax.workers import judge  # which imports the package of tasks on its way
+    from gspo_jax.reward.workers import judge  # which imports the package of tasks on its way
 
     spec = "gspo_jax.tasks.latex:math_verify"
     ask = judge(spec, seconds=SECONDS, memory=MEMORY, losses=LOSSES)

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from gspo_jax.answers.verify import counts_reasoning
 from gspo_jax.batch import Problem
 from gspo_jax.errors import ConfigError
 from gspo_jax.tasks.task import SPLITS, Task, fingerprint
-from gspo_jax.tasks.verify import counts_reasoning
 
 
 class Part(NamedTuple):

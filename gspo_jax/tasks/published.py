@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gspo_jax.answers.verify import numeric
 from gspo_jax.batch import Problem
 from gspo_jax.errors import ConfigError, DataError
 from gspo_jax.tasks.data import BOX, user_data, with_instruction
@@ -24,9 +25,8 @@ from gspo_jax.tasks.sources import (
     read_rows,
 )
 from gspo_jax.tasks.task import SPLITS, Task, fingerprint
-from gspo_jax.tasks.verify import numeric
-from gspo_jax.tasks.zebra import example_row, grid_problem, group_of, mc_problem
-from gspo_jax.tasks.zebra_score import as_solution, choice_in, grid_reward, mc_reward, solution_in
+from gspo_jax.tasks.zebra.puzzles import example_row, grid_problem, group_of, mc_problem
+from gspo_jax.tasks.zebra.score import as_solution, choice_in, grid_reward, mc_reward, solution_in
 
 BOXED = "Reason step by step, and put the final answer in \\boxed{}."
 _CALCULATOR = re.compile(r"<<[^<>]*>>")

@@ -16,10 +16,10 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from gspo_jax.answers.verify import boxed
 from gspo_jax.batch import Problem
 from gspo_jax.errors import DataError
 from gspo_jax.tasks.sources import Row, described
-from gspo_jax.tasks.verify import boxed
 
 PROMPT = ("prompt", "messages", "question", "problem", "puzzle", "query", "conversations")
 # What is short comes before a worked solution.

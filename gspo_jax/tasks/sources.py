@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from gspo_jax.errors import DataError
-from gspo_jax.hub import cached_where_unreachable
+from gspo_jax.files.hub import cached_where_unreachable
 
 MAX_LINE = 8_000_000  # bytes of one JSONL row; more is a mistake, not a prompt
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from gspo_jax.answers.verify import asked, boxed
 from gspo_jax.batch import Problem
 from gspo_jax.errors import ConfigError
-from gspo_jax.tasks.verify import asked, boxed
 
 SPLITS = ("train", "val", "test")
 

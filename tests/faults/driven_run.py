@@ -10,8 +10,8 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from gspo_jax import run as run_module
-from gspo_jax.cli import main
+from gspo_jax.cli.commands import main
+from gspo_jax.run import lifecycle as run_module
 
 
 def at(place, step, act, patch=setattr):

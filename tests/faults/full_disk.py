@@ -55,7 +55,7 @@ def left():
 
 def main():
     from faults.tools import tiny_run
-    from gspo_jax import cli
+    from gspo_jax.cli import commands as cli
 
     mode, model = sys.argv[1:]
     own = f"task.rewards=[{Path(__file__).resolve()}:{{}}]"

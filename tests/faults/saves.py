@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gspo_jax import checkpoint
+from gspo_jax.run import checkpoint
 
 TYPES = {"w": jnp.float32, "half": jnp.bfloat16, "codes": jnp.uint8, "count": jnp.int32}
 SIDE = 256

@@ -5,9 +5,13 @@ import sys
 import time
 
 from faults import tools
-from gspo_jax.config import load_config
+from gspo_jax.config.load import load_config
 
-COMMAND = [sys.executable, "-c", "import sys; from gspo_jax.cli import main; sys.exit(main())"]
+COMMAND = [
+    sys.executable,
+    "-c",
+    "import sys; from gspo_jax.cli.commands import main; sys.exit(main())",
+]
 VARIES = ("step_time", "compile_time", "compiles", "tokens_per_second")
 
 

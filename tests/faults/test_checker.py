@@ -7,9 +7,9 @@ import pytest
 
 from faults.bombs import BOMBS, CODE, HACKS, LONG
 from faults.tools import python
+from gspo_jax.answers.verify import accuracy, boxed, check
 from gspo_jax.batch import Problem
-from gspo_jax.rewards import score
-from gspo_jax.tasks.verify import accuracy, boxed, check
+from gspo_jax.reward.rewards import score
 
 
 def by_tags(answer, entry):

@@ -16,9 +16,10 @@ import pytest
 
 from faults import saves
 from faults.tools import environment, metrics, one_line, tiny_run
-from gspo_jax import checkpoint, integrity, resume
-from gspo_jax.cli import main
+from gspo_jax.cli.commands import main
 from gspo_jax.errors import StorageError
+from gspo_jax.files import integrity
+from gspo_jax.run import checkpoint, resume
 
 CHILD = Path(saves.__file__)
 

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from test_tasks_data import BAD, GOOD
+from tasks.test_tasks_data import BAD, GOOD
 
 from faults.tools import metrics, one_line, tiny_run, write_rows
-from gspo_jax.cli import main
-from gspo_jax.config import load_config
+from gspo_jax.cli.commands import main
+from gspo_jax.config.load import load_config
 from gspo_jax.tasks import load_task
 from gspo_jax.train import train
 
@@ -32,7 +32,7 @@ def raw(row):
 
 @pytest.mark.parametrize("name", BAD)
 def test_row_42_a_bad_row_is_refused_by_its_place_or_skipped_and_counted(dry_run, name):
-    """The corpus of tests/test_tasks_data.py, at the command line."""
+    """The corpus of tests/tasks/test_tasks_data.py, at the command line."""
     lines = [raw(GOOD), raw(BAD[name][0]), raw(GOOD)]
     code, out, err = dry_run(lines)
     assert code == 3 and out == "" and "data.jsonl:2" in one_line(err)

@@ -11,12 +11,13 @@ from test_end_to_end import stored
 
 from faults.small_runs import config, metrics, settings
 from faults.tools import one_line, status
-from gspo_jax import checkpoint
 from gspo_jax import train as train_module
-from gspo_jax.cli import main
-from gspo_jax.console import Display
+from gspo_jax.cli.commands import main
 from gspo_jax.errors import NumericalError
-from gspo_jax.spikes import (
+from gspo_jax.run import checkpoint
+from gspo_jax.text.console import Display
+from gspo_jax.train import train
+from gspo_jax.update.spikes import (
     SPIKE_FEWEST,
     SPIKE_PATIENCE,
     SPIKE_WINDOW,
@@ -24,7 +25,6 @@ from gspo_jax.spikes import (
     is_spike,
     remember,
 )
-from gspo_jax.train import train
 
 FOUR = ["mesh.data=2", "mesh.fsdp=2"]
 SAVED = ["eval.split=test", "run.save_every=1", "run.keep=9"]
@@ -180,7 +180,7 @@ def test_the_oldest_norm_makes_room_and_what_was_not_taken_leaves_none():
 @pytest.fixture
 def eager(monkeypatch):
     """Two updates are enough to compare with, so that runs of a few steps have spikes."""
-    monkeypatch.setattr("gspo_jax.spikes.SPIKE_FEWEST", 2)
+    monkeypatch.setattr("gspo_jax.update.spikes.SPIKE_FEWEST", 2)
 
 
 def test_spikes_are_skipped_bitwise_and_a_resumed_run_skips_the_same(tiny_dir, tmp_path, eager):

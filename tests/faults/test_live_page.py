@@ -15,9 +15,9 @@ from monitor_cases import lines, make_run, row
 
 from faults.test_logs import GARBAGE, HOSTILE, many_rows
 from faults.tools import python
-from gspo_jax.follow import Follower, Watch
-from gspo_jax.monitor import bind, serve
-from gspo_jax.snapshot import MOST_TEXT, snapshot
+from gspo_jax.view.follow import Follower, Watch
+from gspo_jax.view.monitor import bind, serve
+from gspo_jax.view.snapshot import MOST_TEXT, snapshot
 
 OVERRIDES = "".join(map(chr, [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F]))
 
@@ -221,7 +221,7 @@ def test_row_51_the_monitor_follows_a_file_that_is_rotated_or_deleted(tmp_path, 
 READER = """
 import json, sys, time
 from pathlib import Path
-from gspo_jax.follow import Follower
+from gspo_jax.view.follow import Follower
 def peak():
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return int(status["VmHWM"].split()[0]) / 2**10

@@ -16,15 +16,15 @@ from PIL import Image
 from rich.console import Console
 
 from faults.tools import metrics, one_line, python, tiny_run, write_rows
-from gspo_jax import metrics as writer
-from gspo_jax import trackers
-from gspo_jax.cli import COMMANDS, explain, main
-from gspo_jax.config import load_config
-from gspo_jax.console import one_line as shown_on_one_line
-from gspo_jax.metrics import RunLog
-from gspo_jax.model_card import stated
-from gspo_jax.report import dynamics, read_metrics, report
+from gspo_jax.cli.commands import COMMANDS, explain, main
+from gspo_jax.config.load import load_config
+from gspo_jax.run import metrics as writer
+from gspo_jax.run import trackers
+from gspo_jax.run.metrics import RunLog
+from gspo_jax.run.model_card import stated
+from gspo_jax.text.inert import one_line as shown_on_one_line
 from gspo_jax.train import train
+from gspo_jax.view.report import dynamics, read_metrics, report
 
 # ------------------------------------------------------------- 49: what a model may write
 
@@ -237,7 +237,7 @@ def test_row_51_a_run_whose_metrics_are_gone_finishes_and_exports(tiny_dir, tmp_
 READER = """
 import json, resource, sys, time
 from pathlib import Path
-from gspo_jax import report
+from gspo_jax.view import report
 def peak():
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return int(status["VmHWM"].split()[0]) / 2**10
@@ -277,7 +277,7 @@ TRACKED = """
 import io, os, sys, time
 from pathlib import Path
 from rich.console import Console
-from gspo_jax.metrics import RunLog
+from gspo_jax.run.metrics import RunLog
 console = Console(file=io.StringIO(), width=200)
 how = {"config": "run: {seed: 3}", "report_to": ["wandb"], "console": console}
 with RunLog(Path(sys.argv[1]), of=3, **how) as log:
@@ -299,7 +299,7 @@ def fake_run(**functions):
     return SimpleNamespace(step=0, offline=False, url="", **functions)
 
 
-@pytest.mark.parametrize("fault", ["import", "log"])  # the others are in tests/test_trackers.py
+@pytest.mark.parametrize("fault", ["import", "log"])  # the others are in tests/run/test_trackers.py
 def test_row_52_a_tracker_that_fails_is_one_warning_and_the_run_unaffected(
     tiny_dir, tmp_path, monkeypatch, capsys, fault
 ):

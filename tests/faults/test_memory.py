@@ -9,10 +9,10 @@ import pytest
 
 from faults.small_runs import config, settings
 from faults.tools import one_line, python, status
-from gspo_jax import memory
 from gspo_jax import train as train_module
-from gspo_jax.cli import main
+from gspo_jax.cli.commands import main
 from gspo_jax.errors import OutOfMemory
+from gspo_jax.plan import memory
 
 # What XLA writes on a GPU, shortened in nothing but the number of its buffers.
 DUMP = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123456789012 bytes.\n" + "".join(
@@ -77,7 +77,7 @@ def test_row_54_a_real_limit_is_known_beforehand(tiny_dir, tmp_path):
     code = """if True:
         import resource, sys
         resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
-        from gspo_jax.cli import main
+        from gspo_jax.cli.commands import main
         sys.exit(main(["train", *sys.argv[1:]]))
     """
     big = ["rollout.prompts=4096", "algo.microbatch=100000000"]

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from mesh_cases import PROMPTS, network
 
-from gspo_jax import generate as module
-from gspo_jax.generate import generate
-from gspo_jax.objective import cast
-from gspo_jax.sharding import make_mesh, state_shardings
+from gspo_jax.mesh.sharding import make_mesh, state_shardings
+from gspo_jax.rollout import engine as module
+from gspo_jax.rollout.engine import generate
+from gspo_jax.update.objective import cast
 
 STEPS, P, G, T = 3, 64, 32, 8  # 49,152 draws
 

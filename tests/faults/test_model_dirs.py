@@ -2,8 +2,8 @@
 
 Each test breaks one thing of a directory that works: one line on stderr, exit code 3, nothing
 written. What the line must say is in the table: the file, and what was got and wanted. More hostile
-headers (37) are in tests/test_models_files.py, more hostile templates (41) in
-tests/test_chat_template.py.
+headers (37) are in tests/models/test_models_files.py, more hostile templates (41) in
+tests/prompt/test_chat_template.py.
 """
 
 import json
@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gspo_jax import sandbox
-from gspo_jax.cli import main
+from gspo_jax.cli.commands import main
 from gspo_jax.errors import DataError
-from gspo_jax.models import files, load_model
-from gspo_jax.tokenizer import load_tokenizer
+from gspo_jax.models import load_model
+from gspo_jax.models.hf import files
+from gspo_jax.prompt import sandbox
+from gspo_jax.prompt.tokenizer import load_tokenizer
 
 NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
 OPENED: list[list[str]] = []

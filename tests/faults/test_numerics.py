@@ -12,16 +12,16 @@ import optax
 import pytest
 
 from faults.tools import metrics, tiny_run
+from gspo_jax.algo.losses import LOSSES
+from gspo_jax.algo.masked import LOG_RATIO_LIMIT
 from gspo_jax.batch import Completions, TrainBatch
-from gspo_jax.config import load_config
-from gspo_jax.generate import generate
-from gspo_jax.losses import LOSSES
-from gspo_jax.masked import LOG_RATIO_LIMIT
+from gspo_jax.config.load import load_config
 from gspo_jax.models import load_model
-from gspo_jax.objective import Objective
-from gspo_jax.optim import make_optimizer
+from gspo_jax.rollout.engine import generate
 from gspo_jax.train import mismatch, train
-from gspo_jax.update import init_state, make_programs
+from gspo_jax.update.objective import Objective
+from gspo_jax.update.optim import make_optimizer
+from gspo_jax.update.steps import init_state, make_programs
 
 
 def finite(tree):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gspo_jax import checkpoint
+from gspo_jax.run import checkpoint
 
 SMALL = {
     "run": {"save_every": 1, "log_completions": 0, "name": "run"},
@@ -19,7 +19,7 @@ SMALL = {
     "eval": {"problems": 8, "samples": 2, "batch": 8},
     "mesh": {"data": 2},
 }
-MAIN = "import sys; from gspo_jax.cli import main; sys.exit(main())"
+MAIN = "import sys; from gspo_jax.cli.commands import main; sys.exit(main())"
 MACHINE = ("time/", "speed/", "step_time", "compile", "tokens_per_second")  # not of the run
 
 

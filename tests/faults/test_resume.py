@@ -17,15 +17,16 @@ import pytest
 from flax import nnx
 
 from faults.tools import metrics, one_line, tiny_run, write_rows
-from gspo_jax import checkpoint, integrity
-from gspo_jax.cli import main
-from gspo_jax.config import load_config
+from gspo_jax.cli.commands import main
+from gspo_jax.config.load import load_config
 from gspo_jax.errors import StorageError
+from gspo_jax.files import integrity
 from gspo_jax.models import Qwen, QwenConfig, save_model
-from gspo_jax.optim import make_optimizer
 from gspo_jax.replay import TIMED
+from gspo_jax.run import checkpoint
 from gspo_jax.train import train
-from gspo_jax.update import init_state
+from gspo_jax.update.optim import make_optimizer
+from gspo_jax.update.steps import init_state
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "checkpoints_format_1"
 

@@ -14,12 +14,13 @@ import pytest
 
 from faults.small_runs import eventually
 from faults.tools import REWARDS
-from gspo_jax import rewards, stopping, workers
 from gspo_jax.batch import Problem
 from gspo_jax.errors import DataError
-from gspo_jax.stopping import Abandoned, Stop
-from gspo_jax.tally import Average, Count
-from gspo_jax.workers import load_remote
+from gspo_jax.files import stopping
+from gspo_jax.files.stopping import Abandoned, Stop
+from gspo_jax.numbers.tally import Average, Count
+from gspo_jax.reward import rewards, workers
+from gspo_jax.reward.workers import load_remote
 
 
 @pytest.fixture(autouse=True)
@@ -146,8 +147,8 @@ def test_row_33_children_end_with_a_parent_that_is_killed(tmp_path):
         import sys, time
         sys.path[:] = {sys.path!r}
         from gspo_jax.batch import Problem
-        from gspo_jax.rewards import score
-        from gspo_jax.workers import load_remote
+        from gspo_jax.reward.rewards import score
+        from gspo_jax.reward.workers import load_remote
         functions = load_remote(["{tmp_path}/spins.py:f"], seconds=1000.0)
         score(functions, None, [Problem("p", "q")], ["x"], [[1]])
     """)
@@ -256,7 +257,7 @@ def test_functions_that_are_found_wrong_in_a_child_are_refused_as_elsewhere(tmp_
     (tmp_path / "broken.py").write_text("import os\nos.kill(os.getpid(), 11)\n")
     for spec, message in [
         ("nothing.py:f", r"reward nothing\.py:f: no such file"),
-        ("gspo_jax.tasks.verify:acuracy", r"Did you mean gspo_jax\.tasks\.verify:accuracy\?"),
+        ("gspo_jax.answers.verify:acuracy", r"Did you mean gspo_jax\.tasks\.verify:accuracy\?"),
         (f"{tmp_path}/broken.py:f", r"broken\.py:f: importing it lost its process to SIGSEGV\."),
     ]:
         with pytest.raises(DataError, match=message):

@@ -7,7 +7,7 @@ import jax
 import pytest
 from mesh_cases import ODD, ODD_MOE, assert_as_on_one_device
 
-from gspo_jax.cli import main
+from gspo_jax.cli.commands import main
 
 EXPLAINED = [
     # setting(s), network, what the one line says

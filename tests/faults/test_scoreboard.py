@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from test_models_files import HOSTILE as HEADERS
-from test_tasks_data import BAD
+from models.test_models_files import HOSTILE as HEADERS
+from tasks.test_tasks_data import BAD
 
 from faults import test_checker, test_logs
 from faults.bombs import BOMBS, CODE, HACKS, LONG

@@ -17,11 +17,12 @@ from test_end_to_end import stored
 from faults.driven_run import at
 from faults.small_runs import config, eventually, metrics, settings, start
 from faults.tools import REWARDS, environment, one_line, status
-from gspo_jax import checkpoint, stopping
-from gspo_jax.cli import main
-from gspo_jax.console import Display
+from gspo_jax.cli.commands import main
 from gspo_jax.errors import DataError
-from gspo_jax.stopping import Abandoned, listening, out_of_time, raise_if_asked
+from gspo_jax.files import stopping
+from gspo_jax.files.stopping import Abandoned, listening, out_of_time, raise_if_asked
+from gspo_jax.run import checkpoint
+from gspo_jax.text.console import Display
 from gspo_jax.train import train
 
 DRIVEN = [sys.executable, str(Path(__file__).parent / "driven_run.py")]
@@ -170,7 +171,7 @@ IN_XLA = """
 def test_row_18_a_second_signal_ends_a_process_that_is_deep_in_c(work, first, second):
     """Python's own handlers never run there: the interpreter's lock is free, but no bytecode is."""
     script = textwrap.dedent("""
-        from gspo_jax.stopping import listening
+        from gspo_jax.files.stopping import listening
         with listening(lambda text: print(text, flush=True)):
             print("listening", flush=True)
     """) + work.replace("\n    ", "\n    ")

@@ -17,11 +17,12 @@ import pytest
 from flax import nnx
 
 from faults.tools import ROOT, environment, one_line, python, status, tiny_run
-from gspo_jax import metrics as writer
-from gspo_jax.cli import main
+from gspo_jax.cli.commands import main
 from gspo_jax.errors import StorageError
-from gspo_jax.metrics import RunLog, check_place
+from gspo_jax.files.whole import check_place
 from gspo_jax.models import Qwen, QwenConfig, load_model, save_model
+from gspo_jax.run import metrics as writer
+from gspo_jax.run.metrics import RunLog
 
 # ------------------------------------------------------------------------- 45: a full disk
 
@@ -131,7 +132,7 @@ PLACES = """
 import json, os, sys
 from pathlib import Path
 from gspo_jax.errors import StorageError
-from gspo_jax.metrics import check_place, lock
+from gspo_jax.run.metrics import check_place, lock
 root = Path(sys.argv[1])
 if "AS_NOBODY" in os.environ:  # modes do not stop root
     os.setgid(65534), os.setuid(65534)
@@ -224,7 +225,7 @@ CLAIM = """
 import sys, time
 from pathlib import Path
 from gspo_jax.errors import StorageError
-from gspo_jax.metrics import lock
+from gspo_jax.run.metrics import lock
 print("ready", flush=True)
 sys.stdin.readline()
 try:

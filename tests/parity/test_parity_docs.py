@@ -108,10 +108,10 @@ def test_links_to_the_source_lead_to_its_lines(site, pages):
     """`gspo` in the reference, and a link of a page to a file outside of docs/."""
     (line,) = [
         i
-        for i, text in enumerate((ROOT / "gspo_jax/losses.py").read_text().splitlines(), 1)
+        for i, text in enumerate((ROOT / "gspo_jax/algo/losses.py").read_text().splitlines(), 1)
         if text.startswith("def gspo(")
     ]
-    assert f"files/gspo_jax/losses.py.html#L-{line}" in pages[site / "api.html"].leads
+    assert f"files/gspo_jax/algo/losses.py.html#L-{line}" in pages[site / "api.html"].leads
     assert "../files/tests/faults/index.html" not in pages[site / "reliability.html"].leads
     assert "files/tests/faults/index.html" in pages[site / "reliability.html"].leads
     assert "../../files/benchmarks/results/clip_fraction.json.html" not in page_links(pages, site)

@@ -8,10 +8,10 @@ import sys
 import jax
 import pytest
 
-from gspo_jax.config import load_config
-from gspo_jax.export import export_params
-from gspo_jax.model_card import PLACE, how_to_use, model_card
+from gspo_jax.config.load import load_config
 from gspo_jax.policy import load_policy
+from gspo_jax.run.export import export_params
+from gspo_jax.run.model_card import PLACE, how_to_use, model_card
 
 pytestmark = pytest.mark.parity
 

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from gspo_jax.config import load_config, model_dir
+from gspo_jax.config.load import load_config, model_dir
 from gspo_jax.models import load_model
-from gspo_jax.tokenizer import load_tokenizer
+from gspo_jax.prompt.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures" / "lm_eval"
@@ -117,7 +117,7 @@ def test_whole_texts_are_scored_from_their_first_token_on(demo, logps, results):
 
 
 def test_longer_texts_are_scored_in_windows_each_token_once(demo, logps):
-    from gspo_jax.harness import Harness
+    from gspo_jax.evaluation.harness import Harness
 
     harness = Harness(demo[2], max_length=8, overrides=["mesh.data=1"])
     text = "47+25=72 and 72-18=54"
@@ -155,7 +155,7 @@ def test_every_metric_is_printed_with_n_and_an_interval(results, monkeypatch):
 
 def test_a_chat_is_written_with_the_models_template(demo):
     from gspo_jax.errors import ConfigError
-    from gspo_jax.harness import Harness
+    from gspo_jax.evaluation.harness import Harness
 
     harness = Harness(demo[2], overrides=["mesh.data=1"])
     chat = [{"role": "user", "content": "What is 1+1?"}]
@@ -169,7 +169,7 @@ def test_a_missing_package_or_directory_is_one_line(demo, monkeypatch, capsys):
     import harness
 
     assert harness.main(["--model_path", "nowhere", "--tasks", "x"]) == 3
-    monkeypatch.delitem(sys.modules, "gspo_jax.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "gspo_jax.evaluation.harness", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     assert harness.main(["--model_path", demo[2], "--tasks", "x"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gspo_jax.generate import generate
-from gspo_jax.logps import token_logps
+from gspo_jax.algo.logps import token_logps
 from gspo_jax.models import load_model, save_model
 from gspo_jax.models.moe import balance
 from gspo_jax.models.rope import inverse_frequencies, read_rope
+from gspo_jax.rollout.engine import generate
 
 pytestmark = pytest.mark.parity
 

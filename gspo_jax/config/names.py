@@ -1,0 +1,93 @@
+"""Every setting by its dotted name: what it has to be, and what a wrong name or value meant."""
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from gspo_jax.config.settings import SECTIONS
+from gspo_jax.text.spelling import ELSEWHERE, meant, without_comma
+
+
+def _settings(section: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, type, default) of every setting of a dataclass."""
+    for item in fields(section):
+        name, default = f"{prefix}.{item.name}", item.default
+        if is_dataclass(item.type):
+            yield from _settings(item.type, name)
+        else:
+            made = item.default_factory
+            yield name, item.type, default if made is MISSING else made()
+
+
+_FOUND = [row for prefix, section in SECTIONS.items() for row in _settings(section, prefix)]
+
+SETTINGS: dict[str, Any] = {name: kind for name, kind, _ in _FOUND}
+"""Dotted name -> type."""
+
+DEFAULTS: dict[str, Any] = {name: default for name, _, default in _FOUND}
+
+ALIASES = {"num_generations": "rollout.group_size", "rollout.num_generations": "rollout.group_size"}
+KNOWN = frozenset({*SETTINGS, *ALIASES})
+
+
+def groups() -> set[str]:
+    """Names that hold settings: "algo", "algo.kl", ..."""
+    return {name[:i] for name in SETTINGS for i, char in enumerate(name) if char == "."}
+
+
+def members(group: str) -> list[str]:
+    """What a group holds, groups within it too."""
+    return [name[len(group) + 1 :] for name in SETTINGS if name.startswith(f"{group}.")]
+
+
+def wanted(name: str) -> str:
+    """What a setting, or one value of a mapping, has to be."""
+    owner = next(setting for setting in SETTINGS if f"{name}.".startswith(f"{setting}."))
+    kind, default = SETTINGS[owner], DEFAULTS[owner]
+    if owner != name:
+        kind = default = get_args(kind)[1]
+    if owner in ("algo.loss", "algo.advantage"):
+        return f"a name, or a mapping like {{name: {default['name']}}}"
+    if get_origin(kind) is Literal:
+        return f"one of {list(get_args(kind))}"
+    if get_origin(kind) is list:
+        example = {int: "whole numbers, like [1, 2]", float: "numbers, like [1, 0.5]"}
+        return f"a list of {example.get(get_args(kind)[0], 'texts, like [a, b]')}"
+    if get_origin(kind) is dict:
+        return "a mapping, like {key: value}"
+    like = f", like {default:g}" if isinstance(default, int | float) else ""
+    return {int: "a whole number" + like, float: "a number" + like, bool: "true or false"}.get(
+        kind, "text"
+    )
+
+
+def near(name: str, value: Any) -> str:
+    """ " Did you mean x?", for a value that is not what `wanted` says; else nothing."""
+    kind = SETTINGS.get(name)
+    if get_origin(kind) is Literal:
+        return meant(value, get_args(kind))
+    return without_comma(value, kind) if isinstance(kind, type) else ""
+
+
+def suggestion(name: str) -> str:
+    """The setting that was probably meant, or what there is to choose from, after a space."""
+    if found := alike(name):
+        return f" Did you mean {' or '.join(found)}?"
+    group = name.rpartition(".")[0]
+    if group in groups():
+        return f" {group} takes {members(group)}."
+    return f" The sections are {list(SECTIONS)}."
+
+
+def alike(name: str) -> list[str]:
+    """Settings that were probably meant: those of this name in other sections, or a near one."""
+    leaf = name.rpartition(".")[2]
+    leaf_of = {setting: setting.rpartition(".")[2] for setting in SETTINGS}
+    if found := [setting for setting, its_leaf in leaf_of.items() if its_leaf == leaf]:
+        return found
+    if leaf in ELSEWHERE:
+        return [ELSEWHERE[leaf]]
+    close = difflib.get_close_matches(leaf, leaf_of.values(), 3, 0.7)
+    near = [setting for setting, its_leaf in leaf_of.items() if its_leaf in close]
+    return difflib.get_close_matches(name, near, 1, 0)

@@ -1,0 +1,7 @@
+"""Hugging Face directories in and out.
+
+In reading order:
+
+    files    what may be read of a model directory, and how a new one comes to be
+    weights  load_model and save_model: one table of names
+"""

@@ -1,0 +1,11 @@
+"""What a run would need, before it runs.
+
+In reading order:
+
+    costs     operations and bytes of a step, from shapes
+    memory    what is kept, by kind, and how much of it a device has
+    programs  every large program, lowered from shapes alone
+    report    `gspo-jax plan`
+    layout    `gspo-jax plan --shardings`: where every array lives
+    doctor    `gspo-jax doctor`: this installation, and what is wrong with it
+"""

@@ -1,0 +1,409 @@
+"""Checkpoints: all that a run carries, under `checkpoints/<step>`, whole or not at all.
+
+    checkpoints/12/      after step 12
+    checkpoints/12+3/    after step 12 and 3 updates of the next one: state, and its rollout
+        state/           every leaf of the state by name, in its own dtype, written by Orbax
+        meta.json        a small record: step, tokens, configuration, fingerprint of the data
+        pending.npz, pending.json      in the middle of a step alone
+        manifest.json    size and SHA-256 of every file
+
+A checkpoint is written as `.12.writing`, read, flushed to the disk and renamed; deleting renames
+it to `.12.removed` first. So what has a number for a name was complete when it got it, and the
+manifest tells whether it still is. Randomness and data order are functions of (seed, step).
+"""
+
+import json
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from gspo_jax.errors import StorageError
+from gspo_jax.files import integrity
+from gspo_jax.mesh.distributed import barrier, is_writer
+
+NAME = re.compile(r"(\d+)(?:\+(\d+))?")
+PATIENCE = 50  # tenths of a second that what is left is removed again, while it still grows
+LEFTOVER = re.compile(r"\.\d+(\+\d+)?\.(writing|removed)|.*\.orbax-checkpoint-tmp|\.rehearsal")
+PATTERN = re.compile(r"[*?\[\]\\]")  # what Orbax, which globs, would not read as itself in a path
+
+
+class Kept(NamedTuple):
+    """Which checkpoints rotation spares, besides the newest: see `run.keep` and `run.keep_every`.
+
+    The one whose `meta["measured"]` is highest is spared too, the earliest of equals.
+    """
+
+    newest: int = 2
+    every: int = 0
+
+
+class Pending(NamedTuple):
+    """What a checkpoint in the middle of a step holds besides the state."""
+
+    updates: int  # of the step that are done
+    arrays: dict[str, np.ndarray]
+    record: dict[str, Any]
+
+
+def save(
+    directory: Path,
+    step: int,
+    state: PyTree,
+    meta: dict[str, Any],
+    *,
+    keep: int = 2,
+    keep_every: int = 0,
+    pending: Pending | None = None,
+) -> Path:
+    """Write the state of `step`, wait until it is safe, then drop what `Kept` does not spare.
+
+    A checkpoint of the same name is replaced.
+
+    Raises:
+        StorageError: the disk is full or the directory cannot be written; older ones are intact.
+    """
+    with Saver(directory, Kept(keep, keep_every)) as saver:
+        return saver.save(step, state, meta, pending=pending)
+
+
+class Saver:
+    """Saves in the background, one at a time; use it as a context manager.
+
+    `save` returns once the state is copied to the host, so that the next update may donate it.
+    What goes wrong later is raised by the next `save`, `wait` or the end of the context.
+
+    Args:
+        directory: checkpoints/ of the run.
+        kept: what rotation spares.
+
+    Attributes:
+        whole: checkpoints that need not be written again, as the one that a run resumed from.
+        stale: checkpoints that are to go once the next one is whole: those after the one that a
+            run resumed from, damaged or not.
+    """
+
+    def __init__(self, directory: Path, kept: Kept):
+        self.directory, self.kept = Path(directory).absolute(), kept
+        self.whole: set[str] = set()
+        self.stale: set[str] = set()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: Future[None] | None = None
+
+    def save(
+        self, step: int, state: PyTree, meta: dict[str, Any], *, pending: Pending | None = None
+    ) -> Path:
+        """Copy the state, and begin to write it. At most one save is under way: wait for it."""
+        self.wait()
+        name = str(step) if pending is None else f"{step}+{pending.updates}"
+        path = self.directory / name
+        if name in self.whole:
+            return path
+        leaves = _on_host(named_leaves(state))
+        self.whole.add(name)
+        stale, self.stale = self.stale, set()
+        if jax.process_count() > 1:  # Orbax's own barriers must not meet those of a step
+            self._finish(path, leaves, meta, pending, stale)
+        else:
+            self._running = self._thread.submit(self._finish, path, leaves, meta, pending, stale)
+        return path
+
+    def wait(self) -> None:
+        """Until nothing is being written.
+
+        Raises:
+            StorageError: the last save did not succeed.
+        """
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def _finish(self, path: Path, leaves, meta, pending, stale: set[str]) -> None:
+        try:
+            _write(path, leaves, meta, pending)
+            if is_writer():
+                rotate(self.directory, self.kept, newest=path.name, stale=stale)
+        except (OSError, ValueError, StorageError) as error:  # Orbax has a full disk as ValueError
+            self.whole.discard(path.name)
+            self.stale |= stale
+            if is_writer():
+                clean(self.directory)
+            reason = str(error).strip().splitlines()[0][:200]
+            raise StorageError(
+                f"{path}: the checkpoint could not be written ({reason}); free some space, or set "
+                "run.dir to another disk. Older checkpoints are intact."
+            ) from error
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            self.wait()
+        except StorageError:
+            if kind is None:  # an error that is under way already says more
+                raise
+        finally:
+            self._thread.shutdown()
+
+
+def rehearse(directory: Path) -> list[str]:
+    """Save, read, compare and remove a few numbers where checkpoints are to go, as those are.
+
+    So that what would fail at the end of a run fails before its first step.
+
+    Returns:
+        What does not keep a run from going on but should be known, one line each.
+
+    Raises:
+        StorageError: nothing can be saved there, or what was saved is not what is read.
+    """
+    place, wanted = Path(directory).absolute() / ".rehearsal", np.arange(6, dtype=np.float32)
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = {"state": jax.ShapeDtypeStruct(wanted.shape, wanted.dtype, sharding=sharding)}
+    try:
+        save(place, 1, {"state": wanted}, {})
+        found = restore(place, 1, like)[0]["state"]
+        if not np.array_equal(found, wanted):
+            raise StorageError(
+                f"{directory}: what is read there is not what was saved; set run.dir elsewhere."
+            )
+        if integrity.sync(place):
+            return []
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    return [
+        f"{directory}: its file system does not flush directories; after a power cut the newest "
+        "checkpoint may be missing, and the one before it is taken."
+    ]
+
+
+def names(directory: Path) -> list[str]:
+    """Names of the complete checkpoints, oldest first: "12" comes before "12+3"."""
+    if not directory.is_dir():
+        return []
+    found = [p.name for p in directory.iterdir() if NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=place)
+
+
+def steps(directory: Path) -> list[int]:
+    """Steps of the complete checkpoints at the end of a step, oldest first."""
+    return [int(name) for name in names(directory) if name.isdigit()]
+
+
+def place(name: str) -> tuple[int, int]:
+    """(step, updates of the next one; -1 at the end of a step): sorts names by time."""
+    match = NAME.fullmatch(name)
+    assert match is not None
+    return int(match[1]), -1 if match[2] is None else int(match[2])
+
+
+def best(directory: Path, *, until: int | None = None) -> tuple[int, float] | None:
+    """(step, value) where `meta["measured"]` is highest up to a step, the earliest of equals."""
+    found: tuple[int, float] | None = None
+    for step in (s for s in steps(directory) if until is None or s <= until):
+        try:
+            value = read_meta(directory / str(step)).get("measured")
+        except StorageError:
+            continue
+        if value is not None and (found is None or value > found[1]):
+            found = step, float(value)
+    return found
+
+
+def restore(
+    directory: Path, step: int | str, like: PyTree, *, verified: bool = False
+) -> tuple[PyTree, dict[str, Any]]:
+    """The state of `step` in the structure, dtypes and shardings of `like`, and its meta record.
+
+    Args:
+        step: or the name of a checkpoint in the middle of one.
+        like: arrays, or `jax.ShapeDtypeStruct`s with shardings, as the run would start with.
+        verified: whether `integrity.verify` has just found the checkpoint whole.
+
+    Raises:
+        StorageError: no such checkpoint, it is damaged, or of another model or optimizer.
+    """
+    path = directory.absolute() / str(step)
+    if not path.is_dir():
+        raise StorageError(
+            f"{path}: no such checkpoint; found {', '.join(names(directory)) or 'none'}."
+        )
+    if not verified:
+        integrity.verify(path)
+    abstract = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        for name, x in named_leaves(like).items()
+    }
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+    try:
+        with (
+            ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
+            plain_path(path) as there,
+        ):
+            found = checkpointer.restore(there, args=args)
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise StorageError(
+            f"{path}: does not fit this model and optimizer ({reason}); resume with the run's own "
+            "config.yaml, or set run.resume=never and another run.name."
+        ) from error
+    leaves = [found.state[name] for name in abstract]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves), read_meta(path)
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The meta record of a checkpoint.
+
+    Raises:
+        StorageError: it is missing or not JSON, which `integrity.verify` would have found.
+    """
+    try:
+        return json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path}: meta.json cannot be read ({error}).") from None
+
+
+def read_pending(path: Path) -> Pending | None:
+    """What a checkpoint in the middle of a step holds besides the state; None at its end."""
+    updates = place(path.name)[1]
+    if updates < 0:
+        return None
+    with np.load(path / "pending.npz", allow_pickle=False) as found:
+        arrays = {name: found[name] for name in found.files}
+    return Pending(updates, arrays, json.loads((path / "pending.json").read_text()))
+
+
+def rotate(
+    directory: Path, kept: Kept, *, newest: str | None = None, stale: Iterable[str] = ()
+) -> None:
+    """Remove what `kept` does not spare, and what is stale. `newest` is the one just written."""
+    for name in set(stale) - {newest}:
+        remove(directory / name)
+    found = names(directory)
+    whole = [name for name in found if name.isdigit()]
+    spared = {newest or found[-1], *whole[-kept.newest :]} if found else set()
+    if kept.every:
+        spared |= {name for name in whole if int(name) % kept.every == 0}
+    if (highest := best(directory)) is not None:
+        spared.add(str(highest[0]))
+    for name in found:
+        if name not in spared:
+            remove(directory / name)
+
+
+def remove(path: Path) -> None:
+    """Rename first: a deletion that dies half-way must not leave a number behind."""
+    if path.is_dir():
+        trash = _set_aside(path)
+        integrity.sync(path.parent)
+        shutil.rmtree(trash)
+
+
+def clean(directory: Path) -> list[Path]:
+    """Remove what saves and deletions that were killed have left; what it was."""
+    if not directory.is_dir():
+        return []
+    found = [path for path in directory.iterdir() if LEFTOVER.match(path.name)]
+    for path in found:
+        # Of a save that failed Orbax may still be writing, from threads of its own.
+        for _ in range(PATIENCE):
+            shutil.rmtree(path, ignore_errors=True)
+            if not path.is_dir():
+                break
+            time.sleep(0.1)
+    return found
+
+
+def _set_aside(path: Path) -> Path:
+    trash = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(trash, ignore_errors=True)
+    return path.rename(trash)
+
+
+def _write(path: Path, leaves: dict[str, Any], meta, pending: Pending | None) -> None:
+    """One checkpoint: written aside, sealed, renamed. Every process of a run takes part."""
+    part = path.with_name(f".{path.name}.writing")
+    if is_writer():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f"{part.name}*"):
+            shutil.rmtree(left)
+    barrier(f"checkpoint {path.name} begins")
+    with (
+        ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
+        plain_path(part) as there,
+    ):
+        checkpointer.save(there, args=ocp.args.Composite(state=ocp.args.StandardSave(leaves)))
+    barrier(f"checkpoint {path.name} is written")
+    if is_writer():
+        check_leaves(part, leaves)
+        (part / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        if pending is not None:
+            np.savez(part / "pending.npz", **pending.arrays)  # pyright: ignore[reportArgumentType]
+            (part / "pending.json").write_text(json.dumps(pending.record), encoding="utf-8")
+        integrity.seal(part)
+        former = _set_aside(path) if path.exists() else None
+        part.rename(path)
+        integrity.sync(path.parent)
+        integrity.sync(path.parent.parent)  # which may be new as well
+        if former is not None:
+            shutil.rmtree(former)
+    barrier(f"checkpoint {path.name} is in its place")
+
+
+@contextmanager
+def plain_path(path: Path) -> Iterator[Path]:
+    """`path`, through a link where its parents have characters that Orbax takes for a pattern."""
+    if not PATTERN.search(str(path.parent)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="gspo_jax-") as folder:
+        link = Path(folder) / "checkpoints"
+        link.symlink_to(path.parent, target_is_directory=True)
+        yield link / path.name
+
+
+def check_leaves(path: Path, leaves: dict[str, Any]) -> None:
+    """Raise a StorageError unless Orbax finds every leaf in `path`, of its shape and dtype."""
+    try:
+        with closing(ocp.StandardCheckpointHandler()) as handler, plain_path(path) as there:
+            found = handler.metadata(there / "state")
+        there_is = {name: (tuple(x.shape), np.dtype(x.dtype)) for name, x in found.items()}
+    except Exception as error:  # of whatever kind: it cannot be read
+        raise StorageError(f"{path}: what was written cannot be read ({error!r:.200}).") from error
+    wanted = {name: (tuple(np.shape(x)), np.dtype(x.dtype)) for name, x in leaves.items()}
+    if missing := [name for name in wanted if there_is.get(name) != wanted[name]]:
+        raise StorageError(
+            f"{path}: of what was written {missing[0]} and {len(missing) - 1} more of "
+            f"{len(wanted)} arrays cannot be read."
+        )
+
+
+def _on_host(leaves: dict[str, Any]) -> dict[str, Any]:
+    """Copies that no update can reach; with several processes each writes its own, at once."""
+    if jax.process_count() > 1:
+        return leaves
+    found = jax.device_get(leaves)
+    # On a CPU these may be views of the very buffers that the next update donates.
+    return {name: x if x.flags.owndata else np.array(x) for name, x in found.items()}
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """{"params.layers.0.q": array, ...}: names that survive a change of container types."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {_name(path): leaf for path, leaf in leaves}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    keys = (str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+    return ".".join(keys)

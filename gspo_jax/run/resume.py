@@ -1,0 +1,274 @@
+"""Continuing a run: from which checkpoint, whether that is the same run, and what a step in the
+middle of its updates is made of.
+
+Exact continuation needs the state, the configuration, the data and two integers (seed, step). What
+has changed since is told, and refused where the run would no longer be the one it was.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import yaml
+from jaxtyping import Int
+
+from gspo_jax.batch import Completions, TrainBatch
+from gspo_jax.config.load import Config, changes, to_yaml
+from gspo_jax.errors import ConfigError, DataError, StorageError
+from gspo_jax.files import integrity
+from gspo_jax.files.jsonl import plain
+from gspo_jax.mesh.distributed import host, place
+from gspo_jax.numbers.tally import packed, unpacked
+from gspo_jax.policy import Problems
+from gspo_jax.run import checkpoint
+from gspo_jax.tasks.task import fingerprint
+from gspo_jax.text.spelling import meant
+from gspo_jax.update.objective import Targets
+from gspo_jax.update.spikes import empty_window
+from gspo_jax.update.steps import Pending, Scored, TrainState
+
+SAME = (  # what makes a run the one it is; another value is another run
+    *("model.path", "model.init", "model.dtype", "model.template_args"),
+    *("rollout.prompts", "rollout.group_size", "rollout.max_completion_length"),
+    *("rollout.resample", "algo.loss", "algo.advantage", "algo.minibatches", "algo.epochs"),
+    *("algo.critic.kind", "algo.routing_replay", "optim.state", "sft.batch_size", "run.seed"),
+)
+DATA = (  # judged by the fingerprint of the data that they lead to
+    *("task.name", "task.path", "task.fields", "task.options", "task.seed"),
+    *("task.max_prompt_length", "task.long_prompts"),
+)
+FREE = (  # of no consequence for what is learned
+    *("run", "eval", "mesh", "model.attention", "model.remat", "algo.microbatch"),
+    *DATA,
+)
+NOT_FREE = ("run.seed", "run.spike_sigmas")
+RESUME = ("auto", "never")  # instead of a checkpoint
+UNSAID = ("run.name", "run.dir", "run.resume", "run.allow_data_change")
+
+Say = Callable[[str], None]
+
+
+class Begun(NamedTuple):
+    """A step up to its updates: what they learn from, and what its line of metrics needs.
+
+    Attributes:
+        pending: the rows to learn from, and the updates that are done.
+        completions: as sampled, without routing.
+        metrics: what was known before the updates.
+        samples: responses for people to read.
+        lengths: tokens of each response's prompt and of the response, of all that was sampled.
+    """
+
+    pending: Pending
+    completions: Completions
+    metrics: dict[str, Any]
+    samples: list[dict[str, Any]]
+    lengths: tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]
+
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens, once per response, and response tokens."""
+        return int(sum(x.sum() for x in self.lengths))
+
+
+def pack(begun: Begun) -> checkpoint.Pending:
+    """A step in the middle of its updates, as a checkpoint keeps it."""
+    p = begun.pending
+    stats = host(p.stats)
+    record = {
+        "stats": [packed(update) for update in stats],
+        "scored": len(p.old),
+        "metrics": plain(begun.metrics),
+        "samples": plain(begun.samples),
+    }
+    tree = p._replace(stats=())._asdict()
+    tree |= {"completions": begun.completions, "lengths": begun.lengths}
+    arrays = host(checkpoint.named_leaves(tree))
+    return checkpoint.Pending(len(stats), arrays, record)
+
+
+def unpack(kept: checkpoint.Pending) -> Begun:
+    """What `pack` was given, its arrays on the host."""
+    found, record = kept.arrays, kept.record
+
+    def read(kind: Any, prefix: str) -> Any:
+        fields = {name: found.get(f"{prefix}.{name}") for name in kind._fields}
+        return None if all(x is None for x in fields.values()) else kind(**fields)
+
+    batch, completions = read(TrainBatch, "batch"), read(Completions, "completions")
+    if batch.length is None:  # written before masks could have holes
+        batch = batch._replace(length=completions.length)
+    pending = Pending(
+        batch=batch,
+        ref_logp=found.get("ref_logp"),
+        targets=read(Targets, "targets"),
+        old=tuple(read(Scored, f"old.{i}") for i in range(record["scored"])),
+        stats=tuple(unpacked(update) for update in record["stats"]),
+    )
+    lengths = found["lengths.0"], found["lengths.1"]
+    return Begun(pending, completions, record["metrics"], record["samples"], lengths)
+
+
+# ---------------------------------------------------------------------------- which checkpoint
+
+
+class Found(NamedTuple):
+    """The checkpoint to continue from, verified."""
+
+    path: Path
+    own: bool  # of this very run, not of another one that this one starts from
+    stale: tuple[str, ...] = ()  # checkpoints of the run that come after it
+
+
+def find(resume: str, root: Path, say: Say) -> Found | None:
+    """The checkpoint that `run.resume` means, or None where the run starts from the beginning.
+
+    Args:
+        resume: "auto", "never", or the path of a checkpoint.
+        root: checkpoints/ of the run.
+
+    Raises:
+        StorageError: there is no such checkpoint, or none that is whole.
+    """
+    names = checkpoint.names(root)
+    if resume == "never":
+        if names:
+            raise StorageError(
+                f"{root.parent} holds the checkpoints {', '.join(names)} and run.resume=never; "
+                "choose another run.name, or run.resume=auto to continue them."
+            )
+        return None
+    if resume != "auto":
+        check_named(resume, root)
+        path = Path(resume)
+        own = path.resolve().parent == root.resolve()
+        if own or not names:
+            integrity.verify(path)
+            return Found(path, own, _after(names, path.name) if own else ())
+        say(f"The run has checkpoints of its own and continues from them, not from {path}.")
+    if not names:
+        say(f"No checkpoint in {root}: starting from the beginning.")
+        return None
+    name = newest_whole(root, names, say)
+    return Found(root / name, True, _after(names, name))
+
+
+def check_named(resume: str, root: Path) -> None:
+    """Raise a StorageError unless `run.resume` says how, or is a checkpoint by its place."""
+    path = Path(resume)
+    if resume in RESUME or (checkpoint.NAME.fullmatch(path.name) and path.is_dir()):
+        return
+    raise StorageError(
+        f"run.resume={resume}: not a checkpoint.{meant(resume, RESUME)} Give auto, never, or a "
+        f"directory such as {root / '100'}."
+    )
+
+
+def newest_whole(root: Path, names: Iterable[str], say: Say) -> str:
+    """The last of these checkpoints that is what was written; those that are not are named.
+
+    Raises:
+        StorageError: there is none.
+    """
+    reasons = []
+    for name in reversed(list(names)):
+        try:
+            integrity.verify(root / name)
+        except StorageError as error:
+            reasons.append(str(error))
+        else:
+            for reason in reasons:
+                say(f"warning: {reason} Checkpoint {name} is taken instead.")
+            return name
+    if not reasons:
+        raise StorageError(f"{root}: no checkpoint; wait for the first, or see run.save_every.")
+    more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+    raise StorageError(
+        f"{root}: no checkpoint is whole: {reasons[0]}{more} Put back a copy, or start again with "
+        "another run.name."
+    )
+
+
+def _after(names: Iterable[str], name: str) -> tuple[str, ...]:
+    return tuple(n for n in names if checkpoint.place(n) > checkpoint.place(name))
+
+
+# ----------------------------------------------------------------------------- the same run?
+
+
+def identity(config: Config, problems: Problems) -> dict[str, Any]:
+    """What a checkpoint says of its run: the settings, and the fingerprint of its problems."""
+    visited = [problems.task.fingerprint, problems.indices["train"]]
+    return {"config": to_yaml(config, absolute=True), "data": fingerprint(visited)}
+
+
+def restore(found: Found, meta: dict[str, Any], state: TrainState) -> TrainState:
+    """The checkpoint's state like `state`; run.spike_sigmas and algo.kl.target may be switched on
+    and off in between.
+
+    Switched on, the window and the steered weight begin here.
+    """
+    then, everywhere = yaml.safe_load(meta["config"]), state.step.sharding
+    had = {
+        "spikes": empty_window() if (then["run"].get("spike_sigmas") or 0) > 0 else None,
+        "kl_coef": np.float32(0) if (then["algo"]["kl"].get("target") or 0) > 0 else None,
+    }
+    had = jax.tree.map(partial(place, sharding=everywhere), had)
+    root, name = found.path.parent, found.path.name
+    restored, _ = checkpoint.restore(root, name, state._replace(**had), verified=True)
+    anew = {k: getattr(state, k) for k in had if had[k] is None or getattr(state, k) is None}
+    return restored._replace(**anew)
+
+
+def compare(meta: dict[str, Any], config: Config, problems: Problems, found: Found, say: Say):
+    """Tell what has changed since the checkpoint was written.
+
+    Raises:
+        ConfigError: a setting of SAME differs, and the checkpoint is the run's own or lies in the
+            middle of a step; or a setting of DATA but the path, with which the problems are others.
+        DataError: the problems are others although the settings are the same.
+    """
+    now = identity(config, problems)
+    differs = changes(meta["config"], config)
+    if found.own or checkpoint.place(found.path.name)[1] >= 0:
+        fork = f"start another run from there with run.name=NEW run.resume={found.path}"
+        _refuse(differs, SAME, found.path, fork)
+    if meta["data"] != now["data"]:
+        another = "start another run with run.name=NEW"
+        if not config.run.allow_data_change:
+            others = set(DATA) - {"task.path"}  # a file is known by its rows, wherever it lies
+            _refuse(differs, others, found.path, f"{another}, or set run.allow_data_change=true")
+            raise DataError(
+                f"{config.task.path or config.task.name}: not the data that {found.path} was "
+                "trained on (rows were edited, moved, added or removed); put it back, "
+                f"{another}, or set run.allow_data_change=true to go on with it."
+            )
+        say("warning: the data is not what it was; going on, as run.allow_data_change=true says.")
+    differs = {name: pair for name, pair in differs.items() if not _in(name, UNSAID)}
+    if differs:
+        say(f"Settings that differ from those of {found.path}:")
+    for name, (then, value) in differs.items():
+        # What depends on the length of a run: a schedule that ends with it, the stages of a
+        # curriculum, which are shares of it.
+        planned = config.optim.schedule != "constant" or bool(config.task.curriculum)
+        moves = name == "run.steps" and planned
+        free = _in(name, FREE) and not _in(name, NOT_FREE) and not moves
+        say(f"  {name}: {then} -> {value}{'' if free else '  (changes what is learned from here)'}")
+
+
+def _refuse(
+    differs: dict[str, tuple[Any, Any]], settings: Iterable[str], path: Path, otherwise: str
+) -> None:
+    changed = [f"{n} ({a} -> {b})" for n, (a, b) in differs.items() if _in(n, settings)]
+    if changed:
+        raise ConfigError(
+            f"{', '.join(changed)}: not as in {path}, which this run would continue; put it back, "
+            f"or {otherwise}."
+        )
+
+
+def _in(name: str, settings: Iterable[str]) -> bool:
+    return any(name == s or name.startswith(f"{s}.") for s in settings)
