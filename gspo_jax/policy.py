@@ -225,7 +225,7 @@ def load_problems(
     c = config.task
     if task is None:
         task = load_task(c.name, seed=c.seed, fields=c.fields, **{"path": c.path, **c.options})
-    if scored and all(spec.startswith("gspo_jax.tasks.") for spec in c.rewards):
+    if scored and all(spec.startswith("gspo_jax.") for spec in c.rewards):
         task = _scored(task, tokenizer)
     functions: dict = {task.name: task.reward}  # ours: pure and bounded, called where it is
     if c.rewards:

@@ -45,7 +45,7 @@ from gspo_jax.errors import ConfigError
 from gspo_jax.text.inert import recorded
 from gspo_jax.text.spelling import shown
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ A function of the user's may hang, hold the interpreter's lock in C, fill the me
 a child it costs the responses that it was scoring, never the run:
 
     parent   pickled requests over a pipe; waits for one answer at a time, each within a limit
-    child    `reward_worker`: imports the functions of one module, and never JAX of its own accord
+    child    `worker`: imports the functions of one module, and never JAX of its own accord
     at a loss: the child is killed with all that it started, what it was scoring has failed, and
              another child takes the rest, in order
 
@@ -224,7 +224,7 @@ def in_lasting_thread(make: Callable[[], Any]) -> Any:
     """What `make` returns, called in a thread that lasts as long as this process.
 
     To Linux the parent of a child is the thread that started it: the signal that a child has asked
-    for at its parent's end (PR_SET_PDEATHSIG, in `reward_worker`) comes when that thread ends.
+    for at its parent's end (PR_SET_PDEATHSIG, in `worker`) comes when that thread ends.
     """
     with _making_it:
         if not _orders:

@@ -27,7 +27,7 @@ from gspo_jax.errors import ConfigError
 from gspo_jax.view.follow import Watch
 from gspo_jax.view.snapshot import snapshot
 
-ASSETS = Path(__file__).parent / "assets" / "monitor"
+ASSETS = Path(__file__).parents[1] / "assets" / "monitor"
 FILES = {  # all that can be asked for, besides /data
     "/": ("index.html", "text/html; charset=utf-8"),
     "/monitor.js": ("monitor.js", "text/javascript; charset=utf-8"),

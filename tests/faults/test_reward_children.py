@@ -257,7 +257,7 @@ def test_functions_that_are_found_wrong_in_a_child_are_refused_as_elsewhere(tmp_
     (tmp_path / "broken.py").write_text("import os\nos.kill(os.getpid(), 11)\n")
     for spec, message in [
         ("nothing.py:f", r"reward nothing\.py:f: no such file"),
-        ("gspo_jax.answers.verify:acuracy", r"Did you mean gspo_jax\.tasks\.verify:accuracy\?"),
+        ("gspo_jax.answers.verify:acuracy", r"Did you mean gspo_jax\.answers\.verify:accuracy\?"),
         (f"{tmp_path}/broken.py:f", r"broken\.py:f: importing it lost its process to SIGSEGV\."),
     ]:
         with pytest.raises(DataError, match=message):

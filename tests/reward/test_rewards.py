@@ -368,7 +368,7 @@ def test_modules_of_the_current_directory_are_found(tmp_path, monkeypatch):
     [
         ("nothing.py:f", r"reward nothing\.py:f: no such file"),
         ("no_such_module_here:f", r"raised ModuleNotFoundError: No module named"),
-        ("gspo_jax.answers.verify:acuracy", r"Did you mean gspo_jax\.tasks\.verify:accuracy\?"),
+        ("gspo_jax.answers.verify:acuracy", r"Did you mean gspo_jax\.answers\.verify:accuracy\?"),
         ("gspo_jax.answers.verify:MAX_TEXT", r"got int, wanted a function"),
         ("{dir}/broken.py:f", r"importing it raised SyntaxError"),
         ("{dir}/raising.py:f", r"importing it raised KeyError: 'x'"),
