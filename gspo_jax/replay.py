@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gspo_jax.config.load import Config, changes, load_config
+from gspo_jax.config.load import Config, load_config
+from gspo_jax.config.recorded import changes
 from gspo_jax.errors import ConfigError, DataError, StorageError
 from gspo_jax.evaluation.evaluate import evaluate_policy
 from gspo_jax.files.jsonl import plain

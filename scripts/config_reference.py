@@ -21,7 +21,8 @@ from gspo_jax.algo.advantages import ADVANTAGES
 from gspo_jax.algo.losses import LOSSES
 from gspo_jax.config import settings
 from gspo_jax.config.checks import AT_LEAST, ELSEWHERE
-from gspo_jax.config.load import ALIASES, Config
+from gspo_jax.config.load import Config
+from gspo_jax.config.names import ALIASES
 from gspo_jax.tasks import TASKS, user_data
 
 OUT = Path(__file__).parent.parent / "docs" / "configuration.md"

@@ -347,7 +347,8 @@ def _told(story: Callable[["Config", "Result"], None], config: "Config", result:
 
 def _resolve(arguments: argparse.Namespace) -> "Config | None":
     """The config to run; None where the command was only to show or to check it."""
-    from gspo_jax.config.load import load_config, to_yaml, warnings
+    from gspo_jax.config.load import load_config, warnings
+    from gspo_jax.config.recorded import to_yaml
 
     config = load_config(arguments.config, arguments.overrides)
     for warning in warnings(config):

@@ -6,6 +6,7 @@ In reading order:
     names     every setting by its dotted name; what a wrong one meant
     checks    what must hold within and between settings
     load      defaults, a YAML file and overrides in one checked `Config`
+    recorded  what a run's config.yaml says, and what has changed since one was written
 
 `Config` and `load_config` are imported when they are first used: `gspo-jax --help` needs neither.
 """

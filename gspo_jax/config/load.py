@@ -7,9 +7,8 @@ that was typed, before weights are loaded or anything is compiled.
 """
 
 import difflib
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from gspo_jax.config.names import (
     KNOWN,
     SETTINGS,
     groups,
+    leaves,
     members,
     near,
     suggestion,
@@ -42,7 +42,6 @@ from gspo_jax.config.settings import (
     TaskConfig,
 )
 from gspo_jax.errors import ConfigError
-from gspo_jax.text.inert import recorded
 from gspo_jax.text.spelling import shown
 
 PACKAGE = Path(__file__).parents[1]
@@ -68,7 +67,7 @@ class Config:
     (a token in a path, say) is used but never saved. Dotted name -> (text, resolved value)."""
 
     def __post_init__(self):
-        checks.check_numbers(dict(_leaves(_sections(self), stop=KNOWN)))
+        checks.check_numbers(dict(leaves(sections(self), stop=KNOWN)))
         checks.check_model(self.model)
         checks.check_task(self.task, self.eval)
         checks.check_rollout(self.rollout, self.algo)
@@ -91,7 +90,7 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
         ConfigError: one line with the dotted name: a setting that does not exist (and the one that
             was probably meant), a value of the wrong type, or a combination that cannot work.
     """
-    file = {} if path is None else dict(_leaves(read_yaml(Path(path)), stop=KNOWN))
+    file = {} if path is None else dict(leaves(read_yaml(Path(path)), stop=KNOWN))
     typed = dict(map(_parse, overrides))
     layers = [_named(file.items(), f"{path}: "), _named(typed.items(), "")]
     try:
@@ -120,8 +119,8 @@ def _merged(path: str | Path | None, layers: list[dict[str, Any]]) -> Config:
         stem = Path(path).stem if path is not None else "gspo"
         seed = _guarded(tree, lambda: merged.run.seed)
         merged = OmegaConf.merge(merged, {"run": {"name": f"{stem}-seed{seed}"}})
-    texts = dict(_leaves(tree))
-    values = dict(_leaves(_guarded(tree, partial(OmegaConf.to_container, resolve=True), merged)))
+    texts = dict(leaves(tree))
+    values = dict(leaves(_guarded(tree, partial(OmegaConf.to_container, resolve=True), merged)))
     written = {
         name: (text, values[name])
         for name, text in texts.items()
@@ -215,7 +214,7 @@ def _guarded(tree: dict[str, Any], action: Callable[..., Any], *args: Any) -> An
         return action(*args)
     except OmegaConfBaseException as error:
         name = (error.full_key or "").partition("[")[0]
-        given = dict(_leaves(tree, stop=KNOWN)) | dict(_leaves(tree))
+        given = dict(leaves(tree, stop=KNOWN)) | dict(leaves(tree))
         raise ConfigError(_complaint(error, name, given)) from None
 
 
@@ -242,20 +241,6 @@ def _complaint(error: Exception, name: str, given: dict[str, Any]) -> str:
 
 def _first_line(error: Exception) -> str:
     return str(getattr(error, "problem", None) or error).strip().splitlines()[0]
-
-
-def _leaves(
-    tree: Any, prefix: str = "", stop: frozenset[str] = frozenset()
-) -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of everything in nested dicts and lists; `stop` names stay whole."""
-    if tree in ({}, []) and not prefix:
-        return
-    if prefix in stop or not isinstance(tree, dict | list) or not tree:
-        yield prefix, tree
-        return
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    for key, value in items:
-        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key), stop)
 
 
 # ------------------------------------------------------------------------------------ names
@@ -368,80 +353,6 @@ def packaged_config(name: str) -> Path:
     return inside if inside.exists() else PACKAGE.parent / "configs" / name
 
 
-PLACES = (("model", "path"), ("task", "path"), ("task", "rewards"), ("run", "resume"))
-"""Settings that may name a file or a directory."""
-
-
-def to_yaml(config: Config, *, absolute: bool = False) -> str:
-    """All settings, in order, such that loading them gives an equal config.
-
-    With `absolute`, files and directories that are there have their whole path, so that the text
-    means the same wherever it is read.
-
-    Values that were written as ${...} appear as they were written: what the environment holds
-    does not reach a saved file. Nor does a secret: see `console.recorded`.
-    """
-    tree = _sections(config)
-    current = dict(_leaves(tree))
-    if absolute:
-        _locate(tree)
-    for name, (text, value) in config.written.items():
-        if current.get(name) == value:
-            *path, last = name.split(".")
-            place: Any = tree
-            for key in path:
-                place = place[int(key) if isinstance(place, list) else key]
-            place[int(last) if isinstance(place, list) else last] = text
-    return OmegaConf.to_yaml(OmegaConf.create(_recorded(tree)))
-
-
-def _locate(tree: dict[str, Any]) -> None:
-    """Make what PLACES name absolute, where it is there."""
-
-    def whole(text: Any) -> Any:
-        if not isinstance(text, str) or text in ("demo", "auto", "never"):
-            return text
-        file, colon, function = text.rpartition(":") if text.count(":") else (text, "", "")
-        there = os.path.exists(file)
-        return f"{os.path.abspath(file)}{colon}{function}" if there else text
-
-    for section, key in PLACES:
-        value = tree.get(section, {}).get(key)
-        if value is not None:
-            found = [whole(item) for item in value] if isinstance(value, list) else whole(value)
-            tree[section][key] = found
-
-
-def _recorded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _recorded(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_recorded(item) for item in value]
-    return recorded(value) if isinstance(value, str) else value
-
-
-def diff(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted name -> (value in a, value in b) of every setting that differs; None for absent."""
-    left, right = dict(_leaves(_sections(a))), dict(_leaves(_sections(b)))
-    names = [*left, *(name for name in right if name not in left)]
-    return {n: (left.get(n), right.get(n)) for n in names if left.get(n) != right.get(n)}
-
-
-def changes(saved: str, config: Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted name -> (then, now) of what differs from a YAML text that `to_yaml` once gave.
-
-    Values are compared as they were written, paths as what they name from here. A setting that did
-    not exist then is no change while it has its default.
-    """
-    texts = (saved, to_yaml(config), to_yaml(Config()))
-    trees: Any = [OmegaConf.to_container(OmegaConf.create(t), resolve=False) for t in texts]
-    for tree in trees:
-        _locate(tree)
-    then, now, default = (dict(_leaves(tree)) for tree in trees)
-    names = [*then, *(name for name in now if name not in then and default.get(name) != now[name])]
-    return {n: (then.get(n), now.get(n)) for n in names if then.get(n) != now.get(n)}
-
-
-def _sections(config: Config) -> dict[str, dict[str, Any]]:
+def sections(config: Config) -> dict[str, dict[str, Any]]:
     """Section name -> its settings, as plain dicts and lists."""
     return {name: value for name, value in asdict(config).items() if name != "written"}

@@ -31,6 +31,20 @@ ALIASES = {"num_generations": "rollout.group_size", "rollout.num_generations": "
 KNOWN = frozenset({*SETTINGS, *ALIASES})
 
 
+def leaves(
+    tree: Any, prefix: str = "", stop: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of everything in nested dicts and lists; `stop` names stay whole."""
+    if tree in ({}, []) and not prefix:
+        return
+    if prefix in stop or not isinstance(tree, dict | list) or not tree:
+        yield prefix, tree
+        return
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for key, value in items:
+        yield from leaves(value, f"{prefix}.{key}" if prefix else str(key), stop)
+
+
 def groups() -> set[str]:
     """Names that hold settings: "algo", "algo.kl", ..."""
     return {name[:i] for name in SETTINGS for i, char in enumerate(name) if char == "."}

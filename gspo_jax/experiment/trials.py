@@ -24,7 +24,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gspo_jax.config.load import changes, load_config, packaged_config, read_yaml
+from gspo_jax.config.load import load_config, packaged_config, read_yaml
+from gspo_jax.config.recorded import changes
 from gspo_jax.errors import INTERRUPTED, PREEMPTED, ConfigError
 from gspo_jax.files import jsonl
 from gspo_jax.files.stopping import listening

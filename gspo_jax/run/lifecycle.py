@@ -17,7 +17,8 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from gspo_jax.config.load import Config, load_config, run_dir, to_yaml
+from gspo_jax.config.load import Config, load_config, run_dir
+from gspo_jax.config.recorded import to_yaml
 from gspo_jax.errors import (
     INTERRUPTED,
     PREEMPTED,

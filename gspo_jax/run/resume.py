@@ -16,7 +16,8 @@ import yaml
 from jaxtyping import Int
 
 from gspo_jax.batch import Completions, TrainBatch
-from gspo_jax.config.load import Config, changes, to_yaml
+from gspo_jax.config.load import Config
+from gspo_jax.config.recorded import changes, to_yaml
 from gspo_jax.errors import ConfigError, DataError, StorageError
 from gspo_jax.files import integrity
 from gspo_jax.files.jsonl import plain

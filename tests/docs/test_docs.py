@@ -15,7 +15,8 @@ import pytest
 
 from gspo_jax.algo import advantages, losses
 from gspo_jax.algo.losses import LOSSES
-from gspo_jax.config.load import SETTINGS, load_config, packaged_config
+from gspo_jax.config.load import load_config, packaged_config
+from gspo_jax.config.names import SETTINGS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

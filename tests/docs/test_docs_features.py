@@ -8,7 +8,7 @@ import pytest
 
 from gspo_jax.algo import losses
 from gspo_jax.cli.commands import main
-from gspo_jax.config.load import SETTINGS
+from gspo_jax.config.names import SETTINGS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "features.md").read_text(encoding="utf-8")

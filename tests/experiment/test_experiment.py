@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gspo_jax.config.load import load_config, to_yaml
+from gspo_jax.config.load import load_config
+from gspo_jax.config.recorded import to_yaml
 from gspo_jax.errors import ConfigError
 from gspo_jax.experiment import trials as experiment
 from gspo_jax.experiment.trials import (
@@ -33,7 +34,8 @@ with (run / "starts").open("a") as file:
 if settings["run.seed"] == "3":
     print("a line\\ngspo-jax: the disk is full.", file=sys.stderr)
     sys.exit(6)
-from gspo_jax.config.load import load_config, to_yaml
+from gspo_jax.config.load import load_config
+from gspo_jax.config.recorded import to_yaml
 (run / "config.yaml").write_text(to_yaml(load_config(None, sys.argv[1:])))
 time = "2026-01-01T00:00:{:02}+00:00".format
 (run / "env.json").write_text(json.dumps({"started": time(5)}))

@@ -104,7 +104,7 @@ def test_a_path_that_is_damaged_is_not_replaced_by_another(root):
 
 
 def test_every_refused_setting_exists():
-    from gspo_jax.config.load import SETTINGS
+    from gspo_jax.config.names import SETTINGS
 
     groups = {name.partition(".")[0] for name in SETTINGS}
     for name in (*resume.SAME, *resume.DATA, *resume.FREE, *resume.UNSAID):

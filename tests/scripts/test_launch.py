@@ -14,7 +14,7 @@ import jax
 import pytest
 import yaml
 
-from gspo_jax.config.load import SETTINGS
+from gspo_jax.config.names import SETTINGS
 from gspo_jax.errors import PREEMPTED
 
 ROOT = Path(__file__).parents[2]
