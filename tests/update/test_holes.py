@@ -189,9 +189,11 @@ def test_group_advantages_ask_for_rewards_alone_and_gae_steps_over_holes():
         assert "mask" not in function.__annotations__
 
 
+@pytest.mark.parametrize("devices", [1, 4])
 @pytest.mark.parametrize("kind", ["separate", "shared"])
-def test_a_critic_reads_the_state_before_each_trained_token(case, kind):
-    """V = h · w at the position before the token, of each text alone; errors of trained tokens."""
+def test_ppo_over_rows_with_holes_is_that_of_each_text_alone(case, kind, devices):
+    """V = h · w at the position before each trained token, and its error; with the ratio at 1, the
+    policy's gradient is that of -mean(adv · logp) over the trained tokens."""
     graphdef, params, batch, _, _, _ = case
     critic_graph, critic = make_critic(kind, graphdef, params)
     critic["value_head"] = jax.tree.map(
@@ -203,11 +205,14 @@ def test_a_critic_reads_the_state_before_each_trained_token(case, kind):
     goal = Objective(LOSSES["ppo"], microbatch=40, longest=S, shortest_prompt=2, critic=term)
     rng = np.random.default_rng(3)
     targets = Targets(*rng.normal(size=(2, B, T)).astype(np.float32))
-    adv = np.where(batch.mask, 0.0, np.nan).astype(np.float32)
-    programs = make_programs(graphdef, optax.sgd(1.0), goal)
-    total, _, _ = programs.accumulate(
-        Gradients(params, critic), batch._replace(adv=adv), None, None, targets
-    )
+    adv = np.where(batch.mask, rng.normal(size=(B, T)), np.nan).astype(np.float32)
+    mesh = make_mesh(data=devices)
+    trained = Gradients(params, critic)
+    trained = jax.device_put(trained, state_shardings(trained, params, mesh))
+    with jax.set_mesh(mesh):
+        place = partial(shard_batch, mesh=mesh)
+        programs = make_programs(graphdef, optax.sgd(1.0), goal, place=place)
+        total, _, _ = programs.accumulate(trained, batch._replace(adv=adv), None, None, targets)
 
     def loss(networks):
         policy, critic = networks
@@ -223,12 +228,14 @@ def test_a_critic_reads_the_state_before_each_trained_token(case, kind):
             old, returns = targets.value[row, at], targets.returns[row, at]
             near = old + jnp.clip(value - old, -0.2, 0.2)
             errors.append(jnp.maximum((value - returns) ** 2, (near - returns) ** 2))
-        return (0.5 if kind == "shared" else 1.0) * jnp.mean(jnp.concatenate(errors)) / 2
+        logps = plain_logps(graphdef, policy, batch)
+        gains = [adv[row, batch.mask[row]] * logps[row] for row in range(B)]
+        coef = 0.5 if kind == "shared" else 1.0
+        return coef * jnp.mean(jnp.concatenate(errors)) / 2 - jnp.mean(jnp.concatenate(gains))
 
     want = jax.jit(jax.grad(loss))((params, critic))
     assert_close(total.grads.critic, want[1])
-    if kind == "shared":
-        assert_close(total.grads.policy, want[0])
+    assert_close(total.grads.policy, want[0])
 
 
 def test_gspo_over_rows_of_episodes_is_what_was_worked_out_elsewhere():
