@@ -65,7 +65,7 @@ def lines(house: Uses) -> list[tuple[str, str]]:
 
 
 def ordered(levels: list[list[str]], edges: list[tuple[str, str]]) -> dict[str, tuple[int, int]]:
-    """Where the middle of each box lies: near the middle of what it uses, so that few lines cross."""
+    """Where the middle of each box lies: near what it uses, so that few lines cross."""
     width = max(len(level) for level in levels) * (WIDTH + GAP)
     at: dict[str, tuple[int, int]] = {}
     for row, level in enumerate(levels):
