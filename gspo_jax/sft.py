@@ -23,7 +23,7 @@ from gspo_jax.run.lifecycle import Result, open_run
 from gspo_jax.state import make_state
 from gspo_jax.update.objective import Objective
 from gspo_jax.update.optim import schedule_count
-from gspo_jax.update.steps import make_programs
+from gspo_jax.update.programs import make_programs
 
 
 def sft(config: Config) -> Result:

@@ -56,15 +56,8 @@ from gspo_jax.state import add_critic, make_state, objective
 from gspo_jax.update.critic import estimate, make_values
 from gspo_jax.update.objective import CriticTerm, Metrics, Objective, Targets
 from gspo_jax.update.optim import Optimizer, schedule_count
-from gspo_jax.update.steps import (
-    Pending,
-    Programs,
-    TrainState,
-    continue_updates,
-    make_programs,
-    old_logps,
-    summarise,
-)
+from gspo_jax.update.programs import Programs, TrainState, make_programs
+from gspo_jax.update.steps import Pending, continue_updates, old_logps, summarise
 
 KL_HORIZON = 1e4  # responses in which algo.kl.target may move the coefficient by a fifth
 

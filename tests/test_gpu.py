@@ -17,7 +17,7 @@ from gspo_jax.models.qwen import Qwen
 from gspo_jax.rollout.engine import generate
 from gspo_jax.update.objective import Objective, cast, forward_logps
 from gspo_jax.update.optim import make_optimizer
-from gspo_jax.update.steps import init_state, make_programs
+from gspo_jax.update.programs import init_state, make_programs
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,6 +14,7 @@ from gspo_jax.prompt.tokenizer import load_tokenizer
 from gspo_jax.tasks import user_data
 from gspo_jax.text import console
 from gspo_jax.trainer import as_problem, verified
+from gspo_jax.update.programs import Programs
 
 SEVEN = ("loss", "clip_fraction", "importance_ratio_mean", "importance_ratio_std")
 SEVEN += ("advantage_mean", "advantage_std", "reward_mean")
@@ -241,18 +242,17 @@ def test_an_interrupted_step_leaves_the_weights_of_the_last_whole_update(
     """The second of a step's updates does not come: those of the first are there, and go on."""
     trainer.train_step(ITEMS)
     before = np.asarray(trainer.policy.params["embed"][...]).copy()
-    programs, calls = trainer._loop.programs, []
+    update, calls = Programs.update, []
 
-    def update(*arguments, **options):
+    def second_fails(*arguments, **options):
         calls.append(None)
         if len(calls) == 2:
             raise error
-        return programs.update(*arguments, **options)
+        return update(*arguments, **options)
 
-    broken = trainer._loop._replace(programs=programs._replace(update=update))
     place = trainer._place
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_loop", broken)
+        patch.setattr(Programs, "update", second_fails)
         with pytest.raises(error):
             trainer.train_step(ITEMS)
     held = np.asarray(trainer.policy.params["embed"][...])

@@ -37,7 +37,7 @@ from gspo_jax.policy import Passes, Policy, Problems, TextSizes, attention
 from gspo_jax.rollout.engine import LENGTHS
 from gspo_jax.update.microbatch import shapes
 from gspo_jax.update.objective import Objective
-from gspo_jax.update.steps import TrainState
+from gspo_jax.update.programs import TrainState
 
 MANY = 1 << 30  # rows of a minibatch that fills every microbatch
 

@@ -50,7 +50,7 @@ from gspo_jax.rollout.engine import LAST_SHRINK, Sampling, bucket, schedule
 from gspo_jax.state import objective, optimizer_at, starter
 from gspo_jax.update.critic import make_critic, make_look, make_term
 from gspo_jax.update.objective import CriticTerm, Given, Gradients, Targets
-from gspo_jax.update.steps import CriticState, make_programs
+from gspo_jax.update.programs import CriticState, make_programs
 
 
 def sketch(

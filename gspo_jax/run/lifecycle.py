@@ -38,7 +38,7 @@ from gspo_jax.run.export import export_params, logged_eval, logged_step, run_car
 from gspo_jax.run.metrics import RunLog
 from gspo_jax.run.resume import Begun
 from gspo_jax.state import add_critic, make_state
-from gspo_jax.update.steps import TrainState, all_finite
+from gspo_jax.update.programs import TrainState, all_finite
 from gspo_jax.view.report import dynamics
 
 STOPS: list[Why | None] = [None, "preempted", "interrupted"]

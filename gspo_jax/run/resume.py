@@ -28,8 +28,9 @@ from gspo_jax.run import checkpoint
 from gspo_jax.tasks.task import fingerprint
 from gspo_jax.text.spelling import meant
 from gspo_jax.update.objective import Targets
+from gspo_jax.update.programs import Scored, TrainState
 from gspo_jax.update.spikes import empty_window
-from gspo_jax.update.steps import Pending, Scored, TrainState
+from gspo_jax.update.steps import Pending
 
 SAME = (  # what makes a run the one it is; another value is another run
     *("model.path", "model.init", "model.dtype", "model.template_args"),

@@ -4,7 +4,8 @@ In reading order:
 
     objective   what is minimised: a loss as a sum of shares of its microbatches
     microbatch  which rows run together
-    steps       old log-probs, gradients, the optimizer: the jitted programs and their order
+    programs    old log-probs, gradients, the optimizer: the jitted programs of one update
+    steps       all updates of a rollout, in their order
     critic      PPO's critic: values, the advantages made of them, its training
     optim       AdamW as an optax chain, its state kept in 8 bits
     quant       blockwise 8-bit logarithmic codes

@@ -35,7 +35,7 @@ from gspo_jax.update.objective import (
     response_tokens,
 )
 from gspo_jax.update.optim import Optimizer
-from gspo_jax.update.steps import TrainState, microbatches
+from gspo_jax.update.programs import TrainState, microbatches
 
 
 class Critic(nnx.Module):

@@ -18,7 +18,7 @@ from gspo_jax.models.remat import POLICIES, compiler_options, recomputed
 from gspo_jax.update.critic import make_critic
 from gspo_jax.update.objective import Objective, forward_logps
 from gspo_jax.update.optim import make_optimizer, make_schedule
-from gspo_jax.update.steps import make_programs
+from gspo_jax.update.programs import make_programs
 
 TOKENS = jnp.ones((1, 4), jnp.int32)
 BATCH = TrainBatch(

@@ -17,7 +17,8 @@ from gspo_jax.run import checkpoint, resume
 from gspo_jax.run.resume import Begun, find, pack, unpack
 from gspo_jax.tasks import load_task
 from gspo_jax.update.objective import Targets
-from gspo_jax.update.steps import Pending, Scored
+from gspo_jax.update.programs import Scored
+from gspo_jax.update.steps import Pending
 
 B, S, T, M, X = 4, 7, 5, 2, 3
 

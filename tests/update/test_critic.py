@@ -37,13 +37,8 @@ from gspo_jax.update.critic import (
 )
 from gspo_jax.update.objective import Gradients, Objective, Targets, forward
 from gspo_jax.update.optim import let_pass, make_optimizer
-from gspo_jax.update.steps import (
-    CriticState,
-    init_state,
-    make_programs,
-    summarise,
-    update_on_rollout,
-)
+from gspo_jax.update.programs import CriticState, Programs, init_state, make_programs
+from gspo_jax.update.steps import summarise, update_on_rollout
 
 loop = importlib.import_module("gspo_jax.train")
 
@@ -620,18 +615,13 @@ def test_a_reference_is_asked_only_where_the_kl_coefficient_is_not_zero(
     config, monkeypatch, coef, placement, calls
 ):
     """One update per step scores nothing for itself: what is left is for the KL."""
-    counted, make = [], loop.make_programs
+    counted, score = [], Programs.score
 
-    def counting(*args, **kwargs):
-        programs = make(*args, **kwargs)
+    def counting(programs, params, batch):
+        counted.append(params)
+        return score(programs, params, batch)
 
-        def score(params, batch):
-            counted.append(params)
-            return programs.score(params, batch)
-
-        return programs._replace(score=score)
-
-    monkeypatch.setattr(loop, "make_programs", counting)
+    monkeypatch.setattr(Programs, "score", counting)
     options = [f"algo.kl.coef={coef}", f"algo.kl.placement={placement}", "algo.minibatches=1"]
     options += ["algo.loss=grpo", "algo.advantage=group_centred", "rollout.group_size=2"]
     options += ["rollout.prompts=24", "run.steps=2"]

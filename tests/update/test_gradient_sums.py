@@ -19,7 +19,7 @@ from gspo_jax.models.linear import lookup, spread
 from gspo_jax.models.moe import mixture, tile_matmul
 from gspo_jax.models.qwen import Qwen, rms_norm
 from gspo_jax.update.objective import Given, Gradients, Objective
-from gspo_jax.update.steps import make_programs
+from gspo_jax.update.programs import make_programs
 
 N, D = 4096, 8  # in bfloat16 the sum of 4,096 ones ends at 256: 256 + 1 rounds to 256
 

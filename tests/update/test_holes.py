@@ -24,7 +24,7 @@ from gspo_jax.numbers.tally import numbers
 from gspo_jax.rollout.stages import digest, text_lengths, to_train_batch
 from gspo_jax.update.critic import estimate, make_critic, make_term
 from gspo_jax.update.objective import Gradients, Objective, Targets, measure, real_tokens
-from gspo_jax.update.steps import make_programs, microbatches
+from gspo_jax.update.programs import make_programs, microbatches
 
 B, S, T = 8, 20, 10
 PROMPT = np.array([2, 5, 3, 8, 2, 4, 6, 3], np.int32)

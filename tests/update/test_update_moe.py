@@ -17,7 +17,8 @@ from gspo_jax.rollout.engine import generate
 from gspo_jax.rollout.stages import join_groups, to_train_batch
 from gspo_jax.update.objective import Gradients, Objective, real_tokens
 from gspo_jax.update.optim import global_norm, make_optimizer
-from gspo_jax.update.steps import init_state, make_programs, summarise, update_on_rollout
+from gspo_jax.update.programs import init_state, make_programs
+from gspo_jax.update.steps import summarise, update_on_rollout
 
 B, S, T, E, X = 4, 12, 6, 6, 2
 GSPO = partial(LOSSES["gspo"], clip_low=0.1, clip_high=0.1)
