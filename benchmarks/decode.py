@@ -30,8 +30,10 @@ from output import numbers, parser, report
 from gspo_jax.models.cache import LayerCache
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.qwen import Qwen
-from gspo_jax.rollout import engine
-from gspo_jax.rollout.engine import PureModel, Rows, Sampling, bucket, generate, programs_for
+from gspo_jax.rollout import engine, schedule
+from gspo_jax.rollout.engine import PureModel, Rows, generate
+from gspo_jax.rollout.sampling import Sampling
+from gspo_jax.rollout.schedule import bucket, programs_for
 
 NAMES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
 MODELS = {  # name -> NAMES, key/value heads, vocabulary, tied
@@ -178,7 +180,7 @@ def rollouts(model: PureModel, config, floor, o: argparse.Namespace) -> list[dic
 
     def run(name: str, eos: range, batches: int):
         def sample():
-            engine.BATCHES, before = batches, engine.BATCHES
+            schedule.BATCHES, before = batches, schedule.BATCHES
             last[name] = generate(
                 model,
                 prompts,
@@ -187,13 +189,13 @@ def rollouts(model: PureModel, config, floor, o: argparse.Namespace) -> list[dic
                 eos_ids=eos,
                 key=jax.random.key(2),
             )
-            engine.BATCHES = before
+            schedule.BATCHES = before
 
         return sample
 
     cases = {
-        "at the cap": (range(0), engine.BATCHES),
-        "rows end": (ends, engine.BATCHES),
+        "at the cap": (range(0), schedule.BATCHES),
+        "rows end": (ends, schedule.BATCHES),
         "rows end, fixed": (ends, 1),
     }
     functions = {name: run(name, *case) for name, case in cases.items()}

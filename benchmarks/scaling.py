@@ -36,7 +36,7 @@ from gspo_jax.plan import costs
 from gspo_jax.plan.memory import Planned, Sketch, cache, ways
 from gspo_jax.plan.programs import programs, sketch
 from gspo_jax.policy import Problems
-from gspo_jax.rollout.engine import programs_for
+from gspo_jax.rollout.schedule import programs_for
 from gspo_jax.tasks import Task
 
 HERE = Path(__file__).parent

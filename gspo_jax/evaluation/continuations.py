@@ -16,7 +16,8 @@ from gspo_jax.errors import DataError
 from gspo_jax.mesh.sharding import batch_ways, constrain
 from gspo_jax.models.qwen import head_logits
 from gspo_jax.prompt.tokenizer import Tokenizer
-from gspo_jax.rollout.engine import PureModel, bucket, generate
+from gspo_jax.rollout.engine import PureModel, generate
+from gspo_jax.rollout.schedule import bucket
 from gspo_jax.update.objective import before_response
 
 Pair = tuple[list[int], list[int]]  # ids of a context, not empty, and of its continuation

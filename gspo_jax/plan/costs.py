@@ -19,7 +19,7 @@ from jaxtyping import Int
 
 from gspo_jax.config.settings import AlgoConfig, RolloutConfig
 from gspo_jax.models.config import QwenConfig
-from gspo_jax.rollout.engine import bucket, schedule
+from gspo_jax.rollout.schedule import bucket, schedule
 
 
 class Work(NamedTuple):

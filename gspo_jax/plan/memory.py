@@ -34,7 +34,7 @@ from gspo_jax.mesh.sharding import RULES, sharding_for, unsplit, ways_of
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.remat import POLICIES, activation_bytes, choose_remat, share_of
 from gspo_jax.policy import Passes, Policy, Problems, TextSizes, attention
-from gspo_jax.rollout.engine import LENGTHS
+from gspo_jax.rollout.schedule import LENGTHS
 from gspo_jax.update.microbatch import shapes
 from gspo_jax.update.objective import Objective
 from gspo_jax.update.programs import TrainState

@@ -46,7 +46,8 @@ from gspo_jax.policy import (
 )
 from gspo_jax.prompt.tokenizer import Tokenizer
 from gspo_jax.rollout import engine as generate
-from gspo_jax.rollout.engine import LAST_SHRINK, Sampling, bucket, schedule
+from gspo_jax.rollout.sampling import Sampling, row_keys
+from gspo_jax.rollout.schedule import bucket, programs_for, schedule
 from gspo_jax.state import objective, optimizer_at, starter
 from gspo_jax.update.critic import make_critic, make_look, make_term
 from gspo_jax.update.objective import CriticTerm, Given, Gradients, Targets
@@ -152,9 +153,7 @@ def _sample(
     yield _plan(run, stage, generate._prefill, arguments, (), text, alive)
 
     number = _host((B,), "int32")
-    keys = jax.eval_shape(
-        generate._row_keys, jax.eval_shape(lambda: jax.random.key(0)), *[number] * 2
-    )
+    keys = jax.eval_shape(row_keys, jax.eval_shape(lambda: jax.random.key(0)), *[number] * 2)
     rows = lambda b: generate.Rows(  # noqa: E731
         *(_batched(run, (b,), kind) for kind in ("int32", "int32", keys.dtype))
     )
@@ -173,7 +172,7 @@ def _sample(
 
     yield fits(prompts, S, B, sizes.slots[0], number)
     for n, (before, now) in enumerate(pairwise(sizes.slots), 1):
-        may_shrink = (len(sizes.slots) - n) * sizes.steps >= LAST_SHRINK
+        may_shrink = sizes.may_shrink(n)
         for b in sizes.batches:
             if now > before:
                 yield fits(b, before, b, now, None)
@@ -183,9 +182,7 @@ def _sample(
                 arguments = (rows(b), _host((to,), "int32"))
                 yield _plan(run, stage, generate._pick, arguments, (), f"{b} to {to}", alive)
     scalar = _host((), "int32")
-    listed = generate.programs_for(
-        wanted, S, run.config.rollout.max_completion_length, ways=ways(run)
-    )
+    listed = programs_for(wanted, S, run.config.rollout.max_completion_length, ways=ways(run))
     for program in listed:
         one = _cached(run, program.batch, program.slots, run.policy.dtype)
         whole = tuple(generate.LayerCache(one, one) for _ in range(run.shape.num_layers))

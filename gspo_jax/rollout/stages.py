@@ -15,7 +15,8 @@ from gspo_jax.batch import Completions, Problem, Rollout, TrainBatch
 from gspo_jax.mesh.distributed import gathered, own_rows
 from gspo_jax.numbers.tally import Tally, merged, numbers, packed, unpacked
 from gspo_jax.prompt.tokenizer import Tokenizer
-from gspo_jax.rollout.engine import PureModel, bucket, generate
+from gspo_jax.rollout.engine import PureModel, generate
+from gspo_jax.rollout.schedule import bucket
 
 Scorer = Callable[..., tuple[dict[str, np.ndarray], np.ndarray, dict[str, Tally]]]
 

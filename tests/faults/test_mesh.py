@@ -8,7 +8,7 @@ import pytest
 from mesh_cases import PROMPTS, network
 
 from gspo_jax.mesh.sharding import make_mesh, state_shardings
-from gspo_jax.rollout import engine as module
+from gspo_jax.rollout import sampling
 from gspo_jax.rollout.engine import generate
 from gspo_jax.update.objective import cast
 
@@ -19,11 +19,11 @@ def row_keys(step):
     """As `generate` makes them: 64 prompts with 32 samples each."""
     key = jax.random.fold_in(jax.random.key(0), step)
     number = np.arange(P * G, dtype=np.int32)
-    return module._row_keys(key, number // G, number % G)
+    return sampling.row_keys(key, number // G, number % G)
 
 
 def test_row_16_every_prompt_sample_and_position_of_every_step_draws_by_a_key_of_its_own():
-    fold = jax.jit(jax.vmap(module._fold, (None, 0)))
+    fold = jax.jit(jax.vmap(sampling.at_position, (None, 0)))
     position = np.arange(T, dtype=np.int32)
     keys = [jax.random.key_data(fold(row_keys(step), position)) for step in range(STEPS)]
     keys = np.concatenate([np.asarray(k).reshape(-1, 2) for k in keys])

@@ -15,16 +15,11 @@ from gspo_jax.files.stopping import Abandoned, Stop
 from gspo_jax.mesh.sharding import make_mesh
 from gspo_jax.models.cache import fit
 from gspo_jax.rollout import engine as generate_module
-from gspo_jax.rollout.engine import Program as P
-from gspo_jax.rollout.engine import (
-    Sampling,
-    bucket,
-    generate,
-    keep_likely,
-    programs_for,
-    sample,
-    schedule,
-)
+from gspo_jax.rollout import schedule as schedule_module
+from gspo_jax.rollout.engine import generate
+from gspo_jax.rollout.sampling import Sampling, keep_likely, sample
+from gspo_jax.rollout.schedule import Program as P
+from gspo_jax.rollout.schedule import bucket, programs_for, schedule
 from gspo_jax.update.objective import Objective, forward_logps
 
 PROMPTS = [[5, 9, 11], [7], [3, 4, 5, 6, 7, 8, 9]]
@@ -139,7 +134,7 @@ SOME_EOS = [1, 2, 3]  # of 64 tokens: rows end after 22 on average, some at 2, s
 def undivided(tiny):
     """48 rows in one batch, one cache and one chunk."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate_module, "BATCHES", 1)
+        patch.setattr(schedule_module, "BATCHES", 1)
         return generate(tiny, PROMPTS, eos_ids=SOME_EOS, chunk=64, **LONG)
 
 
@@ -154,7 +149,7 @@ def assert_same_samples(got, want):
 def test_samples_do_not_depend_on_chunks_halving_or_the_length_of_the_cache(
     tiny, undivided, decoded, monkeypatch, chunk, shortest_growth
 ):
-    monkeypatch.setattr(generate_module, "SHORTEST_GROWTH", shortest_growth)
+    monkeypatch.setattr(schedule_module, "SHORTEST_GROWTH", shortest_growth)
     got = generate(tiny, PROMPTS, eos_ids=SOME_EOS, chunk=chunk, **LONG)
     assert_same_samples(got, undivided)
     lengths = undivided.mask.sum(1)
