@@ -2,8 +2,8 @@
 
     python scripts/config_reference.py [FILE]
 
-Names, types, defaults and meanings are those of gspo_jax/config/settings.py, smallest values those
-of `checks.AT_LEAST`, options those of the functions' signatures.
+Names, types, smallest values, defaults, rules and meanings are those of
+gspo_jax/config/settings.py, options those of the functions' signatures.
 """
 
 import ast
@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -20,10 +20,10 @@ from typing import Any, Literal, get_args, get_origin
 from gspo_jax.algo.advantages import ADVANTAGES
 from gspo_jax.algo.losses import LOSSES
 from gspo_jax.config import settings
-from gspo_jax.config.checks import AT_LEAST, ELSEWHERE
 from gspo_jax.config.load import Config
-from gspo_jax.config.names import ALIASES
+from gspo_jax.config.names import ALIASES, AT_LEAST, ON_RESUME, SETTINGS, default
 from gspo_jax.tasks import TASKS, user_data
+from gspo_jax.text.spelling import ELSEWHERE
 
 OUT = Path(__file__).parent.parent / "docs" / "configuration.md"
 
@@ -79,8 +79,8 @@ The first trains, the second shows every setting with its value. In Python it is
 - Naming another task clears `task.options`; setting `task.path` sets `task.name` to null, and the
   other way round.
 
-`runs/NAME/config.yaml` has all settings of a run. Some may change when it continues:
-[checkpoints](checkpoints.md#what-may-change).
+`runs/NAME/config.yaml` has all settings of a run. "On resume" says what becomes of another
+value where the run continues: [what may change](checkpoints.md#what-may-change).
 
 *This page is written by [`scripts/config_reference.py`](../scripts/config_reference.py)
 from the settings.*
@@ -149,23 +149,23 @@ def chapter(name: str, kind: Any, level: str = "##") -> str:
         "",
         str(inspect.getdoc(kind)),
         "",
-        "| setting | values | default | meaning |",
-        "|---|---|---|---|",
-        *(row(f"{name}.{f.name}", f, meaning[f.name]) for f in own),
+        "| setting | values | default | on resume | meaning |",
+        "|---|---|---|---|---|",
+        *(row(f"{name}.{f.name}", meaning[f.name]) for f in own),
         "",
     ]
     lines += [chapter(f"{name}.{f.name}", f.type, f"{level}#") for f in within]
     return "\n".join(lines)
 
 
-def row(name: str, field: Field, meaning: str) -> str:
-    default: Any = field.default if field.default_factory is MISSING else field.default_factory()
-    cells = [f"`{name}`", values(name, field.type), f"`{shown(default)}`", meaning]
+def row(name: str, meaning: str) -> str:
+    cells = [f"`{name}`", values(name), f"`{shown(default(name))}`", ON_RESUME[name], meaning]
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-def values(name: str, kind: Any) -> str:
+def values(name: str) -> str:
     """What may be written, with its bounds."""
+    kind = SETTINGS[name]
     if get_origin(kind) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(kind))
     words = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"}

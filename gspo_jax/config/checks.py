@@ -10,6 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from gspo_jax.config.names import AT_LEAST
 from gspo_jax.config.settings import (
     ADVANTAGES,
     LOSSES,
@@ -28,46 +29,6 @@ from gspo_jax.tasks import SPLITS, TASKS, user_data
 from gspo_jax.tasks.sources import SPLIT_NAMES
 from gspo_jax.text.spelling import ELSEWHERE, meant, shown
 
-AT_LEAST = {
-    "task.max_prompt_length": 1,
-    "rollout.prompts": 1,
-    "rollout.group_size": 1,
-    "rollout.max_completion_length": 1,
-    "rollout.top_k": 0,
-    "rollout.resample": 0,
-    "rollout.overlong_buffer": 0,
-    "algo.minibatches": 1,
-    "algo.epochs": 1,
-    "algo.microbatch": 0,
-    "algo.kl.coef": 0,
-    "algo.kl.target": 0,
-    "algo.entropy_coef": 0,
-    "algo.router_aux_coef": 0,
-    "algo.router_z_coef": 0,
-    "algo.critic.learning_rate": 0,
-    "algo.critic.coef": 0,
-    "task.reward_memory": 0,
-    "optim.learning_rate": 0,
-    "optim.warmup": 0,
-    "optim.weight_decay": 0,
-    "eval.problems": 1,
-    "eval.samples": 0,
-    "eval.temperature": 0,
-    "eval.every": 0,
-    "eval.batch": 1,
-    "sft.batch_size": 1,
-    "run.seed": 0,
-    "run.steps": 1,
-    "run.save_every": 0,
-    "run.save_minutes": 0,
-    "run.keep": 1,
-    "run.keep_every": 0,
-    "run.log_completions": 0,
-    "run.skip_budget": 0,
-    "run.spike_sigmas": 0,
-    "run.save_by": 0,
-}
-
 SCALES = ["group", "batch", "none"]  # whose standard deviation divides
 
 ONE_PER_RESPONSE = ("gspo", "luspo", "gmpo")  # of the losses; the others take one per token too
@@ -80,7 +41,7 @@ UNUSUAL = 30  # times a loss's own clip range; token and sequence ratios differ 
 
 
 def check_numbers(values: dict[str, Any]) -> None:
-    """Numbers by their dotted names: finite, at least AT_LEAST, and no larger than can be used."""
+    """Numbers by their dotted names: finite, and neither too small nor larger than can be used."""
     for name, value in values.items():
         numbers = value if isinstance(value, list) else [value]
         floats = [number for number in numbers if isinstance(number, float)]

@@ -27,6 +27,7 @@ from gspo_jax.config.names import (
     leaves,
     members,
     near,
+    owner,
     suggestion,
     wanted,
 )
@@ -251,21 +252,21 @@ def _named(given: Iterable[tuple[str, Any]], source: str) -> dict[str, Any]:
     layer: dict[str, Any] = {}
     for name, value in given:
         setting = ALIASES.get(name, name)
-        owner = next((s for s in SETTINGS if setting == s or setting.startswith(f"{s}.")), None)
+        whole = owner(setting)
         _check_colons(f"{source}{name}", value)
-        if owner is None and name in groups():
+        if whole is None and name in groups():
             if value in (None, {}):
                 continue  # a section left empty
             raise ConfigError(
                 f"{source}{name}={shown(value)}: a section; set one of {members(name)} in it, like "
                 f"{name}.{members(name)[0]}=..."
             )
-        if owner is None:
+        if whole is None:
             raise ConfigError(f"{source}unknown setting {name}.{suggestion(name)}")
-        if setting == owner:
-            value = _shorthand(owner, value)
-        if not _fits(value, get_origin(SETTINGS[owner]), setting == owner):
-            raise ConfigError(f"{source}{name}={shown(value)}: expected {wanted(owner)}.")
+        if setting == whole:
+            value = _shorthand(setting, value)
+        if not _fits(value, get_origin(SETTINGS[whole]), setting == whole):
+            raise ConfigError(f"{source}{name}={shown(value)}: expected {wanted(whole)}.")
         for key, item in value.items() if isinstance(value, dict) else [("", value)]:
             _put(layer, f"{setting}.{key}" if key else setting, item, source)
     task = layer.get("task", {})

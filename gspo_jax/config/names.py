@@ -2,30 +2,29 @@
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin
 
-from gspo_jax.config.settings import SECTIONS
+from gspo_jax.config.settings import SECTIONS, Resume
 from gspo_jax.text.spelling import ELSEWHERE, meant, without_comma
 
 
-def _settings(section: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, type, default) of every setting of a dataclass."""
+def _fields(section: Any, prefix: str) -> Iterator[tuple[str, Field]]:
     for item in fields(section):
-        name, default = f"{prefix}.{item.name}", item.default
-        if is_dataclass(item.type):
-            yield from _settings(item.type, name)
-        else:
-            made = item.default_factory
-            yield name, item.type, default if made is MISSING else made()
+        name = f"{prefix}.{item.name}"
+        yield from _fields(item.type, name) if is_dataclass(item.type) else [(name, item)]
 
 
-_FOUND = [row for prefix, section in SECTIONS.items() for row in _settings(section, prefix)]
+FIELDS = {name: f for prefix, section in SECTIONS.items() for name, f in _fields(section, prefix)}
+"""Dotted name -> the field of the dataclass, as `settings.setting` made it."""
 
-SETTINGS: dict[str, Any] = {name: kind for name, kind, _ in _FOUND}
+SETTINGS: dict[str, Any] = {name: item.type for name, item in FIELDS.items()}
 """Dotted name -> type."""
 
-DEFAULTS: dict[str, Any] = {name: default for name, _, default in _FOUND}
+ON_RESUME: dict[str, Resume] = {name: item.metadata["resume"] for name, item in FIELDS.items()}
+AT_LEAST: dict[str, int] = {
+    name: low for name, item in FIELDS.items() if (low := item.metadata["at_least"]) is not None
+}
 
 ALIASES = {"num_generations": "rollout.group_size", "rollout.num_generations": "rollout.group_size"}
 KNOWN = frozenset({*SETTINGS, *ALIASES})
@@ -55,22 +54,34 @@ def members(group: str) -> list[str]:
     return [name[len(group) + 1 :] for name in SETTINGS if name.startswith(f"{group}.")]
 
 
+def owner(name: str) -> str | None:
+    """The setting that `name` is, or is a value in: "algo.loss" of "algo.loss.clip_low"."""
+    return next((setting for setting in SETTINGS if f"{name}.".startswith(f"{setting}.")), None)
+
+
+def default(name: str) -> Any:
+    """A setting's value where nothing is said."""
+    made = FIELDS[name].default_factory
+    return FIELDS[name].default if made is MISSING else made()
+
+
 def wanted(name: str) -> str:
     """What a setting, or one value of a mapping, has to be."""
-    owner = next(setting for setting in SETTINGS if f"{name}.".startswith(f"{setting}."))
-    kind, default = SETTINGS[owner], DEFAULTS[owner]
-    if owner != name:
-        kind = default = get_args(kind)[1]
-    if owner in ("algo.loss", "algo.advantage"):
-        return f"a name, or a mapping like {{name: {default['name']}}}"
+    setting = owner(name)
+    assert setting is not None
+    kind, usual = SETTINGS[setting], default(setting)
+    if setting != name:
+        kind = usual = get_args(kind)[1]
+    if setting in ("algo.loss", "algo.advantage"):
+        return f"a name, or a mapping like {{name: {usual['name']}}}"
     if get_origin(kind) is Literal:
         return f"one of {list(get_args(kind))}"
     if get_origin(kind) is list:
-        example = {int: "whole numbers, like [1, 2]", float: "numbers, like [1, 0.5]"}
-        return f"a list of {example.get(get_args(kind)[0], 'texts, like [a, b]')}"
+        items = {int: "whole numbers, like [1, 2]", float: "numbers, like [1, 0.5]"}
+        return f"a list of {items.get(get_args(kind)[0], 'texts, like [a, b]')}"
     if get_origin(kind) is dict:
         return "a mapping, like {key: value}"
-    like = f", like {default:g}" if isinstance(default, int | float) else ""
+    like = f", like {usual:g}" if isinstance(usual, int | float) else ""
     return {int: "a whole number" + like, float: "a number" + like, bool: "true or false"}.get(
         kind, "text"
     )

@@ -17,6 +17,7 @@ from jaxtyping import Int
 
 from gspo_jax.batch import Completions, TrainBatch
 from gspo_jax.config.load import Config
+from gspo_jax.config.names import ON_RESUME, owner
 from gspo_jax.config.recorded import changes, to_yaml
 from gspo_jax.errors import ConfigError, DataError, StorageError
 from gspo_jax.files import integrity
@@ -32,23 +33,7 @@ from gspo_jax.update.programs import Scored, TrainState
 from gspo_jax.update.spikes import empty_window
 from gspo_jax.update.steps import Pending
 
-SAME = (  # what makes a run the one it is; another value is another run
-    *("model.path", "model.init", "model.dtype", "model.template_args"),
-    *("rollout.prompts", "rollout.group_size", "rollout.max_completion_length"),
-    *("rollout.resample", "algo.loss", "algo.advantage", "algo.minibatches", "algo.epochs"),
-    *("algo.critic.kind", "algo.routing_replay", "optim.state", "sft.batch_size", "run.seed"),
-)
-DATA = (  # judged by the fingerprint of the data that they lead to
-    *("task.name", "task.path", "task.fields", "task.options", "task.seed"),
-    *("task.max_prompt_length", "task.long_prompts"),
-)
-FREE = (  # of no consequence for what is learned
-    *("run", "eval", "mesh", "model.attention", "model.remat", "algo.microbatch"),
-    *DATA,
-)
-NOT_FREE = ("run.seed", "run.spike_sigmas")
 RESUME = ("auto", "never")  # instead of a checkpoint
-UNSAID = ("run.name", "run.dir", "run.resume", "run.allow_data_change")
 
 Say = Callable[[str], None]
 
@@ -229,48 +214,45 @@ def compare(meta: dict[str, Any], config: Config, problems: Problems, found: Fou
     """Tell what has changed since the checkpoint was written.
 
     Raises:
-        ConfigError: a setting of SAME differs, and the checkpoint is the run's own or lies in the
-            middle of a step; or a setting of DATA but the path, with which the problems are others.
+        ConfigError: a setting differs whose rule is "same", and the checkpoint is the run's own or
+            lies in the middle of a step; or one whose rule is "data", but the path, with which the
+            problems are others.
         DataError: the problems are others although the settings are the same.
     """
     now = identity(config, problems)
     differs = changes(meta["config"], config)
+    rule = {name: ON_RESUME.get(owner(name) or "", "learning") for name in differs}
     if found.own or checkpoint.place(found.path.name)[1] >= 0:
         fork = f"start another run from there with run.name=NEW run.resume={found.path}"
-        _refuse(differs, SAME, found.path, fork)
+        _refuse({n: pair for n, pair in differs.items() if rule[n] == "same"}, found.path, fork)
     if meta["data"] != now["data"]:
         another = "start another run with run.name=NEW"
         if not config.run.allow_data_change:
-            others = set(DATA) - {"task.path"}  # a file is known by its rows, wherever it lies
-            _refuse(differs, others, found.path, f"{another}, or set run.allow_data_change=true")
+            choice = {n: pair for n, pair in differs.items() if rule[n] == "data"}
+            choice.pop("task.path", None)  # a file is known by its rows, wherever it lies
+            _refuse(choice, found.path, f"{another}, or set run.allow_data_change=true")
             raise DataError(
                 f"{config.task.path or config.task.name}: not the data that {found.path} was "
                 "trained on (rows were edited, moved, added or removed); put it back, "
                 f"{another}, or set run.allow_data_change=true to go on with it."
             )
         say("warning: the data is not what it was; going on, as run.allow_data_change=true says.")
-    differs = {name: pair for name, pair in differs.items() if not _in(name, UNSAID)}
-    if differs:
+    # What depends on the length of a run: a schedule that ends with it, the stages of a curriculum,
+    # which are shares of it.
+    planned = config.optim.schedule != "constant" or bool(config.task.curriculum)
+    told = {name: pair for name, pair in differs.items() if rule[name] != "silent"}
+    if told:
         say(f"Settings that differ from those of {found.path}:")
-    for name, (then, value) in differs.items():
-        # What depends on the length of a run: a schedule that ends with it, the stages of a
-        # curriculum, which are shares of it.
-        planned = config.optim.schedule != "constant" or bool(config.task.curriculum)
-        moves = name == "run.steps" and planned
-        free = _in(name, FREE) and not _in(name, NOT_FREE) and not moves
-        say(f"  {name}: {then} -> {value}{'' if free else '  (changes what is learned from here)'}")
+    for name, (then, value) in told.items():
+        moves = rule[name] in ("same", "learning") or (name == "run.steps" and planned)
+        consequence = "  (changes what is learned from here)" if moves else ""
+        say(f"  {name}: {then} -> {value}{consequence}")
 
 
-def _refuse(
-    differs: dict[str, tuple[Any, Any]], settings: Iterable[str], path: Path, otherwise: str
-) -> None:
-    changed = [f"{n} ({a} -> {b})" for n, (a, b) in differs.items() if _in(n, settings)]
+def _refuse(changed: dict[str, tuple[Any, Any]], path: Path, otherwise: str) -> None:
     if changed:
+        listed = ", ".join(f"{name} ({then} -> {now})" for name, (then, now) in changed.items())
         raise ConfigError(
-            f"{', '.join(changed)}: not as in {path}, which this run would continue; put it back, "
-            f"or {otherwise}."
+            f"{listed}: not as in {path}, which this run would continue; put it back, or "
+            f"{otherwise}."
         )
-
-
-def _in(name: str, settings: Iterable[str]) -> bool:
-    return any(name == s or name.startswith(f"{s}.") for s in settings)

@@ -3,6 +3,7 @@
 import inspect
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -12,7 +13,7 @@ from gspo_jax.algo.losses import LOSSES
 from gspo_jax.config import load as module
 from gspo_jax.config import settings
 from gspo_jax.config.load import Config, load_config, model_dir, packaged_config, run_dir, warnings
-from gspo_jax.config.names import SETTINGS
+from gspo_jax.config.names import ON_RESUME, SETTINGS
 from gspo_jax.config.recorded import changes, to_yaml
 from gspo_jax.config.settings import RolloutConfig, TaskConfig
 from gspo_jax.errors import ConfigError
@@ -281,6 +282,18 @@ def test_every_setting_says_what_it_means():
     documented = [i for i in declared if source[i + 1].lstrip().startswith('"""')]
     assert len(declared) == len(documented) == len(SETTINGS) + 2  # + algo.kl, algo.critic: groups
     assert len(SETTINGS) <= 81
+
+
+def test_every_setting_has_one_rule_for_a_run_that_continues():
+    assert set(ON_RESUME) == set(SETTINGS)
+    rules: dict[str, set[str]] = {rule: set() for rule in get_args(settings.Resume)}
+    for name, rule in ON_RESUME.items():
+        rules[rule].add(name)
+    assert {"run.name", "run.dir", "run.resume", "run.allow_data_change"} == rules["silent"]
+    assert {"algo.loss", "rollout.group_size", "run.seed", "model.path"} <= rules["same"]
+    assert {"task.path", "task.options", "task.max_prompt_length"} <= rules["data"]
+    assert {"optim.learning_rate", "algo.kl.coef", "run.spike_sigmas"} <= rules["learning"]
+    assert {"run.steps", "mesh.fsdp", "eval.every", "algo.microbatch"} <= rules["free"]
 
 
 def test_credentials_do_not_reach_saved_text_which_still_loads(monkeypatch, tmp_path):

@@ -17,9 +17,8 @@ import yaml
 import gspo_jax
 from gspo_jax.cli.arguments import parsed
 from gspo_jax.cli.commands import COMMANDS, main
-from gspo_jax.config.checks import AT_LEAST
 from gspo_jax.config.load import load_config
-from gspo_jax.config.names import SETTINGS
+from gspo_jax.config.names import AT_LEAST, SETTINGS
 from gspo_jax.errors import ConfigError
 from gspo_jax.plan import doctor
 from gspo_jax.run.model_card import CITATION
