@@ -3,9 +3,7 @@
 The fields are settings of ours under other names, and so are the flags of scripts/.
 """
 
-import re
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,13 @@ from gspo_jax.errors import ConfigError
 from gspo_jax.text.spelling import meant
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False)
 class GSPOConfig:
-    """What a script sets; every field acts. `to_config` says which setting of ours each one is."""
+    """What a script sets; every field acts. `to_config` says which setting of ours each one is.
+
+    Raises:
+        ConfigError: no such field; the one that was meant, or what there is instead.
+    """
 
     learning_rate: float = 1e-6
     left_clip_range: float = 3e-4
@@ -51,6 +53,15 @@ class GSPOConfig:
     """Steps of `train` between evaluations; 0 is before and after alone."""
     seed: int = 0
 
+    def __init__(self, **fields: Any):
+        known = list(self.__dataclass_fields__)
+        for name, value in fields.items():
+            if name in ELSEWHERE:
+                raise ConfigError(f"GSPOConfig has no {name}: {ELSEWHERE[name]}.")
+            if name not in known:
+                raise ConfigError(f"GSPOConfig has no {name}.{meant(name, known)} It has {known}.")
+            object.__setattr__(self, name, value)  # the others have the class's value
+
     def to_config(self, directory: Path) -> Config:
         """The same as a `Config`, for the model in `directory`.
 
@@ -68,7 +79,7 @@ class GSPOConfig:
         parts = self.minibatches_per_rollout
         parts = parts or max(n for n in (1, 2, 3, 4) if self.batch_size % n == 0)
         advantage = "group_normalised" if self.advantage_normalization else "group_centred"
-        settings = {name: getattr(self, own) for name, own in FIELDS.items()} | {
+        settings = {name: getattr(self, field) for name, field in FIELDS.items()} | {
             "model.path": str(directory),
             "model.remat": "full" if self.use_gradient_checkpointing else "auto",
             "rollout.max_completion_length": new,
@@ -79,18 +90,11 @@ class GSPOConfig:
         }
         try:
             return load_config(None, [f"{name}={value}" for name, value in settings.items()])
-        except ConfigError as error:  # told with the names of the fields
-            own = partial(re.sub, r"[a-z]+(\.\w+)+", lambda name: FIELDS.get(name[0], name[0]))
-            raise ConfigError(own(str(error))) from None
-
-    def __new__(cls, *args: Any, **given: Any) -> "GSPOConfig":
-        known = [field.name for field in fields(cls)]
-        for name in given:
-            if name in ELSEWHERE:
-                raise ConfigError(f"GSPOConfig has no {name}: {ELSEWHERE[name]}.")
-            if name not in known:
-                raise ConfigError(f"GSPOConfig has no {name}.{meant(name, known)} It has {known}.")
-        return super().__new__(cls)
+        except ConfigError as error:
+            message = str(error)
+            for name, field in FIELDS.items():
+                message = message.replace(name, field)
+            raise ConfigError(message) from None
 
 
 FIELDS = {
