@@ -251,7 +251,7 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def export(arguments: argparse.Namespace) -> int:
     """The newest checkpoint of a run as a Hugging Face directory."""
-    from gspo_jax.run.lifecycle import export
+    from gspo_jax.run.export import export
     from gspo_jax.run.model_card import how_to_use
 
     run = Path(arguments.run)

@@ -2,7 +2,7 @@
 
     checkpoints/12/      after step 12
     checkpoints/12+3/    after step 12 and 3 updates of the next one: state, and its rollout
-        state/           every leaf of the state by name, in its own dtype, written by Orbax
+        state/           every leaf of the state by name, in its own dtype: see `arrays`
         meta.json        a small record: step, tokens, configuration, fingerprint of the data
         pending.npz, pending.json      in the middle of a step alone
         manifest.json    size and SHA-256 of every file
@@ -15,27 +15,24 @@ manifest tells whether it still is. Randomness and data order are functions of (
 import json
 import re
 import shutil
-import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from gspo_jax.errors import StorageError
 from gspo_jax.files import integrity
 from gspo_jax.mesh.distributed import barrier, is_writer
+from gspo_jax.run import arrays
 
 NAME = re.compile(r"(\d+)(?:\+(\d+))?")
 PATIENCE = 50  # tenths of a second that what is left is removed again, while it still grows
 LEFTOVER = re.compile(r"\.\d+(\+\d+)?\.(writing|removed)|.*\.orbax-checkpoint-tmp|\.rehearsal")
-PATTERN = re.compile(r"[*?\[\]\\]")  # what Orbax, which globs, would not read as itself in a path
 
 
 class Kept(NamedTuple):
@@ -109,7 +106,7 @@ class Saver:
         path = self.directory / name
         if name in self.whole:
             return path
-        leaves = _on_host(named_leaves(state))
+        leaves = arrays.on_host(arrays.named(state))
         self.whole.add(name)
         stale, self.stale = self.stale, set()
         if jax.process_count() > 1:  # Orbax's own barriers must not meet those of a step
@@ -243,22 +240,17 @@ def restore(
         integrity.verify(path)
     abstract = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-        for name, x in named_leaves(like).items()
+        for name, x in arrays.named(like).items()
     }
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
     try:
-        with (
-            ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
-            plain_path(path) as there,
-        ):
-            found = checkpointer.restore(there, args=args)
+        found = arrays.read(path, abstract)
     except (ValueError, KeyError, FileNotFoundError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise StorageError(
             f"{path}: does not fit this model and optimizer ({reason}); resume with the run's own "
             "config.yaml, or set run.resume=never and another run.name."
         ) from error
-    leaves = [found.state[name] for name in abstract]
+    leaves = [found[name] for name in abstract]
     return jax.tree.unflatten(jax.tree.structure(like), leaves), read_meta(path)
 
 
@@ -339,14 +331,10 @@ def _write(path: Path, leaves: dict[str, Any], meta, pending: Pending | None) ->
         for left in path.parent.glob(f"{part.name}*"):
             shutil.rmtree(left)
     barrier(f"checkpoint {path.name} begins")
-    with (
-        ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
-        plain_path(part) as there,
-    ):
-        checkpointer.save(there, args=ocp.args.Composite(state=ocp.args.StandardSave(leaves)))
+    arrays.write(part, leaves)
     barrier(f"checkpoint {path.name} is written")
     if is_writer():
-        check_leaves(part, leaves)
+        arrays.check(part, leaves)
         (part / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         if pending is not None:
             np.savez(part / "pending.npz", **pending.arrays)  # pyright: ignore[reportArgumentType]
@@ -359,51 +347,3 @@ def _write(path: Path, leaves: dict[str, Any], meta, pending: Pending | None) ->
         if former is not None:
             shutil.rmtree(former)
     barrier(f"checkpoint {path.name} is in its place")
-
-
-@contextmanager
-def plain_path(path: Path) -> Iterator[Path]:
-    """`path`, through a link where its parents have characters that Orbax takes for a pattern."""
-    if not PATTERN.search(str(path.parent)):
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="gspo_jax-") as folder:
-        link = Path(folder) / "checkpoints"
-        link.symlink_to(path.parent, target_is_directory=True)
-        yield link / path.name
-
-
-def check_leaves(path: Path, leaves: dict[str, Any]) -> None:
-    """Raise a StorageError unless Orbax finds every leaf in `path`, of its shape and dtype."""
-    try:
-        with closing(ocp.StandardCheckpointHandler()) as handler, plain_path(path) as there:
-            found = handler.metadata(there / "state")
-        there_is = {name: (tuple(x.shape), np.dtype(x.dtype)) for name, x in found.items()}
-    except Exception as error:  # of whatever kind: it cannot be read
-        raise StorageError(f"{path}: what was written cannot be read ({error!r:.200}).") from error
-    wanted = {name: (tuple(np.shape(x)), np.dtype(x.dtype)) for name, x in leaves.items()}
-    if missing := [name for name in wanted if there_is.get(name) != wanted[name]]:
-        raise StorageError(
-            f"{path}: of what was written {missing[0]} and {len(missing) - 1} more of "
-            f"{len(wanted)} arrays cannot be read."
-        )
-
-
-def _on_host(leaves: dict[str, Any]) -> dict[str, Any]:
-    """Copies that no update can reach; with several processes each writes its own, at once."""
-    if jax.process_count() > 1:
-        return leaves
-    found = jax.device_get(leaves)
-    # On a CPU these may be views of the very buffers that the next update donates.
-    return {name: x if x.flags.owndata else np.array(x) for name, x in found.items()}
-
-
-def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """{"params.layers.0.q": array, ...}: names that survive a change of container types."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {_name(path): leaf for path, leaf in leaves}
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    keys = (str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-    return ".".join(keys)

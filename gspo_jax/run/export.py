@@ -3,18 +3,54 @@
 The card says what metrics.jsonl says, so reading that file belongs here too.
 """
 
+import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import nnx
 from jaxtyping import PyTree
 
-from gspo_jax.config.load import Config
+from gspo_jax.config.load import Config, load_config
+from gspo_jax.errors import StorageError
 from gspo_jax.models.hf.weights import save_model
-from gspo_jax.policy import Policy
+from gspo_jax.policy import Policy, load_policy, with_devices_here
 from gspo_jax.prompt.tokenizer import token_ids
+from gspo_jax.run import checkpoint, resume
 from gspo_jax.run.model_card import model_card, stated
+from gspo_jax.state import add_critic, make_state
 from gspo_jax.view.run_files import logged
+
+
+def export(run_dir: Path, out_dir: Path, *, like: str | None = None) -> Path:
+    """The newest checkpoint of a run that is whole, as a Hugging Face directory.
+
+    Args:
+        like: a directory of the same model, where that of the run is no longer at its place.
+
+    Raises:
+        StorageError: no run, or no whole checkpoint in it.
+        DataError: `out_dir` is there already.
+    """
+    run_dir = Path(run_dir)
+    root = run_dir / "checkpoints"
+    found = checkpoint.steps(root)
+    if not found or not (run_dir / "config.yaml").is_file():
+        raise StorageError(f"{run_dir}: no checkpoint to export; give the directory of a run.")
+    config = with_devices_here(load_config(run_dir / "config.yaml"))
+    step = int(resume.newest_whole(root, map(str, found), partial(print, file=sys.stderr)))
+    if like is not None:
+        config = replace(config, model=replace(config.model, path=like))
+    policy = load_policy(config)
+    with jax.set_mesh(policy.mesh):
+        _, _, state = make_state(config, policy, updates=1)
+        state, _ = add_critic(config, policy, state, updates=1)
+        state, _ = checkpoint.restore(root, step, state, verified=True)
+    own = Path(out_dir).resolve() == (run_dir / "export").resolve()
+    card = run_card(config, policy, run_dir, step)
+    return export_params(policy, state.params, Path(out_dir), card=card, replace=own)
 
 
 def export_params(

@@ -3,13 +3,11 @@
 `train` and `sft` share this; what differs between them is the step in the middle.
 """
 
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +15,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from gspo_jax.config.load import Config, load_config, run_dir
+from gspo_jax.config.load import Config, run_dir
 from gspo_jax.config.recorded import to_yaml
 from gspo_jax.errors import (
     INTERRUPTED,
@@ -32,12 +30,11 @@ from gspo_jax.files.integrity import tidy_names
 from gspo_jax.files.stopping import Abandoned, Stop, Why, listening, out_of_time
 from gspo_jax.mesh.distributed import agreed, is_writer
 from gspo_jax.models.hf.weights import read_config
-from gspo_jax.policy import Policy, Problems, attention, load_policy, with_devices_here
+from gspo_jax.policy import Policy, Problems, attention
 from gspo_jax.run import checkpoint, resume
 from gspo_jax.run.export import export_params, logged_eval, logged_step, run_card
 from gspo_jax.run.metrics import RunLog
 from gspo_jax.run.resume import Begun
-from gspo_jax.state import add_critic, make_state
 from gspo_jax.update.programs import TrainState, all_finite
 from gspo_jax.view.report import dynamics
 
@@ -371,32 +368,3 @@ def counted(metrics: Mapping[str, Any], state: TrainState, tokens: int) -> dict[
         "skipped_updates": int(state.skipped),
         **({} if state.spikes is None else {"skipped_spikes": int(state.spikes.skipped)}),
     }
-
-
-def export(run_dir: Path, out_dir: Path, *, like: str | None = None) -> Path:
-    """The newest checkpoint of a run that is whole, as a Hugging Face directory.
-
-    Args:
-        like: a directory of the same model, where that of the run is no longer at its place.
-
-    Raises:
-        StorageError: no run, or no whole checkpoint in it.
-        DataError: `out_dir` is there already.
-    """
-    run_dir = Path(run_dir)
-    root = run_dir / "checkpoints"
-    found = checkpoint.steps(root)
-    if not found or not (run_dir / "config.yaml").is_file():
-        raise StorageError(f"{run_dir}: no checkpoint to export; give the directory of a run.")
-    config = with_devices_here(load_config(run_dir / "config.yaml"))
-    step = int(resume.newest_whole(root, map(str, found), partial(print, file=sys.stderr)))
-    if like is not None:
-        config = replace(config, model=replace(config.model, path=like))
-    policy = load_policy(config)
-    with jax.set_mesh(policy.mesh):
-        _, _, state = make_state(config, policy, updates=1)
-        state, _ = add_critic(config, policy, state, updates=1)
-        state, _ = checkpoint.restore(root, step, state, verified=True)
-    own = Path(out_dir).resolve() == (run_dir / "export").resolve()
-    card = run_card(config, policy, run_dir, step)
-    return export_params(policy, state.params, Path(out_dir), card=card, replace=own)

@@ -26,6 +26,7 @@ from gspo_jax.mesh.distributed import host, place
 from gspo_jax.numbers.tally import packed, unpacked
 from gspo_jax.policy import Problems
 from gspo_jax.run import checkpoint
+from gspo_jax.run.arrays import named
 from gspo_jax.tasks.task import fingerprint
 from gspo_jax.text.spelling import meant
 from gspo_jax.update.objective import Targets
@@ -73,8 +74,7 @@ def pack(begun: Begun) -> checkpoint.Pending:
     }
     tree = p._replace(stats=())._asdict()
     tree |= {"completions": begun.completions, "lengths": begun.lengths}
-    arrays = host(checkpoint.named_leaves(tree))
-    return checkpoint.Pending(len(stats), arrays, record)
+    return checkpoint.Pending(len(stats), host(named(tree)), record)
 
 
 def unpack(kept: checkpoint.Pending) -> Begun:

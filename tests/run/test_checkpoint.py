@@ -15,7 +15,7 @@ import pytest
 
 from gspo_jax.errors import StorageError
 from gspo_jax.files import integrity
-from gspo_jax.run import checkpoint
+from gspo_jax.run import arrays, checkpoint
 from gspo_jax.run.checkpoint import Kept, Saver
 from gspo_jax.update.optim import make_optimizer
 from gspo_jax.update.programs import init_state
@@ -262,7 +262,7 @@ def test_what_cannot_be_read_is_no_checkpoint_and_is_found_at_the_start(
     tmp_path, state, monkeypatch
 ):
     """Without the way around its globbing Orbax merges nothing here, and says nothing."""
-    monkeypatch.setattr(checkpoint, "PATTERN", re.compile("(?!)"))
+    monkeypatch.setattr(arrays, "PATTERN", re.compile("(?!)"))
     place = tmp_path / "[proj]" / "checkpoints"
     with pytest.raises(StorageError, match="cannot be read"):
         checkpoint.save(place, 7, state, {})

@@ -18,6 +18,7 @@ from gspo_jax.errors import ConfigError, DataError
 from gspo_jax.replay import TIMED, replay
 from gspo_jax.run import checkpoint
 from gspo_jax.run import lifecycle as module
+from gspo_jax.run.export import export
 from gspo_jax.sft import sft
 from gspo_jax.train import train
 
@@ -127,13 +128,13 @@ def test_a_run_is_read_elsewhere_than_where_it_was_trained(
     assert f"path: {tmp_path / 'model'}" in text and "data: 1" in text
     (run / "config.yaml").write_text(text.replace("data: 1", "data: 64"))
     monkeypatch.chdir("/")
-    here = load_model(module.export(run, tmp_path / "here"))
+    here = load_model(export(run, tmp_path / "here"))
     again = replay(run, 2, say=lambda text: None)  # on all devices: other last bits, the same step
     assert {"completions/digest", "reward", "updates"} <= set(again.same)
     (tmp_path / "model").rename(tmp_path / "elsewhere")
     with pytest.raises(DataError):
-        module.export(run, tmp_path / "none")
-    there = load_model(module.export(run, tmp_path / "there", like=str(tmp_path / "elsewhere")))
+        export(run, tmp_path / "none")
+    there = load_model(export(run, tmp_path / "there", like=str(tmp_path / "elsewhere")))
     for one, other in zip(*(jax.tree.leaves(nnx.state(m)) for m in (here, there)), strict=True):
         np.testing.assert_array_equal(one, other)
 

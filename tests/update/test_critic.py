@@ -24,8 +24,8 @@ from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.hf.weights import load_model
 from gspo_jax.models.qwen import Qwen
 from gspo_jax.policy import Policy
-from gspo_jax.run import checkpoint
-from gspo_jax.run.lifecycle import export
+from gspo_jax.run import arrays
+from gspo_jax.run.export import export
 from gspo_jax.text.console import advice
 from gspo_jax.update.critic import (
     estimate,
@@ -415,7 +415,7 @@ def test_without_a_critic_the_state_its_names_and_its_program_know_of_none(view)
     state = init_state(jax.tree.map(jnp.copy, params), optimizer)
     parts = (state.params, state.opt_state, state.step, state.updates, state.skipped)
     assert len(jax.tree.leaves(state)) == len(jax.tree.leaves(parts))
-    assert not any("critic" in name for name in checkpoint.named_leaves(state))
+    assert not any("critic" in name for name in arrays.named(state))
     batch = on_device(make_batch()._replace(adv=np.ones(B, np.float32)))
     programs = make_programs(graphdef, optimizer, Objective(LOSSES["gspo"]))
     total, _, given = programs.accumulate(Gradients(state.params), batch)
