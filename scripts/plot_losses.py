@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from gspo_jax.algo.losses import LOSSES, RATIO, kl
-from gspo_jax.view.figures import BLUE, GREEN, GREY, ORANGE, RED, STYLE
+from gspo_jax.view.drawing import BLUE, GREEN, GREY, ORANGE, RED, STYLE
 
 OUT = Path(__file__).parent.parent / "docs" / "images"
 SVG: dict[Any, Any] = {

@@ -23,7 +23,7 @@ from matplotlib.ticker import NullLocator
 from gspo_jax import train
 from gspo_jax.algo.losses import LOSSES
 from gspo_jax.config.load import load_config, packaged_config
-from gspo_jax.view.figures import BLUE, GREY, ORANGE, STYLE
+from gspo_jax.view.drawing import BLUE, GREY, ORANGE, STYLE
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "docs" / "images" / "ratios"

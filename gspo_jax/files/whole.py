@@ -4,31 +4,56 @@ import errno
 import fcntl
 import os
 import socket
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from gspo_jax.errors import StorageError
 
 
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A place beside `path` for what takes its name at the end, of the same ending.
+
+    Readers, and a crash, see the old file or the new one.
+    """
+    part = path.with_name(f".part.{path.name}")
+    try:
+        yield part
+        os.replace(part, path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def delivered(path: Path) -> Iterator[Path]:
+    """`replaced`, in a directory that is made.
+
+    Raises:
+        StorageError: the disk is full, or the directory not writable.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path) as part:
+            yield part
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error.strerror}).") from error
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Replace a file at once: readers, and a crash, see the old one or the new one."""
+    """Replace a file at once, and safely on the disk."""
     write_parts(path, [text])
 
 
 def write_parts(path: Path, parts: Iterable[str]) -> None:
     """The same of a text in parts, which need not fit into memory together."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    with replaced(path) as part, part.open("w", encoding="utf-8") as file:
+        file.writelines(parts)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def lock(directory: Path) -> TextIO:

@@ -23,6 +23,7 @@ import yaml
 
 from gspo_jax.errors import ConfigError
 from gspo_jax.files import jsonl
+from gspo_jax.files.whole import write_whole
 from gspo_jax.text.inert import inert, redact
 
 FINISH_SECONDS = 120.0  # that the end of a run waits for all of its trackers
@@ -123,9 +124,7 @@ class Wandb:
         self._keep()
 
     def _keep(self) -> None:
-        part = self._file.with_name(".wandb.json.part")
-        part.write_text(json.dumps({"id": self._id, "step": self._newest}) + "\n")
-        os.replace(part, self._file)
+        write_whole(self._file, json.dumps({"id": self._id, "step": self._newest}) + "\n")
 
 
 class TensorBoard:

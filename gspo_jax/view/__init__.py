@@ -5,7 +5,8 @@ In reading order:
     run_files   what a run directory says
     follow      the same while it is being written, in bounded memory
     advice      what the course of a run warns of
-    figures     panels: one run, several, many as bands
+    drawing     panels: what is drawn on a pair of axes, and how it becomes a picture
+    figures     those of one run, of several, of many as bands
     page        a page as blocks, in HTML or Markdown
     report      the page of a run
     comparison  the page of a comparison

@@ -17,8 +17,8 @@ import numpy as np
 
 from gspo_jax.errors import DataError
 from gspo_jax.text.inert import clock
-from gspo_jax.view import figures, page
-from gspo_jax.view.figures import Curve, Panel
+from gspo_jax.view import drawing, figures, page
+from gspo_jax.view.drawing import Curve, Panel
 from gspo_jax.view.page import Block, Code, Details, Heading, Items, Picture, Table, Text
 from gspo_jax.view.run_files import (
     MOST_ROWS,
@@ -64,7 +64,7 @@ def comparison_page(found: Found, out_dir: Path) -> Path:
     for stem, panels in {"curves": curves, "differences": dots}.items():
         for ending in ("svg", "png"):
             if panels:
-                figures.write(panels, out_dir / f"{stem}.{ending}")
+                drawing.write(panels, out_dir / f"{stem}.{ending}")
     blocks = [*verdict(found), *result(found)]
     if dots:
         blocks.append(_picture("differences", dots, _difference_caption(found)))
@@ -85,7 +85,7 @@ CURVES = (
 
 def _picture(stem: str, panels: Sequence[Panel], caption: str) -> Picture:
     alt = ", ".join(panel.title.lower() for panel in panels)
-    return Picture(stem, f"Figure: {alt}", list(map(figures.svg, panels)), caption)
+    return Picture(stem, f"Figure: {alt}", list(map(drawing.svg, panels)), caption)
 
 
 def _read(found: Found, out_dir: Path) -> tuple[Curves, list[str]]:
@@ -258,12 +258,12 @@ def curve_panels(found: Found, runs: Curves) -> list[Panel]:
     accuracy = {label: accuracy_curve(rows, metric) for label, rows in runs.items()}
     if any(curve.x for curve in accuracy.values()):
         unit = f"{_metric(found)} ± 95 %, n = {found['problems']}"
-        panels.append(figures.overlay("Held-out accuracy", unit, accuracy, x=TOKENS))
+        panels.append(drawing.overlay("Held-out accuracy", unit, accuracy, x=TOKENS))
     for name, (title, unit) in TRAINING.items():
         curves = {label: band(rows, name) for label, rows in runs.items()}
         if any(curve.x for curve in curves.values()):
             percent = name == "clip_frac"
-            panels.append(figures.overlay(title, unit, curves, x=TOKENS, percent=percent))
+            panels.append(drawing.overlay(title, unit, curves, x=TOKENS, percent=percent))
     return panels
 
 
@@ -301,7 +301,7 @@ def difference_panel(found: Found) -> Panel:
     hundred = {label: Interval(*(100 * v for v in d)) for label, d in _paired(found).items()}
     seeds = {label: [100 * v for v in by_seed(found, label)] for label in hundred}
     unit = f"{_metric(found)} accuracy minus {found['against']}, points"
-    return figures.differences(hundred, seeds, unit=unit)
+    return drawing.differences(hundred, seeds, unit=unit)
 
 
 def _difference_caption(found: Found) -> str:

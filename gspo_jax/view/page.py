@@ -12,12 +12,11 @@ import hashlib
 import html as escapes
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
-from gspo_jax.errors import StorageError
+from gspo_jax.files.whole import delivered
 from gspo_jax.text.inert import inert, redact
 from gspo_jax.view.run_files import Interval, is_number
 
@@ -88,15 +87,8 @@ def write(path: Path, text: str) -> Path:
     Raises:
         StorageError: the disk is full, or the directory not writable.
     """
-    part = path.with_name(f".part.{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with delivered(path) as part:
         part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise StorageError(f"{path}: cannot be written ({error.strerror}).") from error
     return path
 
 

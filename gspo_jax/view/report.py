@@ -16,7 +16,7 @@ from typing import Any
 from gspo_jax.errors import DataError, StorageError
 from gspo_jax.numbers.statistics import independent_difference
 from gspo_jax.text.inert import clock
-from gspo_jax.view import figures, page
+from gspo_jax.view import drawing, figures, page
 from gspo_jax.view.figures import MOST_POINTS, draw
 from gspo_jax.view.page import Block, Code, Details, Heading, Items, Picture, Table, Text
 from gspo_jax.view.run_files import (
@@ -106,7 +106,7 @@ def _one(run: Run, out: Path) -> Path:
     panels = figures.run_panels(run.rows, points=PAGE_POINTS)
     names = ", ".join(panel.title.lower() for panel in panels)
     picture = Picture(
-        "dynamics", f"Dynamics of {run.name}: {names}", list(map(figures.svg, panels))
+        "dynamics", f"Dynamics of {run.name}: {names}", list(map(drawing.svg, panels))
     )
     blocks = [
         Text(state(run)),
@@ -129,13 +129,13 @@ def _several(runs: Sequence[Run], out: Path) -> Path:
     if held_out := _held_out(rows):
         panels.insert(0, held_out)
     for ending in ("png", "svg"):
-        figures.write(panels, out / f"dynamics.{ending}", title=f"{len(runs)} runs")
+        drawing.write(panels, out / f"dynamics.{ending}", title=f"{len(runs)} runs")
     names = ", ".join(panel.title.lower() for panel in panels)
     title = f"{len(runs)} runs: {', '.join(labels)}"
     blocks = [
         *_overview(named),
         Heading("Dynamics"),
-        Picture("dynamics", f"The runs overlaid: {names}", list(map(figures.svg, panels))),
+        Picture("dynamics", f"The runs overlaid: {names}", list(map(drawing.svg, panels))),
         Text("Each line is the mean over a window of a twentieth of its run.", "note"),
         Heading("What differs"),
         _differing(named),
@@ -358,7 +358,7 @@ def _overview(runs: Mapping[str, Run]) -> list[Block]:
     return [Heading("Result"), Table(head, rows, left=2), Text(note, "note")]
 
 
-def _held_out(runs: Mapping[str, Rows]) -> figures.Panel | None:
+def _held_out(runs: Mapping[str, Rows]) -> drawing.Panel | None:
     """The accuracy that most evaluations have, one curve per run."""
     found = {label: evaluations(rows) for label, rows in runs.items()}
     every = [name for rows in found.values() for row in rows for name in accuracies(row)]
@@ -368,7 +368,7 @@ def _held_out(runs: Mapping[str, Rows]) -> figures.Panel | None:
     curves = {label: figures.accuracy_curve(rows, name) for label, rows in runs.items()}
     n = figures.counted([row for rows in found.values() for row in rows])
     unit = f"{name.removeprefix('eval/')} ± 95 %, n = {n}"
-    return figures.overlay("Held-out accuracy", unit, curves)
+    return drawing.overlay("Held-out accuracy", unit, curves)
 
 
 def _differing(runs: Mapping[str, Run]) -> Block:

@@ -8,18 +8,8 @@ from matplotlib.figure import Figure
 from page_cases import ROWS, measured, row
 from PIL import Image
 
-from gspo_jax.view.figures import (
-    STYLE,
-    Curve,
-    differences,
-    overlaid_panels,
-    overlay,
-    run_panels,
-    short,
-    smooth,
-    svg,
-    write,
-)
+from gspo_jax.view.drawing import STYLE, Curve, differences, overlay, short, svg, write
+from gspo_jax.view.figures import overlaid_panels, run_panels, smooth
 from gspo_jax.view.run_files import Interval
 
 

@@ -9,7 +9,7 @@ import pytest
 from page_cases import HOSTILE, Parsed, check_inert
 
 from gspo_jax.errors import StorageError
-from gspo_jax.view.figures import Curve, overlay, svg
+from gspo_jax.view.drawing import Curve, overlay, svg
 from gspo_jax.view.page import (
     NONE,
     STYLE,

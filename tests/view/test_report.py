@@ -9,7 +9,7 @@ from page_cases import HOSTILE, ROWS, Tables, check_inert, measured
 from PIL import Image
 
 from gspo_jax.errors import DataError, StorageError
-from gspo_jax.view import figures
+from gspo_jax.view import drawing
 from gspo_jax.view.report import dynamics, report
 
 CONFIG = """
@@ -91,7 +91,7 @@ def page(hostile_run):
 def of_two(home):
     runs = [write_run(home / "gspo"), write_run(home / "grpo", loss="grpo", seed=1, last=0.5)]
     with pytest.MonkeyPatch.context() as patch:  # that takes a second, and is tested elsewhere
-        patch.setattr(figures, "write", lambda panels, path, title: path)
+        patch.setattr(drawing, "write", lambda panels, path, title: path)
         path = report(runs)
     assert path == home / "report" / "report.html"
     return path.read_text()
@@ -192,8 +192,8 @@ def test_several_runs_are_told_apart_by_their_settings(of_two):
 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(home, of_two, monkeypatch, tmp_path):
-    monkeypatch.setattr(figures, "svg", lambda panel: "<svg/>")
-    monkeypatch.setattr(figures, "write", lambda panels, path, title: path)
+    monkeypatch.setattr(drawing, "svg", lambda panel: "<svg/>")
+    monkeypatch.setattr(drawing, "write", lambda panels, path, title: path)
     other = write_run(tmp_path / "gspo")
     text = report([home / "gspo", other, home / "gspo"], tmp_path / "out").read_text()
     table = next(t for t in Tables(text).tables if t[0][0] == "run")
