@@ -15,9 +15,8 @@ With one process all of these are what one would write without them.
 
 import json
 import os
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from gspo_jax.errors import NO_DEVICES, ConfigError
+from gspo_jax.text.console import overdue
 
 HEARTBEAT = 30  # seconds without a sign of life, after which a process counts as dead
 WAIT = 300.0  # seconds for all processes to be here
@@ -121,8 +121,13 @@ def join(
     told = waited_for(by, coordinator, processes)
     if int(first) == 0:
         say(f"waiting for {told}.")
+
+    def end() -> None:
+        say(f"after {WAIT:g} seconds not all are here: {told}.")
+        os._exit(ConfigError.exit_code)
+
     try:
-        with _ending(WAIT, lambda: say(f"after {WAIT:g} seconds not all are here: {told}.")):
+        with overdue(WAIT, end):
             jax.distributed.initialize(
                 *given,
                 heartbeat_timeout_seconds=HEARTBEAT,
@@ -149,23 +154,6 @@ def waited_for(
     place = coordinator or env.get("JAX_COORDINATOR_ADDRESS")
     alone = "leave --coordinator out" if by.startswith("-") else f"start it with env -u {by}"
     return f"{count}{f' at {place}' if place else ''}, because of {by}; alone? Then {alone}"
-
-
-@contextmanager
-def _ending(seconds: float, tell: Callable[[], None]) -> Iterator[None]:
-    """Unless the block is left in time, tell so and end the process with exit code 2."""
-
-    def end() -> None:
-        tell()
-        os._exit(ConfigError.exit_code)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def is_writer() -> bool:

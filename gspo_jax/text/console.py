@@ -206,6 +206,18 @@ def progress(label: str, total: int, done: int) -> Iterator[Callable[[int], None
 
 
 @contextmanager
+def overdue(seconds: float, act: Callable[[], None]) -> Iterator[None]:
+    """Call `act`, in a thread of its own, unless the block is left in this time."""
+    timer = threading.Timer(seconds, act)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
 def telling(what: str) -> Iterator[None]:
     """One line on stderr, if what is done inside takes longer than PATIENCE."""
 
@@ -213,10 +225,5 @@ def telling(what: str) -> Iterator[None]:
         with suppress(OSError, ValueError):  # nobody is there to be told
             Console(stderr=True).print(Text(f"{inert(what)} ..."), soft_wrap=True)
 
-    timer = threading.Timer(PATIENCE, tell)
-    timer.daemon = True
-    timer.start()
-    try:
+    with overdue(PATIENCE, tell):
         yield
-    finally:
-        timer.cancel()
