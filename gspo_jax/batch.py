@@ -97,7 +97,8 @@ class TrainBatch(NamedTuple):
         length: tokens of each response, trained on or not: the text ends after them.
         mask: true on response tokens that are trained on; it may have holes, and end before the
             response does. A row without any is not run.
-        adv: one advantage per response, or one per token where the loss takes them.
+        adv: one advantage per response, or one per token where the loss takes them; None where
+            they have still to be made of these rows.
         routing: the X experts chosen earlier for each token in the M layers that have experts,
             -1 where not known; None where nobody recorded them.
     """
@@ -106,5 +107,5 @@ class TrainBatch(NamedTuple):
     prompt_length: Int[Any, " B"]
     length: Int[Any, " B"]
     mask: Bool[Any, "B T"]
-    adv: Float[Any, " B"] | Float[Any, "B T"]
+    adv: Float[Any, " B"] | Float[Any, "B T"] | None = None
     routing: Int[Any, "B S M X"] | None = None

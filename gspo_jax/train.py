@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Bool, Float, PyTree
 
-from gspo_jax.algo.advantages import ADVANTAGES, BY_FUNCTION, adapted_coef
-from gspo_jax.algo.losses import RATIO, token_kl
-from gspo_jax.batch import Problem, Rollout, TrainBatch
+from gspo_jax.advantage import Judged, make_advantage
+from gspo_jax.algo.advantages import adapted_coef
+from gspo_jax.algo.losses import RATIO
+from gspo_jax.batch import Problem, Rollout
 from gspo_jax.config.load import Config
-from gspo_jax.config.settings import GAE
 from gspo_jax.errors import DataError
 from gspo_jax.files.stopping import Abandoned
 from gspo_jax.mesh.distributed import host, place
@@ -48,13 +48,11 @@ from gspo_jax.rollout.stages import (
     sample_rows,
     score_completions,
     text_lengths,
-    to_train_batch,
 )
 from gspo_jax.run.lifecycle import Result, Run, open_run
 from gspo_jax.run.resume import Begun
 from gspo_jax.state import add_critic, make_state, objective
-from gspo_jax.update.critic import estimate, make_values
-from gspo_jax.update.objective import CriticTerm, Metrics, Objective, Targets
+from gspo_jax.update.objective import Metrics, Objective
 from gspo_jax.update.optim import Optimizer, schedule_count
 from gspo_jax.update.programs import Programs, TrainState, make_programs
 from gspo_jax.update.steps import Pending, continue_updates, old_logps, summarise
@@ -115,7 +113,7 @@ class Loop(NamedTuple):
     goal: Objective
     programs: Programs
     reference: PyTree | None
-    advantage: "Callable[[TrainState, Rollout], Judged]"
+    advantage: Callable[[TrainState, Rollout], Judged]
 
 
 def assemble(
@@ -167,7 +165,7 @@ def judge(loop: Loop, state: TrainState, step: int, rollout: Rollout, everything
         Pending(judged.batch, judged.ref_logp, judged.targets),
         rollout.completions._replace(routing=None),
         metrics,
-        sample_rows(rollout, judged.batch.adv) if shown else [],
+        sample_rows(rollout, np.asarray(judged.batch.adv)) if shown else [],
         text_lengths(everything),
     )
 
@@ -320,90 +318,3 @@ def mismatch(
     name = "sampling/sampling_logp_difference"
     difference = difference if difference.size else np.zeros(1)
     return {f"{name}/mean": float(difference.mean()), f"{name}/max": float(difference.max())}
-
-
-class Judged(NamedTuple):
-    """A rollout with all that its updates learn from."""
-
-    batch: TrainBatch
-    ref_logp: Float[Array, "B T"] | None  # where the KL term is in the loss
-    targets: Targets | None  # where there is a critic
-    metrics: Metrics
-
-
-def make_advantage(
-    config: Config,
-    policy: Policy,
-    goal: Objective,
-    programs: Programs,
-    reference: PyTree | None,
-) -> Callable[[TrainState, Rollout], Judged]:
-    """Stage 4, chosen once: (state, rollout) -> its rows with their advantages.
-
-    The reference is asked only where there is one, that is where the KL coefficient is not zero;
-    what the policy itself says beforehand only where the KL term is part of the reward.
-    """
-    kl = config.algo.kl
-    estimated = by_token(config, policy, goal, goal.critic) if goal.critic else by_group(config)
-
-    def advantage(state: TrainState, rollout: Rollout) -> Judged:
-        # `adv` carries the rewards until they are turned into advantages.
-        batch = to_train_batch(
-            rollout,
-            rollout.reward,
-            mask_truncated=config.algo.mask_truncated,
-            width=goal.longest,
-        )
-        # The reference is a network of its own, with its own routing.
-        alone = batch._replace(routing=None)
-        ref_logp = None if reference is None else programs.score(reference, alone).logp
-        penalty, metrics = np.zeros(batch.mask.shape, np.float32), {}
-        if ref_logp is not None and kl.placement == "reward":
-            logp = programs.score(state.params, batch).logp
-            coef = np.float32(kl.coef if state.kl_coef is None else host(state.kl_coef))
-            divergence = host(token_kl(logp, ref_logp, jnp.asarray(batch.mask), "k1"))
-            ref_logp, penalty = None, coef * divergence
-            metrics["kl"] = float(divergence.sum() / max(batch.mask.sum(), 1))
-            metrics["kl_coef"] = float(coef)
-        batch, targets, more = estimated(state, batch, rollout, penalty)
-        return Judged(batch, ref_logp, targets, metrics | more)
-
-    return advantage
-
-
-def by_group(config: Config):
-    """The configured advantage of rewards within their groups, one per response."""
-    options = dict(config.algo.advantage)
-    name, weights = options.pop("name"), list(config.task.reward_weights)
-    function = (ADVANTAGES | BY_FUNCTION)[name]
-    function = jax.jit(partial(function, group_size=config.rollout.group_size, **options))
-
-    def estimated(state: TrainState, batch: TrainBatch, rollout: Rollout, penalty: np.ndarray):
-        if name in BY_FUNCTION:
-            rewards = np.stack(list(rollout.rewards.values()), axis=1)
-            # A response that is not scored is in no function's baseline either.
-            rewards = np.where(np.isnan(rollout.reward)[:, None], np.nan, rewards)
-            ones = [1.0] * (rewards.shape[1] - len(weights))  # also of "overlong", the last
-            adv = function(rewards, np.asarray([*weights, *ones], np.float32))
-        else:
-            adv = function(batch.adv - penalty.sum(1))
-        return batch._replace(adv=np.asarray(adv)), None, {}
-
-    return estimated
-
-
-def by_token(config: Config, policy: Policy, goal: Objective, critic: CriticTerm):
-    """Generalised advantage estimation with the critic's values, one advantage per token."""
-    options = GAE | {k: v for k, v in config.algo.advantage.items() if k != "name"}
-    function = jax.jit(partial(estimate, kl_coef=1.0, **options))  # the penalty has its weight
-    place = partial(shard_batch, mesh=policy.mesh)
-    values = make_values(policy.graphdef, goal, critic, place=place)
-
-    def estimated(state: TrainState, batch: TrainBatch, rollout: Rollout, penalty: np.ndarray):
-        scored = ~np.isnan(batch.adv)  # what was not scored is not learned from
-        batch = batch._replace(mask=batch.mask & scored[:, None])
-        found = function(batch.adv, values(state, batch), penalty, batch.mask)
-        adv, targets, metrics = host(found)
-        return batch._replace(adv=adv), targets, {k: float(v) for k, v in metrics.items()}
-
-    return estimated

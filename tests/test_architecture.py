@@ -17,7 +17,7 @@ ORDER = (
     *("algo", "mesh", "models", "prompt", "answers", "reward", "tasks"),
     *("config", "rollout", "update", "policy", "state"),
     *("view", "evaluation", "run", "plan"),
-    *("train", "sft", "replay", "trainer_config", "trainer"),
+    *("advantage", "train", "sft", "replay", "trainer_config", "trainer"),
     *("experiment", "cli", "__main__"),
 )
 RANK = {name: rank for rank, name in enumerate(ORDER)}

@@ -7,11 +7,13 @@ import optax
 import pytest
 
 from gspo_jax import train as loop
+from gspo_jax.advantage import by_group
 from gspo_jax.algo.losses import LOSSES
 from gspo_jax.batch import Completions, Rollout, TrainBatch
 from gspo_jax.config.load import load_config
 from gspo_jax.errors import ConfigError
 from gspo_jax.mesh.sharding import make_mesh, sharding_for
+from gspo_jax.state import kl_term
 from gspo_jax.update.objective import Forward, Given, Gradients, Objective, measure
 from gspo_jax.update.programs import init_state
 
@@ -36,7 +38,6 @@ def test_rewards_of_unequal_units_can_be_normalised_apart():
         np.ones(8, np.int32),
         np.full(8, 2, np.int32),
         np.ones((8, 2), bool),
-        rollout.reward,
     )
     overrides = ["rollout.group_size=4", "task.rewards=[f.py:a,f.py:b]"]
     overrides += ["task.reward_weights=[2,1]"]
@@ -44,7 +45,7 @@ def test_rewards_of_unequal_units_can_be_normalised_apart():
     def adv(name):
         config = load_config(None, [*overrides, f"algo.advantage={name}"])
         none = np.zeros((8, 2), np.float32)
-        return loop.by_group(config)(init_state({}, optax.identity()), batch, rollout, none)[0].adv
+        return by_group(config)(init_state({}, optax.identity()), batch, rollout, none)[0].adv
 
     def by_hand(column):  # of one group, in float64
         known = column[~np.isnan(column)]
@@ -72,10 +73,9 @@ def test_a_response_without_a_reward_is_in_no_functions_baseline_either():
             np.ones(4, np.int32),
             np.full(4, 2, np.int32),
             np.ones((4, 2), bool),
-            rollout.reward,
         )
         settings = ["rollout.group_size=4", "algo.advantage=normalise_then_sum"]
-        judge = loop.by_group(load_config(None, [*settings, "task.rewards=[f.py:a,f.py:b]"]))
+        judge = by_group(load_config(None, [*settings, "task.rewards=[f.py:a,f.py:b]"]))
         none = np.zeros((4, 2), np.float32)
         advs.append(judge(init_state({}, optax.identity()), batch, rollout, none)[0].adv)
     np.testing.assert_array_equal(*advs)
@@ -102,7 +102,7 @@ def test_the_kl_of_a_run_is_the_mean_over_what_its_loss_is_the_mean_over(loss, o
     options = ["algo.kl.coef=0.5", "algo.kl.kind=k2", "rollout.max_completion_length=5"]
     options += ["algo.loss.max_length=5"] if loss == "dr_grpo" else []
     config = load_config(None, [f"algo.loss.name={loss}", *options])
-    goal = Objective(LOSSES[loss], kl_coef=0.5, kl=loop.kl_term(config))
+    goal = Objective(LOSSES[loss], kl_coef=0.5, kl=kl_term(config))
     batch = TrainBatch(
         jnp.zeros((3, 6), jnp.int32),
         jnp.ones(3, jnp.int32),

@@ -208,12 +208,12 @@ def _update(run: Sketch) -> Iterator[Planned]:
     part = everything // a.minibatches
     routed = _routed(run)
     if c.algo.kl.coef:
-        yield from _look(run, made, _batch(run, everything, False))
+        yield from _look(run, made, _rows(run, everything, False))
         if a.kl.placement == "reward" and routed and a.routing_replay == "R3":
-            yield from _look(run, made, _batch(run, everything, True))
+            yield from _look(run, made, _rows(run, everything, True))
     if run.goal.critic is not None:
         look = make_look(run.policy.graphdef, run.goal, run.goal.critic)
-        batch = _batch(run, everything, a.routing_replay == "R3" and routed, scalar_adv=True)
+        batch = _rows(run, everything, a.routing_replay == "R3" and routed)
         zeros = _host(batch.mask.shape, "float32")
         networks = (run.state.params, run.state.critic.params)  # pyright: ignore
         yield from _each_width(run, look, (zeros, *networks, batch), everything, run.held.always)
@@ -255,9 +255,16 @@ def _each_width(run: Sketch, jitted, arguments, rows: int, alive: int) -> Iterat
         yield _plan(run, "update", jitted, more, {"width": width}, text, alive)
 
 
-def _batch(run: Sketch, rows: int, routed: bool, *, scalar_adv: bool = False) -> TrainBatch:
+def _batch(run: Sketch, rows: int, routed: bool) -> TrainBatch:
+    """A minibatch."""
+    T, by_token = run.config.rollout.max_completion_length, run.goal.critic is not None
+    adv = _batched(run, (rows, T) if by_token else (rows,), "float32")
+    return _rows(run, rows, routed)._replace(adv=adv)
+
+
+def _rows(run: Sketch, rows: int, routed: bool) -> TrainBatch:
+    """Rows without advantages."""
     S, T = run.goal.longest, run.config.rollout.max_completion_length
-    by_token = run.goal.critic is not None and not scalar_adv
     ids = None
     if routed:
         ids = _batched(run, (rows, S, *_expert_ids(run)), "int16")
@@ -266,8 +273,7 @@ def _batch(run: Sketch, rows: int, routed: bool, *, scalar_adv: bool = False) ->
         _batched(run, (rows,), "int32"),
         _batched(run, (rows,), "int32"),
         _batched(run, (rows, T), "bool"),
-        _batched(run, (rows, T) if by_token else (rows,), "float32"),
-        ids,
+        routing=ids,
     )
 
 

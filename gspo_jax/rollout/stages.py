@@ -194,7 +194,7 @@ def fill_with_spread(
 
 def to_train_batch(
     rollout: Rollout,
-    adv: Float[np.ndarray, " B"],
+    adv: Float[np.ndarray, " B"] | None = None,
     *,
     mask_truncated: bool = False,
     pad_id: int = 0,
@@ -216,7 +216,7 @@ def to_train_batch(
         filled = [*rollout.prompts[row // group_size], *response.tolist()]
         tokens[row, : len(filled)] = filled
     routing = None if completions.routing is None else _routing(completions, tokens.shape[1])
-    return TrainBatch(tokens, prompt_length, length, mask, np.asarray(adv), routing)
+    return TrainBatch(tokens, prompt_length, length, mask, adv, routing)
 
 
 def _routing(completions: Completions, width: int) -> Int[np.ndarray, "B S M X"]:

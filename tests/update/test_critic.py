@@ -14,6 +14,7 @@ import pytest
 from conftest import TINY
 from flax import nnx
 
+from gspo_jax.advantage import by_group, by_token
 from gspo_jax.algo.losses import LOSSES
 from gspo_jax.batch import Completions, Rollout, TrainBatch
 from gspo_jax.config.checks import ONE_PER_RESPONSE
@@ -280,11 +281,9 @@ def ppo(*overrides):
 
 def test_a_response_that_was_not_scored_is_not_learned_from(view):
     _, _, objective, state = setup(view, "separate")
-    judge = loop.by_token(ppo(), small_policy(view), objective, objective.critic)
-    batch = make_batch()._replace(adv=np.array([1.0, np.nan, 0.0, 2.0]))
-    batch, targets, metrics = judge(
-        state, batch, rollout_of(batch.adv), np.zeros((B, T), np.float32)
-    )
+    advantages = by_token(ppo(), small_policy(view), objective, objective.critic)
+    rows, rollout = make_batch()._replace(adv=None), rollout_of(np.array([1.0, np.nan, 0.0, 2.0]))
+    batch, targets, metrics = advantages(state, rows, rollout, np.zeros((B, T), np.float32))
     np.testing.assert_array_equal(batch.mask, MASK & (np.arange(B) != 1)[:, None])
     assert np.isfinite(batch.adv).all() and not batch.adv[1].any()
     assert np.isfinite(targets.returns).all()
@@ -296,10 +295,10 @@ def test_without_a_critic_the_kl_in_the_reward_is_taken_from_each_responses_scor
         None,
         ["rollout.group_size=2", "algo.advantage=group_centred", "algo.kl.coef=0.5"],
     )
-    batch = make_batch()._replace(adv=np.array([1.0, 0.0, np.nan, 3.0]))
+    rows, rollout = make_batch()._replace(adv=None), rollout_of(np.array([1.0, 0.0, np.nan, 3.0]))
     penalty = np.where(MASK, 0.5 * 0.1, 0).astype(np.float32)
     state = setup(view, "shared")[-1]
-    judged, targets, _ = loop.by_group(config)(state, batch, rollout_of(batch.adv), penalty)
+    judged, targets, _ = by_group(config)(state, rows, rollout, penalty)
     # 6 and 1 tokens: 1 - 0.5 * 0.6 = 0.7 and 0 - 0.5 * 0.1 = -0.05; the third is not scored.
     np.testing.assert_allclose(judged.adv, [0.375, -0.375, 0, 0], atol=1e-6)
     assert targets is None
