@@ -20,7 +20,7 @@ from gspo_jax.update.programs import CriticState, TrainState, init_state
 
 def make_state(
     config: Config, policy: Policy, updates: int
-) -> tuple[Optimizer, Callable[[int], Any], TrainState]:
+) -> tuple[Optimizer, Callable[[Any], Any], TrainState]:
     """The optimizer, its learning rate by update, and the state before the first step.
 
     The state takes over the policy's parameters: the first update donates them.

@@ -109,7 +109,7 @@ class Loop(NamedTuple):
     policy: Policy
     problems: Problems
     optimizer: Optimizer
-    schedule: Callable[[int], Any]
+    schedule: Callable[[Any], Any]
     goal: Objective
     programs: Programs
     reference: PyTree | None

@@ -116,7 +116,9 @@ def _batch(pairs: list[Pair], width: int) -> TrainBatch:
         row[: len(context) + len(continuation)] = context + continuation
     lengths = np.array([[len(context), len(c)] for context, c in pairs], np.int32)
     mask = np.arange(T)[None] < lengths[:, 1:]
-    return TrainBatch(tokens, *lengths.T, mask, np.zeros(len(pairs), np.float32))
+    context_length, length = lengths.T
+    adv = np.zeros(len(pairs), np.float32)
+    return TrainBatch(tokens, context_length, length, mask, adv)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import Sharding
 from jaxtyping import PyTree
 
 from gspo_jax.errors import NO_DEVICES, ConfigError
@@ -167,7 +167,7 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def place(x: Any, sharding: NamedSharding) -> jax.Array:
+def place(x: Any, sharding: Sharding) -> jax.Array:
     """A host array that every process has whole, or an array on the devices, as `sharding` says."""
     shared = isinstance(x, jax.Array) and not x.is_fully_addressable
     if sharding.is_fully_addressable or shared:
