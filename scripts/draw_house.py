@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "gspo_jax"
-OUT = ROOT / "docs" / "images" / "house.svg"
+OUT = ROOT / "docs" / "images" / "architecture" / "house.svg"
 CORE = {"algo", "models", "rollout", "update", "advantage", "train"}
 EVERYWHERE = {"errors", "numbers", "text", "files"}  # lines to them would hide the others
 WIDTH, HEIGHT, GAP, RISE = 104, 30, 18, 74  # of a box, between boxes, from row to row

@@ -26,11 +26,11 @@ ELSEWHERE = {
         "test_a_resumed_run_is_bitwise_the_run_that_never_stopped",
     ),
     "loss differs between 1, 2, 4 and 8 devices": (
-        "test_sharding.py",
+        "mesh/test_sharding.py",
         "test_any_mesh_samples_the_same_tokens_and_computes_the_same_losses",
     ),
     "reference model run although its coefficient is 0": (
-        "test_critic.py",
+        "update/test_critic.py",
         "test_a_reference_is_asked_only_where_the_kl_coefficient_is_not_zero",
     ),
 }

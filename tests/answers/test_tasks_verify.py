@@ -179,6 +179,7 @@ def test_hostile_text_scores_0_with_work_linear_in_its_length(text, compare):
         lines += event == "line"
         return count
 
+    compare(text[:2_000_000], "5")  # now its regular expressions are compiled
     sys.settrace(count)
     try:
         verdict = compare(text[:2_000_000], "5")

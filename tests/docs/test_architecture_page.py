@@ -17,7 +17,9 @@ _spec.loader.exec_module(house)
 
 def test_the_drawing_is_that_of_the_imports():
     told = "python scripts/draw_house.py draws it again"
-    assert (ROOT / "docs" / "images" / "house.svg").read_text() == house.drawing(), told
+    assert (
+        ROOT / "docs" / "images" / "architecture" / "house.svg"
+    ).read_text() == house.drawing(), told
 
 
 def test_a_box_stands_above_all_that_it_uses_and_no_line_says_what_a_path_says():

@@ -335,7 +335,7 @@ def test_row_52_the_real_tracker_without_a_key_or_a_network(tmp_path, outage):
     if outage == "no network":
         real["WANDB_API_KEY"] = "0123456789abcdef" * 2 + "01234567"
     env = {k: v for k, v in os.environ.items() if k != "WANDB_API_KEY"} | real
-    env["PYTHONPATH"] = os.pathsep.join([str(Path(writer.__file__).parents[1])])
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(writer.__file__).parents[2])])
     done = python(TRACKED, tmp_path / "run", env=env, stdin=-3)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wandb is left out from here on") == 1

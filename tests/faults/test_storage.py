@@ -132,7 +132,7 @@ PLACES = """
 import json, os, sys
 from pathlib import Path
 from gspo_jax.errors import StorageError
-from gspo_jax.run.metrics import check_place, lock
+from gspo_jax.files.whole import check_place, lock
 root = Path(sys.argv[1])
 if "AS_NOBODY" in os.environ:  # modes do not stop root
     os.setgid(65534), os.setuid(65534)
@@ -225,7 +225,7 @@ CLAIM = """
 import sys, time
 from pathlib import Path
 from gspo_jax.errors import StorageError
-from gspo_jax.run.metrics import lock
+from gspo_jax.files.whole import lock
 print("ready", flush=True)
 sys.stdin.readline()
 try:
