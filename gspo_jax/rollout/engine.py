@@ -115,7 +115,7 @@ def generate(
         fixed = {"sampling": sampling, "steps": sizes.steps, "record_routing": record_routing}
         return _decode(graphdef, params, cache, rows, np.int32(S), step, **fixed)
 
-    eos = np.asarray(sorted(set(eos_ids)))
+    eos = np.asarray(sorted(set(eos_ids)), np.int32)
     batch = Batch(np.arange(len(number)), rows, cache)
     record = _decode_all(decode, batch, first, sizes, ended=number >= B, eos=eos)
     completions, drawn_experts = _completions(record, B, max_new_tokens, eos)

@@ -11,7 +11,7 @@ import pytest
 
 import gspo_jax.evaluation.benchmark
 import gspo_jax.evaluation.evaluate
-import gspo_jax.run.lifecycle
+import gspo_jax.run.export
 import gspo_jax.sft
 import gspo_jax.train
 from gspo_jax.cli import story
@@ -405,7 +405,7 @@ def test_export_goes_beside_the_run_or_where_it_is_told(monkeypatch, capsys):
         calls.append((str(run), str(out), like))
         return out
 
-    monkeypatch.setattr(gspo_jax.run.lifecycle, "export", export)
+    monkeypatch.setattr(gspo_jax.run.export, "export", export)
     assert main(["export", "runs/x"]) == 0
     assert main(["export", "runs/x", "out", "--like", "base"]) == 0
     assert calls == [("runs/x", "runs/x/export", None), ("runs/x", "out", "base")]
@@ -419,7 +419,7 @@ def test_an_export_and_the_end_of_a_run_say_how_the_model_is_used(
     out.mkdir(parents=True)
     text = model_card(load_config(), steps=1, supervised=False, before={}, after={})
     (out / "README.md").write_text(text)
-    monkeypatch.setattr(gspo_jax.run.lifecycle, "export", lambda run, out, like: out)
+    monkeypatch.setattr(gspo_jax.run.export, "export", lambda run, out, like: out)
     assert main(["export", str(tmp_path / "run")]) == 0
     assert main(["train", DEMO]) == 0
     told = capsys.readouterr().out
