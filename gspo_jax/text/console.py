@@ -223,7 +223,9 @@ def telling(what: str) -> Iterator[None]:
 
     def tell() -> None:
         with suppress(OSError, ValueError):  # nobody is there to be told
-            Console(stderr=True).print(Text(f"{inert(what)} ..."), soft_wrap=True)
+            Console(stderr=True, force_jupyter=False).print(
+                Text(f"{inert(what)} ..."), soft_wrap=True
+            )
 
     with overdue(PATIENCE, tell):
         yield

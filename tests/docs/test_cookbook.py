@@ -291,7 +291,8 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch
     nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
     made = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
     for now, then in zip(made, kept, strict=True):
-        assert {o.output_type for o in now} == {o.output_type for o in then}
+        shown = [o for o in now if o.get("name") != "stderr"]  # what takes long says so there
+        assert {o.output_type for o in shown} == {o.output_type for o in then}
     # What is kept in the file is a whole run: accuracy before and after, each with its n.
     shown = "".join(o.text for outputs in kept for o in outputs if o.output_type == "stream")
     before, after = re.findall(r"greedy: (\d+\.\d) % \[\d+\.\d, \d+\.\d\], n = 256", shown)
