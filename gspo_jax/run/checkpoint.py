@@ -178,7 +178,9 @@ def rehearse(directory: Path) -> list[str]:
         if integrity.sync(place):
             return []
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        barrier("rehearsed")  # all have read it
+        if is_writer():
+            shutil.rmtree(place, ignore_errors=True)
     return [
         f"{directory}: its file system does not flush directories; after a power cut the newest "
         "checkpoint may be missing, and the one before it is taken."
