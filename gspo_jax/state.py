@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import optax
+from flax import nnx
 
 from gspo_jax.algo.losses import LOSSES, MEAN
 from gspo_jax.algo.losses import kl as kl_penalty
@@ -68,7 +69,21 @@ def add_critic(
 
     shardings = state_shardings(jax.eval_shape(start, params), params, policy.mesh)
     critic = jax.jit(start, out_shardings=shardings)(params)
-    term = make_term(
+    term = critic_term(config, policy, graphdef, optimizer, how, shortest_prompt)
+    return state._replace(critic=critic), term
+
+
+def critic_term(
+    config: Config,
+    policy: Policy,
+    graphdef: nnx.GraphDef,
+    optimizer: Optimizer,
+    how: Passes,
+    shortest_prompt: int,
+) -> CriticTerm:
+    """The configured critic's part in the objective; `graphdef` is that of its network."""
+    c = config.algo.critic
+    return make_term(
         graphdef,
         optimizer,
         shared=c.kind == "shared",
@@ -79,7 +94,6 @@ def add_critic(
         attention=how.attention,
         shortest_prompt=shortest_prompt,
     )
-    return state._replace(critic=critic), term
 
 
 def optimizer_at(

@@ -36,7 +36,7 @@ def check_remat(remat: str) -> None:
     """Refuse what is not in POLICIES.
 
     Raises:
-        ConfigError: "auto" included, which `policy.passes` decides, and booleans.
+        ConfigError: "auto" included, which `memory.passes` decides, and booleans.
     """
     check_choice("remat", remat, POLICIES)
 

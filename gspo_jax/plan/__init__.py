@@ -3,7 +3,8 @@
 In reading order:
 
     costs     operations and bytes of a step, from shapes
-    memory    what is kept, by kind, and how much of it a device has
+    capacity  how much memory a device has
+    memory    what is kept, by kind
     programs  every large program, lowered from shapes alone
     report    `gspo-jax plan`
     layout    `gspo-jax plan --shardings`: where every array lives

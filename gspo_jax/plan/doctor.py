@@ -190,7 +190,7 @@ def attention() -> Finding:
 
 def memory() -> Finding:
     """What a run may use of each device."""
-    from gspo_jax.plan.memory import capacity
+    from gspo_jax.plan.capacity import capacity
 
     return Finding("memory", f"{capacity() / 1e9:.1f} GB for each device")
 

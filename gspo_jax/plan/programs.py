@@ -48,8 +48,8 @@ from gspo_jax.prompt.tokenizer import Tokenizer
 from gspo_jax.rollout import engine as generate
 from gspo_jax.rollout.sampling import Sampling, row_keys
 from gspo_jax.rollout.schedule import bucket, programs_for, schedule
-from gspo_jax.state import objective, optimizer_at, starter
-from gspo_jax.update.critic import make_critic, make_look, make_term
+from gspo_jax.state import critic_term, objective, optimizer_at, starter
+from gspo_jax.update.critic import make_critic, make_look
 from gspo_jax.update.objective import CriticTerm, Given, Gradients, Targets
 from gspo_jax.update.programs import CriticState, make_programs
 
@@ -287,7 +287,7 @@ def _given(run: Sketch, rows: int) -> Given:
 def _critic(
     config: Config, policy: Policy, updates: int, shortest: int, how: Passes
 ) -> tuple[CriticState | None, CriticTerm | None]:
-    """`run.add_critic` in shapes."""
+    """`state.add_critic` in shapes."""
     c = config.algo.critic
     if c.kind == "none":
         return None, None
@@ -301,18 +301,7 @@ def _critic(
 
     state = jax.eval_shape(start, policy.params)
     state = _placed(state, state_shardings(state, state.params, policy.mesh))
-    term = make_term(
-        graphs[0],
-        optimizer,
-        shared=c.kind == "shared",
-        clip=c.clip,
-        coef=c.coef,
-        dtype=policy.dtype,
-        remat=how.remat,
-        attention=how.attention,
-        shortest_prompt=shortest,
-    )
-    return state, term
+    return state, critic_term(config, policy, graphs[0], optimizer, how, shortest)
 
 
 # --------------------------------------------------------------------------------------- shapes

@@ -13,6 +13,7 @@ from gspo_jax import train as train_module
 from gspo_jax.cli.commands import main
 from gspo_jax.errors import OutOfMemory
 from gspo_jax.plan import memory
+from gspo_jax.plan.capacity import capacity, cgroup_limits
 
 # What XLA writes on a GPU, shortened in nothing but the number of its buffers.
 DUMP = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123456789012 bytes.\n" + "".join(
@@ -87,9 +88,9 @@ def test_row_54_a_real_limit_is_known_beforehand(tiny_dir, tmp_path):
 
 
 def test_the_capacity_is_no_more_than_this_process_may_have(monkeypatch):
-    everything = memory.capacity()
+    everything = capacity()
     monkeypatch.setattr(resource, "getrlimit", lambda _: (8_000_000, 8_000_000))
-    assert memory.capacity() == 8_000_000 // jax.local_device_count() < everything
+    assert capacity() == 8_000_000 // jax.local_device_count() < everything
 
 
 @pytest.mark.parametrize(
@@ -126,4 +127,4 @@ def test_every_control_group_on_the_way_up_limits_the_memory(tmp_path, membershi
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text + "\n")
     (tmp_path / "self").write_text(membership)
-    assert sorted(memory.cgroup_limits(tmp_path / "self", root)) == limits
+    assert sorted(cgroup_limits(tmp_path / "self", root)) == limits
