@@ -35,7 +35,7 @@ from gspo_jax.models.attention import KINDS
 from gspo_jax.models.remat import POLICIES
 from gspo_jax.prompt.tokenizer import load_tokenizer
 from gspo_jax.rollout.engine import generate
-from gspo_jax.rollout.stages import to_train_batch
+from gspo_jax.rollout.train_rows import to_train_batch
 from gspo_jax.update.microbatch import MICROBATCH_TOKENS
 from gspo_jax.update.objective import Objective, cast
 from gspo_jax.update.optim import make_optimizer

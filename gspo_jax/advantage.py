@@ -23,7 +23,7 @@ from gspo_jax.config.settings import GAE
 from gspo_jax.mesh.distributed import host
 from gspo_jax.mesh.sharding import shard_batch
 from gspo_jax.policy import Policy
-from gspo_jax.rollout.stages import to_train_batch
+from gspo_jax.rollout.train_rows import to_train_batch
 from gspo_jax.update.critic import estimate, make_values
 from gspo_jax.update.objective import CriticTerm, Metrics, Objective, Targets
 from gspo_jax.update.programs import Programs, TrainState

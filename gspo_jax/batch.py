@@ -27,7 +27,7 @@ class Problem:
         answer: the gold answer; None where only a user's reward function can tell.
         columns: every other field of the data row, passed by name to reward functions.
         opened: what the rendered prompt opened and left to the response to close: "<think>" where
-            the chat template begins the reasoning itself, else "". `stages.rendered` sets it.
+            the chat template begins the reasoning itself, else "". `stages.with_opened` sets it.
     """
 
     id: str

@@ -18,7 +18,6 @@ from gspo_jax.models.hf.weights import read_config
 from gspo_jax.plan.memory import held_by, passes
 from gspo_jax.policy import load_policy, load_problems, text_sizes, within_positions
 from gspo_jax.prompt.tokenizer import Tokenizer
-from gspo_jax.rollout.stages import encode_prompts
 from gspo_jax.run.lifecycle import Result, open_run
 from gspo_jax.state import make_state
 from gspo_jax.update.objective import Objective
@@ -85,9 +84,8 @@ def solutions(
     rows = len(problems)
     tokens = np.full((rows, width), tokenizer.pad_id, np.int32)
     prompt_length, length = np.zeros((2, rows), np.int32)
-    for row, (problem, prompt) in enumerate(
-        zip(problems, encode_prompts(tokenizer, problems), strict=True)
-    ):
+    prompts = tokenizer.encode_prompts([p.prompt for p in problems])
+    for row, (problem, prompt) in enumerate(zip(problems, prompts, strict=True)):
         text = problem.columns.get("completion")
         if not isinstance(text, str):
             raise DataError(f'problem {problem.id}: no "completion" to learn from, got {text!r}.')

@@ -36,19 +36,10 @@ from gspo_jax.policy import (
     text_sizes,
     within_positions,
 )
-from gspo_jax.rollout.stages import (
-    Scorer,
-    digest,
-    encode_prompts,
-    fill_with_spread,
-    groups_with_spread,
-    rendered,
-    rollout_metrics,
-    sample_completions,
-    sample_rows,
-    score_completions,
-    text_lengths,
-)
+from gspo_jax.rollout.dynamic_sampling import fill_with_spread, groups_with_spread
+from gspo_jax.rollout.reporting import digest, rollout_metrics, sample_rows
+from gspo_jax.rollout.stages import Scorer, sample_completions, score_completions, with_opened
+from gspo_jax.rollout.train_rows import text_lengths
 from gspo_jax.run.lifecycle import Result, Run, open_run
 from gspo_jax.run.resume import Begun
 from gspo_jax.state import add_critic, make_state, objective
@@ -245,9 +236,9 @@ def respond(
 ) -> Rollout:
     """The policy's responses to these problems, and their scores."""
     c, roll = loop.config, loop.config.rollout
-    asked = rendered(loop.policy.tokenizer, asked)
+    asked = with_opened(loop.policy.tokenizer, asked)
     with phase("generate"):
-        prompts = encode_prompts(loop.policy.tokenizer, asked)
+        prompts = loop.policy.tokenizer.encode_prompts([p.prompt for p in asked])
         completions, texts = sample_completions(  # 2 rollout
             loop.policy.sampler(state.params),
             loop.policy.tokenizer,

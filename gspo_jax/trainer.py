@@ -38,7 +38,7 @@ from gspo_jax.models.qwen import Qwen
 from gspo_jax.policy import Policy, Problems, beyond_positions, load_policy
 from gspo_jax.prompt.tokenizer import Tokenizer
 from gspo_jax.reward import rewards
-from gspo_jax.rollout.stages import encode_prompts, sample_completions, token_count
+from gspo_jax.rollout.stages import sample_completions
 from gspo_jax.run.export import export_params
 from gspo_jax.run.metrics import RunLog
 from gspo_jax.tasks import load_task
@@ -183,7 +183,7 @@ class GSPOTrainer:
         metrics = plain(train.step_metrics(self.config, begun))
         adv = np.asarray(begun.pending.batch.adv)
         return metrics | {
-            "num_tokens": token_count(rollout),
+            "num_tokens": begun.tokens,
             "clip_fraction": metrics["clip_frac"],
             "importance_ratio_mean": metrics["ratio_mean"],
             "importance_ratio_std": metrics["ratio_std"],
@@ -262,8 +262,7 @@ class GSPOTrainer:
         """One response to each prompt, under the model's chat template; temperature 0 is greedy."""
         roll = self.config.rollout
         new = max_new_tokens or roll.max_completion_length
-        asked = [Problem(str(i), prompt) for i, prompt in enumerate(prompts)]
-        encoded = encode_prompts(self.tokenizer, asked)
+        encoded = self.tokenizer.encode_prompts(prompts)
         self._check_positions(max(map(len, encoded), default=0), new)
         with jax.set_mesh(self.policy.mesh):
             _, texts = sample_completions(
@@ -291,7 +290,8 @@ class GSPOTrainer:
 
     def _fitting(self, problems: list[Problem]) -> list[Problem]:
         most = self.options.max_prompt_length
-        for problem, ids in zip(problems, encode_prompts(self.tokenizer, problems), strict=True):
+        encoded = self.tokenizer.encode_prompts([p.prompt for p in problems])
+        for problem, ids in zip(problems, encoded, strict=True):
             if len(ids) > most:
                 raise DataError(
                     f"item {problem.id!r:.60} has a prompt of {len(ids)} tokens, "

@@ -15,7 +15,8 @@ from gspo_jax.batch import Completions, Problem, Rollout
 from gspo_jax.config.load import load_config, warnings
 from gspo_jax.errors import ConfigError
 from gspo_jax.rollout.engine import generate
-from gspo_jax.rollout.stages import rollout_metrics, to_train_batch
+from gspo_jax.rollout.reporting import rollout_metrics
+from gspo_jax.rollout.train_rows import to_train_batch
 from gspo_jax.train import train
 
 HERE = Path(__file__).parent

@@ -22,13 +22,7 @@ from gspo_jax.numbers.summary import Record, measures
 from gspo_jax.policy import Policy, Problems, load_policy, load_problems, within_positions
 from gspo_jax.prompt.tokenizer import Tokenizer
 from gspo_jax.rollout.engine import PureModel
-from gspo_jax.rollout.stages import (
-    Scorer,
-    encode_prompts,
-    rendered,
-    sample_completions,
-    score_together,
-)
+from gspo_jax.rollout.stages import Scorer, sample_completions, score_together, with_opened
 from gspo_jax.tasks.task import boxed_in
 
 
@@ -120,11 +114,11 @@ def responses(
     """
     group, first = max(samples, 1), min(samples, 1)
     for begin in range(start, len(problems), batch):
-        part = rendered(tokenizer, problems[begin : begin + batch])
+        part = with_opened(tokenizer, problems[begin : begin + batch])
         completions, texts = sample_completions(
             model,
             tokenizer,
-            encode_prompts(tokenizer, part),
+            tokenizer.encode_prompts([p.prompt for p in part]),
             key=key,
             group_size=group,
             max_new_tokens=max_new_tokens,

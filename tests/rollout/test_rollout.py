@@ -8,13 +8,10 @@ import pytest
 
 from gspo_jax.batch import Completions, Problem, Rollout
 from gspo_jax.numbers.tally import Average, Count
-from gspo_jax.rollout.stages import (
-    fill_with_spread,
-    groups_with_spread,
-    rollout_metrics,
-    score_completions,
-    to_train_batch,
-)
+from gspo_jax.rollout.dynamic_sampling import fill_with_spread, groups_with_spread
+from gspo_jax.rollout.reporting import rollout_metrics
+from gspo_jax.rollout.stages import score_completions
+from gspo_jax.rollout.train_rows import to_train_batch
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from gspo_jax.algo.losses import LOSSES
 from gspo_jax.batch import Completions, Problem, Rollout, TrainBatch
 from gspo_jax.mesh.sharding import make_mesh, shard_batch, state_shardings
 from gspo_jax.numbers.tally import numbers
-from gspo_jax.rollout.stages import digest, text_lengths, to_train_batch
+from gspo_jax.rollout.reporting import digest
+from gspo_jax.rollout.train_rows import text_lengths, to_train_batch
 from gspo_jax.update.critic import estimate, make_critic, make_term
 from gspo_jax.update.objective import Gradients, Objective, Targets, measure, real_tokens
 from gspo_jax.update.programs import make_programs, microbatches

@@ -13,8 +13,9 @@ from gspo_jax.algo.losses import LOSSES
 from gspo_jax.batch import Problem, Rollout, TrainBatch
 from gspo_jax.models import Qwen, QwenConfig
 from gspo_jax.models.moe import balance
+from gspo_jax.rollout.dynamic_sampling import join_groups
 from gspo_jax.rollout.engine import generate
-from gspo_jax.rollout.stages import join_groups, to_train_batch
+from gspo_jax.rollout.train_rows import to_train_batch
 from gspo_jax.update.objective import Gradients, Objective, real_tokens
 from gspo_jax.update.optim import global_norm, make_optimizer
 from gspo_jax.update.programs import init_state, make_programs
