@@ -137,7 +137,7 @@ def measure(model: str, devices: int) -> dict[str, Any]:
     layers = (1, 2, 3) if (model, devices) == ("R1-Distill-1.5B", 8) else (1, 2)
     runs = {n: described(replace(shape, num_layers=n), model, devices) for n in layers}
     planned = {n: programs(run) for n, run in runs.items()}
-    add = {n: account(run, planned[n], "add") for n, run in runs.items()}
+    add = {n: account(run, planned[n], "add_grads") for n, run in runs.items()}
     apply = decode = {n: Counter() for n in runs}
     if devices == NODE:  # a few scalars, and scales of moments: no more on larger meshes
         apply = {n: account(run, planned[n], "apply") for n, run in runs.items()}
@@ -152,7 +152,7 @@ def measure(model: str, devices: int) -> dict[str, Any]:
     step: Counter = Counter()
     for (kind, direction, across, looped), count in passes.items():
         times = MINIBATCHES * (microbatches if looped else 1)
-        if direction == "forward" and looped:  # the scores of three minibatches of four
+        if direction == "forward" and looped:  # old log-probs of three minibatches of four
             times += (MINIBATCHES - 1) * microbatches
         step[kind, "update", across] += times * count
     for (kind, _, across, _), count in extrapolated(apply, L).items():

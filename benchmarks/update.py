@@ -4,15 +4,15 @@
     python benchmarks/update.py --model r1-1.5b --microbatches 8192,16384,32768 \\
         --widths 1280,4352 --attention cudnn                         one H200-sized GPU
 
-The programs are those of a training run (`make_programs`): `add` once for all microbatches, then
-`apply`. Weights are random, every row fills its width, and all tokens but the prompt's are trained
-on. What is counted is what the model needs, whatever is computed twice:
+The programs are those of a training run (`make_programs`): `add_grads` once for all microbatches,
+then `apply`. Weights are random, every row fills its width, and all tokens but the prompt's are
+trained on. What is counted is what the model needs, whatever is computed twice:
 
     2 * matrices * tokens + 2 * head * response tokens + 2 * layers * width * heads * head_dim
     * tokens (causal attention), forward; three times that with the backward pass
 
 Compilation is timed by itself, from nothing unless JAX_COMPILATION_CACHE_DIR is set; "temp" is what
-the compiler sets aside for `add`.
+the compiler sets aside for `add_grads`.
 """
 
 import argparse
@@ -82,10 +82,10 @@ def case(config: QwenConfig, o, rates, tokens: int, width: int) -> dict[str, Any
     given = Given(jnp.full(batch.mask.shape, jnp.nan))  # on-policy, as a rollout's first update
     state = [jax.jit(lambda p: init_state(p, optimizer), donate_argnums=0)(params)]
     trained = Gradients(state[0].params)
-    total: list[Accumulated] = [programs.start(trained, placed)]
+    total: list[Accumulated] = [programs.start_grads(trained, placed)]
     steps = (rows, np.int32(count))
     began = time.perf_counter()
-    add = programs.add.lower(total[0], trained, placed, given, *steps, width=width).compile()
+    add = programs.add_grads.lower(total[0], trained, placed, given, *steps, width=width).compile()
     apply = programs.apply.lower(state[0], total[0], placed, given).compile()
     compiled = time.perf_counter() - began
 

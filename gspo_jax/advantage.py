@@ -61,7 +61,7 @@ def make_advantage(
         rows = to_train_batch(rollout, mask_truncated=mask_truncated, width=goal.longest)
         # The reference is a network of its own, with its own routing.
         alone = rows._replace(routing=None)
-        ref_logp = None if reference is None else programs.score(reference, alone).logp
+        ref_logp = None if reference is None else programs.logps(reference, alone).logp
         penalty, metrics = np.zeros(rows.mask.shape, np.float32), {}
         if ref_logp is not None and in_reward:
             penalty, metrics = kl_penalty(config, programs, state, rows, ref_logp)
@@ -80,7 +80,7 @@ def kl_penalty(
     ref_logp: Float[Array, "B T"],
 ) -> tuple[Penalty, Metrics]:
     """β (log π - log π_ref) of each token, which is taken from its reward; and its metrics."""
-    logp = programs.score(state.params, rows).logp
+    logp = programs.logps(state.params, rows).logp
     coef = np.float32(config.algo.kl.coef if state.kl_coef is None else host(state.kl_coef))
     divergence = host(token_kl(logp, ref_logp, jnp.asarray(rows.mask), "k1"))
     mean = float(divergence.sum() / max(rows.mask.sum(), 1))

@@ -54,12 +54,12 @@ def measure(steps: int = 10, rollouts: int = 4, seed: int = 0) -> dict[str, Any]
 def fourth_minibatch(loop: train.Loop, state: Any, begun: Any) -> list[dict[str, Any]]:
     """Its responses, after the updates on the three before it; `state` is left as it is."""
     batch = begun.pending.batch
-    old = np.asarray(loop.programs.score(state.params, batch).logp)
+    old = np.asarray(loop.programs.logps(state.params, batch).logp)
     asked = iter([False] * 4)  # before the first update, and before each of three
     moved, _ = train.update(
         loop, jax.tree.map(jnp.copy, state), begun, stop=lambda: next(asked, True)
     )
-    log_ratio = np.asarray(loop.programs.score(moved.params, batch).logp) - old
+    log_ratio = np.asarray(loop.programs.logps(moved.params, batch).logp) - old
     rows = range(len(log_ratio) * 3 // 4, len(log_ratio))
     tokens, decode = begun.completions.tokens, loop.policy.tokenizer.decode
     return [

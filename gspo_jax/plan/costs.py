@@ -26,7 +26,7 @@ class Work(NamedTuple):
     """One step's, over all devices.
 
     Attributes:
-        matmul: operations of prefill, scores and gradients, which large matmuls bound.
+        matmul: operations of prefill, log-probs and gradients, which large matmuls bound.
         decode: (operations, bytes read) of each decode step, whichever takes longer.
         tokens: of prompts, once per response, and of responses.
     """
@@ -214,9 +214,9 @@ def layer_parameters(c: QwenConfig) -> int:
     return total
 
 
-def forward(c: QwenConfig, rows: int, length: int, scored: int) -> int:
-    """Operations of a forward pass: `scored` positions of each row meet the vocabulary."""
-    dense = length * layer_parameters(c) + scored * c.hidden_size * c.vocab_size
+def forward(c: QwenConfig, rows: int, length: int, predicted: int) -> int:
+    """Operations of a forward pass: `predicted` positions of each row meet the vocabulary."""
+    dense = length * layer_parameters(c) + predicted * c.hidden_size * c.vocab_size
     return rows * (2 * dense + int(_attention(c, length**2)))
 
 
@@ -239,8 +239,8 @@ def step_work(
     B, T = rollout.prompts * rollout.group_size, rollout.max_completion_length
     S, text = bucket(prompt), bucket(prompt + T)
     one = forward(c, B, text, T)
-    scores = (algo.minibatches - 1) / algo.minibatches + (algo.kl.coef > 0)
-    passes = scores + algo.epochs * (4 if remat else 3)
+    logps = (algo.minibatches - 1) / algo.minibatches + (algo.kl.coef > 0)
+    passes = logps + algo.epochs * (4 if remat else 3)
     decode, per_token = [], layer_parameters(c) + c.hidden_size * c.vocab_size
     sizes = schedule(B, S, T, ways=ways)
     for slots in sizes.slots:

@@ -49,7 +49,7 @@ from gspo_jax.rollout import engine as generate
 from gspo_jax.rollout.sampling import Sampling, row_keys
 from gspo_jax.rollout.schedule import bucket, programs_for, schedule
 from gspo_jax.state import critic_term, objective, optimizer_at, starter
-from gspo_jax.update.critic import make_critic, make_look
+from gspo_jax.update.critic import make_add_values, make_critic
 from gspo_jax.update.objective import CriticTerm, Given, Gradients, Targets
 from gspo_jax.update.programs import CriticState, make_programs
 
@@ -197,7 +197,7 @@ def _sample(
 
 
 def _update(run: Sketch) -> Iterator[Planned]:
-    """As `train` calls them: scores of other networks, of π_old, then the gradient and its use."""
+    """As `train` calls them: log-probs of the reference, of π_old, then the gradient, its use."""
     c, a = run.config, run.config.algo
     shardings = jax.tree.map(lambda x: x.sharding, run.state)
     sigmas = run.config.run.spike_sigmas
@@ -208,42 +208,44 @@ def _update(run: Sketch) -> Iterator[Planned]:
     part = everything // a.minibatches
     routed = _routed(run)
     if c.algo.kl.coef:
-        yield from _look(run, made, _rows(run, everything, False))
+        yield from _logps(run, made, _rows(run, everything, False))
         if a.kl.placement == "reward" and routed and a.routing_replay == "R3":
-            yield from _look(run, made, _rows(run, everything, True))
+            yield from _logps(run, made, _rows(run, everything, True))
     if run.goal.critic is not None:
-        look = make_look(run.policy.graphdef, run.goal, run.goal.critic)
+        add_values = make_add_values(run.policy.graphdef, run.goal, run.goal.critic)
         batch = _rows(run, everything, a.routing_replay == "R3" and routed)
         zeros = _host(batch.mask.shape, "float32")
         networks = (run.state.params, run.state.critic.params)  # pyright: ignore
-        yield from _each_width(run, look, (zeros, *networks, batch), everything, run.held.always)
+        yield from _each_width(
+            run, add_values, (zeros, *networks, batch), everything, run.held.always
+        )
     with_ids = a.routing_replay == "R3" and routed
     if a.minibatches > 1:
-        yield from _look(run, made, _batch(run, part, with_ids))
+        yield from _logps(run, made, _batch(run, part, with_ids))
     replays = [with_ids] if a.routing_replay != "R2" or not routed else [False, True]
     if replays == [False, True] and a.minibatches * a.epochs == 1:
         replays = [False]
     for ids in replays:
         batch, given = _batch(run, part, ids), _given(run, part)
         trained = Gradients(run.state.params, run.state.critic and run.state.critic.params)
-        total = jax.eval_shape(made.start, trained, batch)
+        total = jax.eval_shape(made.start_grads, trained, batch)
         total = total._replace(grads=_like(total.grads, trained))
         base = run.held.always + per_device((batch, given))
-        yield _plan(run, "update", made.start, (trained, batch), (), f"{part} rows", base)
+        yield _plan(run, "update", made.start_grads, (trained, batch), (), f"{part} rows", base)
         base += per_device(total)
         arguments = (total, trained, batch, given)
-        yield from _each_width(run, made.add, arguments, part, base)
+        yield from _each_width(run, made.add_grads, arguments, part, base)
         arguments = (run.state, total, batch, given)
         yield _plan(run, "update", made.apply, arguments, (), f"{part} rows", base)
 
 
-def _look(run: Sketch, made, batch: TrainBatch) -> Iterator[Planned]:
+def _logps(run: Sketch, made, batch: TrainBatch) -> Iterator[Planned]:
     B = batch.tokens.shape[0]
     params, base = run.state.params, run.held.always + per_device(batch)
-    yield _plan(run, "update", made.blank, (params, batch), (), f"{B} rows", base)
-    scored = jax.eval_shape(made.blank, params, batch)
-    arguments = (scored, params, batch)
-    yield from _each_width(run, made.look, arguments, B, base + per_device(scored))
+    yield _plan(run, "update", made.start_logps, (params, batch), (), f"{B} rows", base)
+    found = jax.eval_shape(made.start_logps, params, batch)
+    arguments = (found, params, batch)
+    yield from _each_width(run, made.add_logps, arguments, B, base + per_device(found))
 
 
 def _each_width(run: Sketch, jitted, arguments, rows: int, alive: int) -> Iterator[Planned]:

@@ -160,7 +160,7 @@ def advice(run: Sketch, worst: Compiled) -> str:
     c, held = run.config, run.held
     settings = []
     if worst.planned.stage == "update":
-        if worst.planned.name in ("add", "look"):
+        if worst.planned.name in ("add_grads", "add_logps", "add_values"):
             settings += ["model.remat=full"] if run.goal.remat != "full" else []
             rows = microbatch_shapes(run, MANY)[0][1]
             settings += [f"algo.microbatch={max(rows // 2, 1)}"] if rows > 1 else []
@@ -184,13 +184,13 @@ def estimate(run: Sketch, p: Planned) -> Compiled:
     """
     h = run.held
     temporary, output, aliased = 0, 0, 0
-    if p.name == "add":
+    if p.name == "add_grads":
         temporary = working(h, run.policy.dtype) + activations(run) + head(run)
-    elif p.name == "look":
+    elif p.name in ("add_logps", "add_values"):
         temporary = head(run) + activations(run, "full") + h.weights
     elif p.name == "apply":
         temporary = h.gradients * (5 if run.config.optim.state == "8bit" else 2)
-    elif p.name == "start":
+    elif p.name == "start_grads":
         output = h.gradients
     elif p.name == "to_sample":
         output = h.weights
@@ -247,7 +247,7 @@ def _decided(run: Sketch) -> str:
 def _memory(run: Sketch, found: Sequence[Compiled], limit: int) -> list[tuple[str, str]]:
     """Kinds, then peaks: of sampling, and of the update."""
     h = run.held
-    adds = [x for x in found if x.planned.name == "add"]
+    adds = [x for x in found if x.planned.name == "add_grads"]
     worst_add = max(adds, key=lambda x: x.peak)
     logits = min(head(run), worst_add.temporary)
     kinds = {

@@ -30,7 +30,7 @@ from gspo_jax.run.arrays import named
 from gspo_jax.tasks.task import fingerprint
 from gspo_jax.text.spelling import meant
 from gspo_jax.update.objective import Targets
-from gspo_jax.update.programs import Scored, TrainState
+from gspo_jax.update.programs import LogProbs, TrainState
 from gspo_jax.update.spikes import empty_window
 from gspo_jax.update.steps import Pending
 
@@ -68,7 +68,7 @@ def pack(begun: Begun) -> checkpoint.Pending:
     stats = host(p.stats)
     record = {
         "stats": [packed(update) for update in stats],
-        "scored": len(p.old),
+        "minibatches": len(p.old),
         "metrics": plain(begun.metrics),
         "samples": plain(begun.samples),
     }
@@ -92,7 +92,7 @@ def unpack(kept: checkpoint.Pending) -> Begun:
         batch=batch,
         ref_logp=found.get("ref_logp"),
         targets=read(Targets, "targets"),
-        old=tuple(read(Scored, f"old.{i}") for i in range(record["scored"])),
+        old=tuple(read(LogProbs, f"old.{i}") for i in range(record["minibatches"])),
         stats=tuple(unpacked(update) for update in record["stats"]),
     )
     lengths = found["lengths.0"], found["lengths.1"]

@@ -118,11 +118,13 @@ def make_term(
     return CriticTerm(values, optimizer, clip, coef if shared else 1.0, shared)
 
 
-def make_look(graphdef: nnx.GraphDef, objective: Objective, term: CriticTerm):
+def make_add_values(graphdef: nnx.GraphDef, objective: Objective, term: CriticTerm):
     """The jitted program of `make_values`: all microbatches of one width."""
 
     @partial(jax.jit, static_argnames="width", donate_argnums=0)
-    def look(so_far, params: PyTree, critic: PyTree, batch: TrainBatch, rows, count, *, width):
+    def add_values(
+        so_far, params: PyTree, critic: PyTree, batch: TrainBatch, rows, count, *, width
+    ):
         def one(so_far, rows):
             micro = take(batch, rows, width)
             states = forward(graphdef, params, micro, objective)[0] if term.shared else None
@@ -130,7 +132,7 @@ def make_look(graphdef: nnx.GraphDef, objective: Objective, term: CriticTerm):
 
         return fold(one, Microbatches(rows, count, width), so_far)
 
-    return look
+    return add_values
 
 
 def make_values(
@@ -147,14 +149,14 @@ def make_values(
         term: from `make_term`.
         place: puts a batch on the devices.
     """
-    look = make_look(graphdef, objective, term)
+    add_values = make_add_values(graphdef, objective, term)
 
     def of_state(state: TrainState, batch: TrainBatch) -> Float[Array, "B T"]:
         assert state.critic is not None
         placed, values = place(batch), jnp.zeros(batch.mask.shape, jnp.float32)
         networks = (state.params, state.critic.params)
         for rows, count, width in microbatches(batch, objective):
-            values = look(values, *networks, placed, rows, np.int32(count), width=width)
+            values = add_values(values, *networks, placed, rows, np.int32(count), width=width)
         return values
 
     return of_state

@@ -1,10 +1,10 @@
 """The jitted programs of an update, and how a minibatch goes through them.
 
-    score     log π_old of a minibatch that will be visited after the policy has moved:
-              `blank`, zeros for every row; `look`, the rows of one width, filled in
-    update    `start`, zeros for the gradient and for what is found; `add`, the microbatches'
-              shares of it, of one width, into donated accumulators; `apply`: clip, Adam, unless
-              the gradient is not finite, a spike or zero, and the metrics
+    logps     log π_old of a minibatch that will be visited after the policy has moved:
+              `start_logps`, zeros for every row; `add_logps`, the rows of one width, filled in
+    update    `start_grads`, zeros for the gradient and for what is found; `add_grads`, the
+              microbatches' shares of it, of one width, into donated accumulators; `apply`: clip,
+              Adam, unless the gradient is not finite, a spike or zero, and the metrics
 
 These five are plain functions of arrays, after arguments that are fixed for a run;
 `make_programs` binds those, and says which buffers are donated and where the results live.
@@ -64,7 +64,7 @@ class TrainState(NamedTuple):
     kl_coef: Float[Array, ""] | None = None  # likewise; the weight of a penalty that is steered
 
 
-class Scored(NamedTuple):
+class LogProbs(NamedTuple):
     """What a policy says of a batch: log-probabilities, and the experts that it chose."""
 
     logp: Float[Any, "B T"]
@@ -93,46 +93,46 @@ def init_state(
     )
 
 
-def blank(
+def start_logps(
     graphdef: nnx.GraphDef, objective: Objective, params: PyTree, batch: TrainBatch
-) -> Scored:
-    """What `look` fills in, with zeros for every row."""
-    return _scored(_zeros_of(graphdef, objective, Gradients(params), batch))
+) -> LogProbs:
+    """What `add_logps` fills in, with zeros for every row."""
+    return _logps_of(_zeros_of(graphdef, objective, Gradients(params), batch))
 
 
-def look(
+def add_logps(
     graphdef: nnx.GraphDef,
     objective: Objective,
-    so_far: Scored,
+    so_far: LogProbs,
     params: PyTree,
     batch: TrainBatch,
     rows: Int[Array, "K m"],
     count: Int[Array, ""],
     *,
     width: int,
-) -> Scored:
+) -> LogProbs:
     """`so_far` with what the policy says of these rows, microbatch after microbatch.
 
     Args:
         rows, count, width: of `Microbatches`: the first `count` rows of `rows` are run.
     """
 
-    def fill_in(so_far: Scored, rows: Array) -> Scored:
+    def fill_in(so_far: LogProbs, rows: Array) -> LogProbs:
         found = forward(graphdef, params, take(batch, rows, width), objective)[1]
-        return put(so_far, _scored(found), rows)
+        return put(so_far, _logps_of(found), rows)
 
     return fold(fill_in, Microbatches(rows, count, width), so_far)
 
 
-def start(
+def start_grads(
     graphdef: nnx.GraphDef, objective: Objective, trained: Gradients, batch: TrainBatch
 ) -> Accumulated:
-    """What `add` adds to: zeros for every gradient and for every row."""
+    """What `add_grads` adds to: zeros for every gradient and for every row."""
     zeros = _zeros_of(graphdef, objective, trained, batch)
     return Accumulated(jax.tree.map(jnp.zeros_like, trained), zeros)
 
 
-def add(
+def add_grads(
     graphdef: nnx.GraphDef,
     objective: Objective,
     so_far: Accumulated,
@@ -148,7 +148,7 @@ def add(
 
     Args:
         trained: the weights, one leaf per gradient.
-        rows, count, width: as of `look`.
+        rows, count, width: as of `add_logps`.
     """
     gradient = jax.grad(share_of_loss(graphdef, batch, objective), has_aux=True)
 
@@ -168,7 +168,7 @@ def apply(
     total: Accumulated,
     batch: TrainBatch,
     given: Given,
-) -> tuple[TrainState, dict[str, Tally], Scored]:
+) -> tuple[TrainState, dict[str, Tally], LogProbs]:
     """The state after one update, its metrics, and what the policy said before it."""
     metrics, finite = measure(total.grads, total.found, batch, given, objective)
     norm, spike = metrics["grad_norm"].value, jnp.bool_(False)
@@ -177,7 +177,7 @@ def apply(
         taken = finite & ~spike & (norm > 0)
         state = state._replace(spikes=remember(state.spikes, norm, state.updates, spike, taken))
     state = apply_guarded(state, total.grads, optimizer, objective, norm, finite, spike)
-    return state, metrics, _scored(total.found)
+    return state, metrics, _logps_of(total.found)
 
 
 def apply_guarded(
@@ -232,25 +232,26 @@ class Programs(NamedTuple):
     Attributes:
         objective: what they minimise; how rows are grouped stands in it.
         place: puts a batch, or what belongs to its rows, on the devices.
-        blank, look, start, add, apply: the functions of this module, but for their fixed
-            arguments; `look` and `add` donate what they fill in, `apply` donates the state.
+        start_logps, add_logps, start_grads, add_grads, apply: the functions of this module, but
+            for their fixed arguments; `add_logps` and `add_grads` donate what they fill in,
+            `apply` donates the state.
     """
 
     objective: Objective
     place: Callable[[PyTree], PyTree]
-    blank: Wrapped
-    look: Wrapped
-    start: Wrapped
-    add: Wrapped
+    start_logps: Wrapped
+    add_logps: Wrapped
+    start_grads: Wrapped
+    add_grads: Wrapped
     apply: Wrapped
 
-    def score(self, params: PyTree, batch: TrainBatch) -> Scored:
+    def logps(self, params: PyTree, batch: TrainBatch) -> LogProbs:
         """What the policy with these parameters says of a batch that lies on the host."""
         parts, placed = microbatches(batch, self.objective), self.place(batch)
-        scored = self.blank(params, placed)
+        found = self.start_logps(params, placed)
         for rows, count, width in parts:
-            scored = self.look(scored, params, placed, rows, np.int32(count), width=width)
-        return scored
+            found = self.add_logps(found, params, placed, rows, np.int32(count), width=width)
+        return found
 
     def accumulate(
         self,
@@ -272,9 +273,11 @@ class Programs(NamedTuple):
         if old_logp is None:  # NaN stands for the policy itself: one program serves both
             old_logp = np.full(batch.mask.shape, np.nan, np.float32)
         given = self.place(Given(old_logp, ref_logp, targets))
-        total = self.start(trained, placed)
+        total = self.start_grads(trained, placed)
         for rows, count, width in parts:
-            total = self.add(total, trained, placed, given, rows, np.int32(count), width=width)
+            total = self.add_grads(
+                total, trained, placed, given, rows, np.int32(count), width=width
+            )
         return total, placed, given
 
     def update(
@@ -287,7 +290,7 @@ class Programs(NamedTuple):
         *,
         phase: Callable[[str], AbstractContextManager[None]] = nullcontext,
         hold: Callable[[TrainState], None] = lambda state: None,
-    ) -> tuple[TrainState, dict[str, Tally], Scored]:
+    ) -> tuple[TrainState, dict[str, Tally], LogProbs]:
         """One update: the state after it, its metrics, and what the policy said before it.
 
         Args:
@@ -303,9 +306,9 @@ class Programs(NamedTuple):
             jax.block_until_ready((total, placed, given))
         with phase("optimizer"):
             with uninterrupted():  # between the end of the former state and its successor's owner
-                state, metrics, scored = self.apply(state, total, placed, given)
+                state, metrics, said = self.apply(state, total, placed, given)
                 hold(state)
-            return jax.block_until_ready((state, metrics, scored))
+            return jax.block_until_ready((state, metrics, said))
 
 
 def make_programs(
@@ -333,11 +336,11 @@ def make_programs(
     return Programs(
         objective,
         place,
-        blank=jax.jit(partial(blank, *network)),
-        look=jax.jit(partial(look, *network), **by_width),
-        start=jax.jit(partial(start, *network), out_shardings=accumulated),
-        add=jax.jit(
-            partial(add, *network),
+        start_logps=jax.jit(partial(start_logps, *network)),
+        add_logps=jax.jit(partial(add_logps, *network), **by_width),
+        start_grads=jax.jit(partial(start_grads, *network), out_shardings=accumulated),
+        add_grads=jax.jit(
+            partial(add_grads, *network),
             **by_width,
             out_shardings=accumulated,
             compiler_options=compiler_options(objective.remat, regathers(shardings)),
@@ -382,8 +385,8 @@ def _zeros_of(
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(find))
 
 
-def _scored(found: Forward) -> Scored:
-    return Scored(found.logp, None if found.routing is None else found.routing.experts)
+def _logps_of(found: Forward) -> LogProbs:
+    return LogProbs(found.logp, None if found.routing is None else found.routing.experts)
 
 
 def _weights_of(state: TrainState) -> Gradients:

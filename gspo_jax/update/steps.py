@@ -1,6 +1,6 @@
 """One rollout becomes minibatches x epochs updates.
 
-The first minibatch needs no scoring: there π_θ = π_old, so its old log-probabilities are its own
+The first minibatch has to ask for none: there π_θ = π_old, so its old log-probabilities are its own
 (stop_gradient), its ratio is exactly 1 and nothing can be clipped. The other minibatches' come
 from the training program's own forward on the same shapes, never from the sampler: GSPO's clip
 band is as narrow as the noise between two programs.
@@ -18,7 +18,7 @@ from gspo_jax.batch import TrainBatch
 from gspo_jax.mesh.distributed import host
 from gspo_jax.numbers.tally import Tally, merged, numbers
 from gspo_jax.update.objective import Metrics, Targets
-from gspo_jax.update.programs import Programs, Scored, TrainState
+from gspo_jax.update.programs import LogProbs, Programs, TrainState
 
 
 class Pending(NamedTuple):
@@ -34,7 +34,7 @@ class Pending(NamedTuple):
     batch: TrainBatch
     ref_logp: Float[Any, "B T"] | None = None
     targets: Targets | None = None
-    old: tuple[Scored | None, ...] = ()
+    old: tuple[LogProbs | None, ...] = ()
     stats: tuple[dict[str, Tally], ...] = ()
 
 
@@ -100,7 +100,7 @@ def continue_updates(
         # The first update is on-policy by construction, and tells its own π_old; the others' is
         # needed before the policy moves.
         with phase("old_logp"):
-            old = [None, *(programs.score(state.params, part) for part in parts[1:])]
+            old = [None, *(programs.logps(state.params, part) for part in parts[1:])]
             jax.block_until_ready(old)
     for i in range(len(stats), total):
         if stop():
@@ -110,11 +110,11 @@ def continue_updates(
         if known is not None and part.routing is None:
             part = part._replace(routing=known.experts)
         known_logp = None if known is None else known.logp
-        state, metrics, scored = programs.update(
+        state, metrics, said = programs.update(
             state, part, known_logp, refs[i], goals[i], phase=phase, hold=hold
         )
         stats.append(metrics)
-        old[i] = scored if known is None else known
+        old[i] = said if known is None else known
     state = state._replace(step=state.step + int(len(stats) == total))
     return state, pending._replace(old=tuple(old), stats=tuple(stats))
 

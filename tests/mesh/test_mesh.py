@@ -62,16 +62,16 @@ def test_what_is_replayed_is_not_what_the_router_would_choose():
 
 
 def programs_on(kind, **axes):
-    """The texts of the compiled `add` and `apply`."""
+    """The texts of the compiled `add_grads` and `apply`."""
     mesh = make_mesh(**axes)
     with jax.set_mesh(mesh):
         state, made = placed(kind, mesh)
         whole = shard_batch(batch(kind), mesh)
         given = shard_batch(Given(np.zeros((B, T), np.float32)), mesh)
         trained = Gradients(state.params)
-        total = made.start(trained, whole)
+        total = made.start_grads(trained, whole)
         rows = np.arange(B, dtype=np.int32).reshape(2, 8)
-        add = made.add.lower(total, trained, whole, given, rows, np.int32(2), width=S)
+        add = made.add_grads.lower(total, trained, whole, given, rows, np.int32(2), width=S)
         apply = made.apply.lower(state, total, whole, given)
         return add.compile().as_text(), apply.compile().as_text()
 

@@ -16,7 +16,7 @@ from gspo_jax.run import checkpoint, resume
 from gspo_jax.run.resume import Begun, find, pack, unpack
 from gspo_jax.tasks import load_task
 from gspo_jax.update.objective import Targets
-from gspo_jax.update.programs import Scored
+from gspo_jax.update.programs import LogProbs
 from gspo_jax.update.steps import Pending
 
 B, S, T, M, X = 4, 7, 5, 2, 3
@@ -34,7 +34,7 @@ def begun(rich):
         table if rich else table[:, 0],
         routing,
     )
-    known = Scored(jnp.asarray(table[2:]), None if routing is None else jnp.asarray(routing[2:]))
+    known = LogProbs(jnp.asarray(table[2:]), None if routing is None else jnp.asarray(routing[2:]))
     one, many = jnp.float32(1), jnp.float32(300)
     stats = {"loss": Average(jnp.float32(0.1), one), "ratio_min": Least(jnp.float32(jnp.nan), many)}
     stats = (stats,)

@@ -401,7 +401,7 @@ def test_each_minibatch_learns_from_its_own_rows(fresh, kind):
     state, stats, _ = update_on_rollout(programs, state, batch, minibatches=2, targets=goal)
     first, second = on_device(parts)
     _, by_hand = fresh(kind)
-    old = programs.score(by_hand.params, second[0]).logp
+    old = programs.logps(by_hand.params, second[0]).logp
     by_hand, *_ = programs.update(by_hand, first[0], None, None, first[1])
     by_hand, *_ = programs.update(by_hand, second[0], old, None, second[1])
     assert same_bits(state._replace(step=by_hand.step), by_hand)
@@ -613,14 +613,14 @@ def test_four_devices_compute_what_one_does(config, learned):
 def test_a_reference_is_asked_only_where_the_kl_coefficient_is_not_zero(
     config, monkeypatch, coef, placement, calls
 ):
-    """One update per step scores nothing for itself: what is left is for the KL."""
-    counted, score = [], Programs.score
+    """One update per step asks for no log-probs of its own: what is left is for the KL."""
+    counted, logps = [], Programs.logps
 
     def counting(programs, params, batch):
         counted.append(params)
-        return score(programs, params, batch)
+        return logps(programs, params, batch)
 
-    monkeypatch.setattr(Programs, "score", counting)
+    monkeypatch.setattr(Programs, "logps", counting)
     options = [f"algo.kl.coef={coef}", f"algo.kl.placement={placement}", "algo.minibatches=1"]
     options += ["algo.loss=grpo", "algo.advantage=group_centred", "rollout.group_size=2"]
     options += ["rollout.prompts=24", "run.steps=2"]

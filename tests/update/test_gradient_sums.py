@@ -168,12 +168,12 @@ def test_the_backward_pass_on_a_mesh_adds_no_sum_in_16_bits(kind, axes):
         whole, trained = shard_batch(batch, mesh), Gradients(params)
         given = Given(jnp.zeros((rows, width - P)))
         order = np.arange(rows, dtype=np.int32)[None]
-        blank = jax.eval_shape(programs.blank, params, whole)
-        total = jax.eval_shape(programs.start, trained, whole)
-        forward = programs.look.lower(
+        blank = jax.eval_shape(programs.start_logps, params, whole)
+        total = jax.eval_shape(programs.start_grads, trained, whole)
+        forward = programs.add_logps.lower(
             blank, params, whole, order, np.int32(1), width=width
         ).as_text()
-        both = programs.add.lower(
+        both = programs.add_grads.lower(
             total, trained, whole, given, order, np.int32(1), width=width
         ).as_text()
     assert both.count("stablehlo") > 1.5 * forward.count("stablehlo")

@@ -90,7 +90,7 @@ def recorded(view):
     """What the routers choose for the whole batch under the weights that sampled it."""
     graphdef, optimizer, state = fresh(view)
     programs = make_programs(graphdef, optimizer, Objective(GSPO))
-    return np.asarray(programs.score(state.params, on_device(make_batch())).experts)
+    return np.asarray(programs.logps(state.params, on_device(make_batch())).experts)
 
 
 @pytest.mark.parametrize("replay", ["R2", "R3"])
