@@ -39,7 +39,8 @@ from gspo_jax.rollout.train_rows import to_train_batch
 from gspo_jax.update.microbatch import MICROBATCH_TOKENS
 from gspo_jax.update.objective import Objective, cast
 from gspo_jax.update.optim import make_optimizer
-from gspo_jax.update.programs import init_state, make_programs
+from gspo_jax.update.programs import make_programs
+from gspo_jax.update.state import init_state
 from gspo_jax.update.steps import update_on_rollout
 
 

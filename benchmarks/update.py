@@ -44,7 +44,8 @@ from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.remat import POLICIES
 from gspo_jax.update.objective import Given, Gradients, Objective
 from gspo_jax.update.optim import make_optimizer
-from gspo_jax.update.programs import Accumulated, init_state, make_programs, microbatches
+from gspo_jax.update.programs import Accumulated, make_programs, microbatches
+from gspo_jax.update.state import init_state
 
 COLUMNS = ("microbatch, width", "rows", "gradient s", "optimizer s", "low - high", "FLOP/s")
 COLUMNS += ("of matmul", "of datasheet", "compile s", "temp MiB", "n, others' cores")

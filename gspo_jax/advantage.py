@@ -26,7 +26,8 @@ from gspo_jax.policy import Policy
 from gspo_jax.rollout.train_rows import to_train_batch
 from gspo_jax.update.critic import estimate, make_values
 from gspo_jax.update.objective import CriticTerm, Metrics, Objective, Targets
-from gspo_jax.update.programs import Programs, TrainState
+from gspo_jax.update.programs import Programs
+from gspo_jax.update.state import TrainState
 
 Penalty = Float[np.ndarray, "B T"]  # of each token, in units of reward
 Learned = tuple[TrainBatch, Targets | None, Metrics]  # rows with advantages, a critic's targets

@@ -19,7 +19,7 @@ from gspo_jax.plan.memory import held_by, passes
 from gspo_jax.policy import load_policy, load_problems, text_sizes, within_positions
 from gspo_jax.prompt.tokenizer import Tokenizer
 from gspo_jax.run.lifecycle import Result, open_run
-from gspo_jax.state import make_state
+from gspo_jax.start import make_state
 from gspo_jax.update.objective import Objective
 from gspo_jax.update.optim import schedule_count
 from gspo_jax.update.programs import make_programs

@@ -42,10 +42,11 @@ from gspo_jax.rollout.stages import Scorer, sample_completions, score_completion
 from gspo_jax.rollout.train_rows import text_lengths
 from gspo_jax.run.lifecycle import Result, Run, open_run
 from gspo_jax.run.resume import Begun
-from gspo_jax.state import add_critic, make_state, objective
+from gspo_jax.start import add_critic, make_state, objective
 from gspo_jax.update.objective import Metrics, Objective
 from gspo_jax.update.optim import Optimizer, schedule_count
-from gspo_jax.update.programs import Programs, TrainState, make_programs
+from gspo_jax.update.programs import Programs, make_programs
+from gspo_jax.update.state import TrainState
 from gspo_jax.update.steps import Pending, continue_updates, old_logps, summarise
 
 KL_HORIZON = 1e4  # responses in which algo.kl.target may move the coefficient by a fifth

@@ -20,7 +20,8 @@ from gspo_jax.policy import to_sample
 from gspo_jax.rollout.engine import generate
 from gspo_jax.update.objective import Gradients, Objective
 from gspo_jax.update.optim import make_optimizer
-from gspo_jax.update.programs import Programs, TrainState, init_state, make_programs
+from gspo_jax.update.programs import Programs, make_programs
+from gspo_jax.update.state import TrainState, init_state
 
 # The sizes are unlike each other, so that a shape in a compiled program says what it is.
 DENSE = {

@@ -15,7 +15,7 @@ PACKAGE = Path(gspo_jax.__file__).parent
 ORDER = (
     *("errors", "numbers", "batch", "text", "files"),
     *("algo", "mesh", "models", "prompt", "answers", "reward", "tasks"),
-    *("config", "rollout", "update", "policy", "state"),
+    *("config", "rollout", "update", "policy", "start"),
     *("view", "evaluation", "run", "plan"),
     *("advantage", "train", "sft", "replay", "trainer_config", "trainer"),
     *("experiment", "cli", "__main__"),

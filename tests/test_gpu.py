@@ -17,7 +17,8 @@ from gspo_jax.models.qwen import Qwen
 from gspo_jax.rollout.engine import generate
 from gspo_jax.update.objective import Objective, cast, forward_logps
 from gspo_jax.update.optim import make_optimizer
-from gspo_jax.update.programs import init_state, make_programs
+from gspo_jax.update.programs import make_programs
+from gspo_jax.update.state import init_state
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,9 +13,9 @@ from gspo_jax.batch import Completions, Rollout, TrainBatch
 from gspo_jax.config.load import load_config
 from gspo_jax.errors import ConfigError
 from gspo_jax.mesh.sharding import make_mesh, sharding_for
-from gspo_jax.state import kl_term
+from gspo_jax.start import kl_term
 from gspo_jax.update.objective import Forward, Given, Gradients, Objective, measure
-from gspo_jax.update.programs import init_state
+from gspo_jax.update.state import init_state
 
 NAN = np.nan
 NOTHING = Completions(*(np.zeros((8, 0), kind) for kind in ("i4", "?", "f4")), np.zeros(8, bool))

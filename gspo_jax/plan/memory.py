@@ -35,7 +35,7 @@ from gspo_jax.policy import Passes, Policy, Problems, TextSizes, attention
 from gspo_jax.rollout.schedule import LENGTHS
 from gspo_jax.update.microbatch import shapes
 from gspo_jax.update.objective import Objective
-from gspo_jax.update.programs import TrainState
+from gspo_jax.update.state import TrainState
 
 MANY = 1 << 30  # rows of a minibatch that fills every microbatch
 

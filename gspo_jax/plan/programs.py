@@ -48,10 +48,11 @@ from gspo_jax.prompt.tokenizer import Tokenizer
 from gspo_jax.rollout import engine as generate
 from gspo_jax.rollout.sampling import Sampling, row_keys
 from gspo_jax.rollout.schedule import bucket, programs_for, schedule
-from gspo_jax.state import critic_term, objective, optimizer_at, starter
+from gspo_jax.start import critic_term, objective, optimizer_at, starter
 from gspo_jax.update.critic import make_add_values, make_critic
 from gspo_jax.update.objective import CriticTerm, Given, Gradients, Targets
-from gspo_jax.update.programs import CriticState, make_programs
+from gspo_jax.update.programs import make_programs
+from gspo_jax.update.state import CriticState
 
 
 def sketch(
@@ -289,7 +290,7 @@ def _given(run: Sketch, rows: int) -> Given:
 def _critic(
     config: Config, policy: Policy, updates: int, shortest: int, how: Passes
 ) -> tuple[CriticState | None, CriticTerm | None]:
-    """`state.add_critic` in shapes."""
+    """`start.add_critic` in shapes."""
     c = config.algo.critic
     if c.kind == "none":
         return None, None

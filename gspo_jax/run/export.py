@@ -20,7 +20,7 @@ from gspo_jax.policy import Policy, load_policy, with_devices_here
 from gspo_jax.prompt.tokenizer import token_ids
 from gspo_jax.run import checkpoint, resume
 from gspo_jax.run.model_card import model_card, stated
-from gspo_jax.state import add_critic, make_state
+from gspo_jax.start import add_critic, make_state
 from gspo_jax.view.run_files import logged
 
 

@@ -35,7 +35,8 @@ from gspo_jax.run import checkpoint, resume
 from gspo_jax.run.export import export_params, logged_eval, logged_step, run_card
 from gspo_jax.run.metrics import RunLog
 from gspo_jax.run.resume import Begun
-from gspo_jax.update.programs import TrainState, all_finite
+from gspo_jax.update.programs import all_finite
+from gspo_jax.update.state import TrainState
 from gspo_jax.view.report import dynamics
 
 STOPS: list[Why | None] = [None, "preempted", "interrupted"]

@@ -30,8 +30,9 @@ from gspo_jax.run.arrays import named
 from gspo_jax.tasks.task import fingerprint
 from gspo_jax.text.spelling import meant
 from gspo_jax.update.objective import Targets
-from gspo_jax.update.programs import LogProbs, TrainState
+from gspo_jax.update.programs import LogProbs
 from gspo_jax.update.spikes import empty_window
+from gspo_jax.update.state import TrainState
 from gspo_jax.update.steps import Pending
 
 RESUME = ("auto", "never")  # instead of a checkpoint

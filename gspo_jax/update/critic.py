@@ -35,7 +35,8 @@ from gspo_jax.update.objective import (
     response_tokens,
 )
 from gspo_jax.update.optim import Optimizer
-from gspo_jax.update.programs import TrainState, microbatches
+from gspo_jax.update.programs import microbatches
+from gspo_jax.update.state import TrainState
 
 
 class Critic(nnx.Module):

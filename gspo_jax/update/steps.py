@@ -18,7 +18,8 @@ from gspo_jax.batch import TrainBatch
 from gspo_jax.mesh.distributed import host
 from gspo_jax.numbers.tally import Tally, merged, numbers
 from gspo_jax.update.objective import Metrics, Targets
-from gspo_jax.update.programs import LogProbs, Programs, TrainState
+from gspo_jax.update.programs import LogProbs, Programs
+from gspo_jax.update.state import TrainState
 
 
 class Pending(NamedTuple):

@@ -21,7 +21,8 @@ from gspo_jax.rollout.engine import generate
 from gspo_jax.train import mismatch, train
 from gspo_jax.update.objective import Objective
 from gspo_jax.update.optim import make_optimizer
-from gspo_jax.update.programs import init_state, make_programs
+from gspo_jax.update.programs import make_programs
+from gspo_jax.update.state import init_state
 
 
 def finite(tree):

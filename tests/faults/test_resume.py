@@ -26,7 +26,7 @@ from gspo_jax.replay import TIMED
 from gspo_jax.run import checkpoint
 from gspo_jax.train import train
 from gspo_jax.update.optim import make_optimizer
-from gspo_jax.update.programs import init_state
+from gspo_jax.update.state import init_state
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "checkpoints_format_1"
 

@@ -16,8 +16,8 @@ from gspo_jax.mesh.sharding import make_mesh, partition_spec, shard_batch, state
 from gspo_jax.policy import param_shardings
 from gspo_jax.train import train
 from gspo_jax.update.optim import make_optimizer
-from gspo_jax.update.programs import init_state
 from gspo_jax.update.quant import Quantised
+from gspo_jax.update.state import init_state
 
 
 def test_logical_axes_become_mesh_axes_and_an_axis_that_does_not_divide_stays_whole():

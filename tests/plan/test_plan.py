@@ -30,7 +30,7 @@ from gspo_jax.plan.report import report
 from gspo_jax.policy import load_policy, load_problems
 from gspo_jax.prompt.tokenizer import load_tokenizer
 from gspo_jax.sft import sft
-from gspo_jax.state import make_state
+from gspo_jax.start import make_state
 from gspo_jax.train import assemble, train
 
 HERE = Path(__file__).parents[1]

@@ -18,8 +18,8 @@ from gspo_jax.files import integrity
 from gspo_jax.run import arrays, checkpoint
 from gspo_jax.run.checkpoint import Kept, Saver
 from gspo_jax.update.optim import make_optimizer
-from gspo_jax.update.programs import init_state
 from gspo_jax.update.quant import Quantised
+from gspo_jax.update.state import init_state
 
 
 @pytest.fixture

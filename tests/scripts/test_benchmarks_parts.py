@@ -15,7 +15,7 @@ from gspo_jax.models.qwen import Qwen
 from gspo_jax.plan.memory import activation_need, head_need, held_by, working
 from gspo_jax.policy import Passes, TextSizes
 from gspo_jax.update.optim import make_optimizer
-from gspo_jax.update.programs import init_state
+from gspo_jax.update.state import init_state
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

@@ -38,7 +38,8 @@ from gspo_jax.update.critic import (
 )
 from gspo_jax.update.objective import Gradients, Objective, Targets, forward
 from gspo_jax.update.optim import let_pass, make_optimizer
-from gspo_jax.update.programs import CriticState, Programs, init_state, make_programs
+from gspo_jax.update.programs import Programs, make_programs
+from gspo_jax.update.state import CriticState, init_state
 from gspo_jax.update.steps import summarise, update_on_rollout
 
 loop = importlib.import_module("gspo_jax.train")

@@ -15,13 +15,8 @@ from gspo_jax.batch import TrainBatch
 from gspo_jax.update import objective as objective_module
 from gspo_jax.update.objective import Gradients, Objective
 from gspo_jax.update.optim import let_pass, make_optimizer, make_schedule, schedule_count
-from gspo_jax.update.programs import (
-    Programs,
-    apply_guarded,
-    init_state,
-    make_programs,
-    microbatches,
-)
+from gspo_jax.update.programs import Programs, apply_guarded, make_programs, microbatches
+from gspo_jax.update.state import init_state
 from gspo_jax.update.steps import Pending, continue_updates, old_logps, summarise, update_on_rollout
 
 B, S, T = 8, 20, 10

@@ -18,7 +18,8 @@ from gspo_jax.rollout.engine import generate
 from gspo_jax.rollout.train_rows import to_train_batch
 from gspo_jax.update.objective import Gradients, Objective, real_tokens
 from gspo_jax.update.optim import global_norm, make_optimizer
-from gspo_jax.update.programs import init_state, make_programs
+from gspo_jax.update.programs import make_programs
+from gspo_jax.update.state import init_state
 from gspo_jax.update.steps import summarise, update_on_rollout
 
 B, S, T, E, X = 4, 12, 6, 6, 2

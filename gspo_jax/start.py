@@ -16,7 +16,7 @@ from gspo_jax.policy import PLAIN, Passes, Policy, Problems, text_sizes
 from gspo_jax.update.critic import make_critic, make_term
 from gspo_jax.update.objective import CriticTerm, Objective
 from gspo_jax.update.optim import Optimizer, make_optimizer, make_schedule
-from gspo_jax.update.programs import CriticState, TrainState, init_state
+from gspo_jax.update.state import CriticState, TrainState, init_state
 
 
 def make_state(
