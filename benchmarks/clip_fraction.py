@@ -46,8 +46,8 @@ def main() -> None:
         for loss, ranges in RANGES.items()
         for low, high in ranges
     ]
-    masks = [begun.pending.batch.mask for begun in rollouts]
-    adv = np.concatenate([begun.pending.batch.adv for begun in rollouts])
+    masks = [begun.progress.batch.mask for begun in rollouts]
+    adv = np.concatenate([begun.progress.batch.adv for begun in rollouts])
     result = {
         "environment": calibrate.environment(),
         "steps_before": o.steps,
@@ -84,7 +84,7 @@ def case(loss: str, low: float, high: float, seed: int, start, rollouts) -> dict
         for begun in rollouts:
             state = jax.tree.map(jnp.copy, start)  # an update gives its buffers away
             _, done = train.update(loop, state, begun)
-            found.append([numbers(jax.device_get(stats)) for stats in done.pending.stats])
+            found.append([numbers(jax.device_get(stats)) for stats in done.progress.stats])
 
     def over_rollouts(name: str) -> list[float]:
         return np.mean([[s[name] for s in stats] for stats in found], axis=0).tolist()

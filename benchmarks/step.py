@@ -41,7 +41,7 @@ from gspo_jax.update.objective import Objective, cast
 from gspo_jax.update.optim import make_optimizer
 from gspo_jax.update.programs import make_programs
 from gspo_jax.update.state import init_state
-from gspo_jax.update.steps import update_on_rollout
+from gspo_jax.update.steps import Progress, continue_updates
 
 
 def main() -> None:
@@ -117,10 +117,9 @@ def make_step(o: argparse.Namespace):
         adv = np.asarray(advantage(jnp.asarray(rollout.reward)))
         batch = to_train_batch(rollout, adv, width=longest)
         rewarded = time.perf_counter()
-        state[0], metrics, _ = update_on_rollout(
-            programs, state[0], batch, minibatches=o.minibatches
-        )
-        jax.block_until_ready((state[0], metrics))
+        progress = Progress(batch)
+        state[0], done = continue_updates(programs, state[0], progress, minibatches=o.minibatches)
+        jax.block_until_ready((state[0], done.stats))
         return {
             "generate": generated - began,
             "reward": rewarded - generated,

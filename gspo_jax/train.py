@@ -47,7 +47,7 @@ from gspo_jax.update.objective import Metrics, Objective
 from gspo_jax.update.optim import Optimizer, schedule_count
 from gspo_jax.update.programs import Programs, make_programs
 from gspo_jax.update.state import TrainState
-from gspo_jax.update.steps import Pending, continue_updates, old_logps, summarise
+from gspo_jax.update.steps import Progress, continue_updates, old_logps, summarise
 
 KL_HORIZON = 1e4  # responses in which algo.kl.target may move the coefficient by a fifth
 
@@ -154,7 +154,7 @@ def judge(loop: Loop, state: TrainState, step: int, rollout: Rollout, everything
     metrics["groups_without_spread"] = prompts - len(with_spread)
     shown = every and (step == 1 or step % every == 0)
     return Begun(
-        Pending(judged.batch, judged.ref_logp, judged.targets),
+        Progress(judged.batch, judged.ref_logp, judged.targets),
         rollout.completions._replace(routing=None),
         metrics,
         sample_rows(rollout, np.asarray(judged.batch.adv)) if shown else [],
@@ -173,18 +173,18 @@ def update(
     """The updates of a step, or those of them that come before a stop; `state` is donated, and
     `hold` is given its successor after each."""
     algo = loop.config.algo
-    state, pending = continue_updates(
+    state, progress = continue_updates(
         loop.programs,
         state,
-        begun.pending,
+        begun.progress,
         minibatches=algo.minibatches,
         epochs=algo.epochs,
         phase=phase,
         stop=stop,
         hold=hold,
     )
-    begun = begun._replace(pending=pending)
-    if len(pending.stats) == algo.minibatches * algo.epochs:
+    begun = begun._replace(progress=progress)
+    if len(progress.stats) == algo.minibatches * algo.epochs:
         state = steer(loop.config, state, begun.metrics)
     return state, begun
 
@@ -206,8 +206,8 @@ def steer(config: Config, state: TrainState, metrics: Metrics) -> TrainState:
 
 def step_metrics(config: Config, begun: Begun) -> Metrics:
     """What the rollout of a step and all its updates have to say."""
-    stats = summarise(list(begun.pending.stats))
-    stats |= mismatch(old_logps(begun.pending), begun.completions.logp, begun.pending.batch.mask)
+    stats = summarise(begun.progress.stats)
+    stats |= mismatch(old_logps(begun.progress), begun.completions.logp, begun.progress.batch.mask)
     return begun.metrics | stats | trl_names(stats, config.algo.loss["name"])
 
 

@@ -181,7 +181,7 @@ class GSPOTrainer:
             self.state, begun = train.update(self._loop, self.state, begun, phase, hold=hold)
         self._place += count
         metrics = plain(train.step_metrics(self.config, begun))
-        adv = np.asarray(begun.pending.batch.adv)
+        adv = np.asarray(begun.progress.batch.adv)
         return metrics | {
             "num_tokens": begun.tokens,
             "clip_fraction": metrics["clip_frac"],

@@ -53,7 +53,7 @@ def measure(steps: int = 10, rollouts: int = 4, seed: int = 0) -> dict[str, Any]
 
 def fourth_minibatch(loop: train.Loop, state: Any, begun: Any) -> list[dict[str, Any]]:
     """Its responses, after the updates on the three before it; `state` is left as it is."""
-    batch = begun.pending.batch
+    batch = begun.progress.batch
     old = np.asarray(loop.programs.logps(state.params, batch).logp)
     asked = iter([False] * 4)  # before the first update, and before each of three
     moved, _ = train.update(

@@ -119,7 +119,7 @@ class Run:
         """Continue from the newest checkpoint if `run.resume` says so, else measure and begin.
 
         Raises:
-            ConfigError, DataError, StorageError: from `resume.find` and `resume.compare`.
+            ConfigError, DataError, StorageError: from `resume.find` and `resume.tell_changes`.
         """
         where = self.directory
         self.log.say(f"Writes {where}; to watch it: gspo-jax monitor {where}")
@@ -146,13 +146,13 @@ class Run:
     def _continue(self, state: TrainState, found: resume.Found) -> TrainState:
         root, name = found.path.parent, found.path.name
         meta = checkpoint.read_meta(found.path)
-        resume.compare(meta, self.config, self.problems, found, self.log.say)
+        resume.tell_changes(meta, self.config, self.problems, found, self.log.say)
         if found.own and meta["kind"] != self.kind:
             raise ConfigError(
                 f"{self.directory} is a run of gspo-jax {meta['kind']}, not of {self.kind}; choose "
                 f"another run.name, with run.resume={found.path} to start from its weights."
             )
-        state = resume.restore(found, meta, state)
+        state = resume.restored_state(found, meta, state)
         if (pending := checkpoint.read_pending(found.path)) is not None:
             self.begun = resume.unpack(pending)
         self.tokens, step, of = meta["num_tokens"], int(meta["step"]), self.config.run.steps
@@ -172,7 +172,7 @@ class Run:
 
     def _lacks_eval(self, step: int) -> bool:
         """Whether the run was stopped after a step before its evaluation."""
-        due = self._is_measured(step) and not (self.begun and self.begun.pending.stats)
+        due = self._is_measured(step) and not (self.begun and self.begun.progress.stats)
         row = logged_step(self.log.directory, step)
         begun = step == 0 or bool(row)  # by this run, and not by another that it goes on from
         return bool(agreed(due and begun and not any(n.startswith("eval/") for n in row)))
@@ -357,7 +357,7 @@ def told(step: int, begun: Begun | None) -> str:
     """ "step 12", or what is done of the next one too."""
     if begun is None:
         return f"step {step}"
-    done = len(begun.pending.stats)
+    done = len(begun.progress.stats)
     return f"step {step} and {f'{done} updates' if done else 'the rollout'} of the next"
 
 

@@ -33,7 +33,7 @@ from gspo_jax.update.objective import Targets
 from gspo_jax.update.programs import LogProbs
 from gspo_jax.update.spikes import empty_window
 from gspo_jax.update.state import TrainState
-from gspo_jax.update.steps import Pending
+from gspo_jax.update.steps import Progress
 
 RESUME = ("auto", "never")  # instead of a checkpoint
 
@@ -44,14 +44,14 @@ class Begun(NamedTuple):
     """A step up to its updates: what they learn from, and what its line of metrics needs.
 
     Attributes:
-        pending: the rows to learn from, and the updates that are done.
+        progress: the rows to learn from, and the updates that are done.
         completions: as sampled, without routing.
         metrics: what was known before the updates.
         samples: responses for people to read.
         lengths: tokens of each response's prompt and of the response, of all that was sampled.
     """
 
-    pending: Pending
+    progress: Progress
     completions: Completions
     metrics: dict[str, Any]
     samples: list[dict[str, Any]]
@@ -65,11 +65,10 @@ class Begun(NamedTuple):
 
 def pack(begun: Begun) -> checkpoint.Pending:
     """A step in the middle of its updates, as a checkpoint keeps it."""
-    p = begun.pending
+    p = begun.progress
     stats = host(p.stats)
     record = {
         "stats": [packed(update) for update in stats],
-        "minibatches": len(p.old),
         "metrics": plain(begun.metrics),
         "samples": plain(begun.samples),
     }
@@ -87,17 +86,17 @@ def unpack(kept: checkpoint.Pending) -> Begun:
         return None if all(x is None for x in fields.values()) else kind(**fields)
 
     batch, completions = read(TrainBatch, "batch"), read(Completions, "completions")
-    if batch.length is None:  # written before masks could have holes
-        batch = batch._replace(length=completions.length)
-    pending = Pending(
+    asked = [int(name.split(".")[1]) for name in found if name.startswith("old.")]
+    minibatches = max(asked, default=-1) + 1
+    progress = Progress(
         batch=batch,
         ref_logp=found.get("ref_logp"),
         targets=read(Targets, "targets"),
-        old=tuple(read(LogProbs, f"old.{i}") for i in range(record["minibatches"])),
+        old=tuple(read(LogProbs, f"old.{i}") for i in range(minibatches)),
         stats=tuple(unpacked(update) for update in record["stats"]),
     )
     lengths = found["lengths.0"], found["lengths.1"]
-    return Begun(pending, completions, record["metrics"], record["samples"], lengths)
+    return Begun(progress, completions, record["metrics"], record["samples"], lengths)
 
 
 # ---------------------------------------------------------------------------- which checkpoint
@@ -193,7 +192,7 @@ def identity(config: Config, problems: Problems) -> dict[str, Any]:
     return {"config": to_yaml(config, absolute=True), "data": fingerprint(visited)}
 
 
-def restore(found: Found, meta: dict[str, Any], state: TrainState) -> TrainState:
+def restored_state(found: Found, meta: dict[str, Any], state: TrainState) -> TrainState:
     """The checkpoint's state like `state`; run.spike_sigmas and algo.kl.target may be switched on
     and off in between.
 
@@ -211,7 +210,9 @@ def restore(found: Found, meta: dict[str, Any], state: TrainState) -> TrainState
     return restored._replace(**anew)
 
 
-def compare(meta: dict[str, Any], config: Config, problems: Problems, found: Found, say: Say):
+def tell_changes(
+    meta: dict[str, Any], config: Config, problems: Problems, found: Found, say: Say
+) -> None:
     """Tell what has changed since the checkpoint was written.
 
     Raises:

@@ -1,7 +1,7 @@
 """One rollout becomes minibatches x epochs updates.
 
-The first minibatch has to ask for none: there π_θ = π_old, so its old log-probabilities are its own
-(stop_gradient), its ratio is exactly 1 and nothing can be clipped. The other minibatches' come
+The first minibatch needs no pass beforehand: there π_θ = π_old, so its old log-probabilities are
+its own (stop_gradient), its ratio is exactly 1 and nothing can be clipped. The others' come
 from the training program's own forward on the same shapes, never from the sampler: GSPO's clip
 band is as narrow as the noise between two programs.
 """
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Float, PyTree
 
 from gspo_jax.batch import TrainBatch
 from gspo_jax.mesh.distributed import host
@@ -22,11 +22,13 @@ from gspo_jax.update.programs import LogProbs, Programs
 from gspo_jax.update.state import TrainState
 
 
-class Pending(NamedTuple):
+class Progress(NamedTuple):
     """A rollout and how far its updates have come.
 
     Attributes:
-        batch, ref_logp, targets: as of `update_on_rollout`.
+        batch: the rollout's rows on the host; contiguous blocks of them are the minibatches.
+        ref_logp: reference log-probabilities, where the objective has a KL term.
+        targets: values and returns on the host, where the objective has a critic.
         old: what the policy at the start says of each minibatch, None for the first until its
             update is done; empty before any was asked for.
         stats: the metrics of each update that is done.
@@ -39,64 +41,38 @@ class Pending(NamedTuple):
     stats: tuple[dict[str, Tally], ...] = ()
 
 
-def update_on_rollout(
-    programs: Programs,
-    state: TrainState,
-    batch: TrainBatch,
-    *,
-    minibatches: int,
-    epochs: int = 1,
-    ref_logp: Float[Array, "B T"] | None = None,
-    targets: Targets | None = None,
-    phase: Callable[[str], AbstractContextManager[None]] = nullcontext,
-) -> tuple[TrainState, list[dict[str, Tally]], Float[np.ndarray, "B T"]]:
-    """All updates of one rollout in order, the metrics of each, and log π_old of all rows.
-
-    Args:
-        programs: from `make_programs`; `state` is donated.
-        batch: the rollout's rows on the host; contiguous blocks of them are the minibatches.
-        minibatches: updates per epoch; must divide the rows.
-        epochs: passes over the rollout.
-        ref_logp: reference log-probabilities, where the objective has a KL term.
-        targets: values and returns on the host, where the objective has a critic.
-        phase: entered for "old_logp", "update" (the gradient) and "optimizer", to time them.
-    """
-    pending = Pending(batch, ref_logp, targets)
-    state, done = continue_updates(
-        programs, state, pending, minibatches=minibatches, epochs=epochs, phase=phase
-    )
-    return state, list(done.stats), old_logps(done)
-
-
 def continue_updates(
     programs: Programs,
     state: TrainState,
-    pending: Pending,
+    progress: Progress,
     *,
     minibatches: int,
     epochs: int = 1,
     phase: Callable[[str], AbstractContextManager[None]] = nullcontext,
     stop: Callable[[], bool] = lambda: False,
     hold: Callable[[TrainState], None] = lambda state: None,
-) -> tuple[TrainState, Pending]:
+) -> tuple[TrainState, Progress]:
     """The updates of a rollout that are left, or some of them: `stop` is asked before each.
 
     Continuing later, from what is returned, gives bit for bit what would have come without a stop.
     `state.step` counts the rollout once all its updates are done.
 
     Args:
-        programs, minibatches, epochs, phase: as of `update_on_rollout`; `state` is donated.
+        programs: from `make_programs`; `state` is donated.
+        minibatches: updates per epoch; must divide the rows.
+        epochs: passes over the rollout.
+        phase: entered for "old_logp", "update" (the gradient) and "optimizer", to time them.
         hold: given the state after each update at once, so that whatever interrupts the next one
             leaves its caller with what is whole.
     """
-    parts, total = _blocks(pending.batch, minibatches), minibatches * epochs
+    parts, total = _blocks(progress.batch, minibatches), minibatches * epochs
     refs, goals = (
         [None] * minibatches if tree is None else _blocks(tree, minibatches)
-        for tree in (pending.ref_logp, pending.targets)
+        for tree in (progress.ref_logp, progress.targets)
     )
     if stop():
-        return state, pending
-    old, stats = list(pending.old), list(pending.stats)
+        return state, progress
+    old, stats = list(progress.old), list(progress.stats)
     if not old:
         # The first update is on-policy by construction, and tells its own π_old; the others' is
         # needed before the policy moves.
@@ -117,10 +93,10 @@ def continue_updates(
         stats.append(metrics)
         old[i] = said if known is None else known
     state = state._replace(step=state.step + int(len(stats) == total))
-    return state, pending._replace(old=tuple(old), stats=tuple(stats))
+    return state, progress._replace(old=tuple(old), stats=tuple(stats))
 
 
-def old_logps(done: Pending) -> Float[np.ndarray, "B T"]:
+def old_logps(done: Progress) -> Float[np.ndarray, "B T"]:
     """log π_old of all rows of a rollout, once every minibatch has had its update."""
     return np.concatenate([host(x.logp) for x in done.old if x is not None])
 

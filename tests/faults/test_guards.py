@@ -39,9 +39,9 @@ def poison(monkeypatch):
 
         def poisoned(loop, state, begun, *options):
             if first <= int(state.step) + 1 < first + count:
-                batch = begun.pending.batch
+                batch = begun.progress.batch
                 batch = batch._replace(adv=np.full_like(batch.adv, np.nan))
-                begun = begun._replace(pending=begun.pending._replace(batch=batch))
+                begun = begun._replace(progress=begun.progress._replace(batch=batch))
             return update(loop, state, begun, *options)
 
         monkeypatch.setattr(train_module, "update", poisoned)

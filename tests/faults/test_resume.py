@@ -339,7 +339,7 @@ def golden_state():
 def write_golden():
     """Made once, by `python -c "from faults.test_resume import write_golden; write_golden()"`."""
     arrays = {"batch.tokens": np.arange(6, dtype=np.int32).reshape(2, 3)}
-    pending = checkpoint.Pending(1, arrays, {"stats": [{"loss": 0.25}], "minibatches": 2})
+    pending = checkpoint.Pending(1, arrays, {"stats": [{"loss": 0.25}]})
     checkpoint.save(GOLDEN, 3, golden_state(), {"step": 3, "num_tokens": 99})
     checkpoint.save(GOLDEN, 3, golden_state(), {"step": 3, "num_tokens": 99}, pending=pending)
 

@@ -17,7 +17,7 @@ from gspo_jax.run.resume import Begun, find, pack, unpack
 from gspo_jax.tasks import load_task
 from gspo_jax.update.objective import Targets
 from gspo_jax.update.programs import LogProbs
-from gspo_jax.update.steps import Pending
+from gspo_jax.update.steps import Progress
 
 B, S, T, M, X = 4, 7, 5, 2, 3
 
@@ -38,7 +38,7 @@ def begun(rich):
     one, many = jnp.float32(1), jnp.float32(300)
     stats = {"loss": Average(jnp.float32(0.1), one), "ratio_min": Least(jnp.float32(jnp.nan), many)}
     stats = (stats,)
-    pending = Pending(
+    progress = Progress(
         batch,
         jnp.asarray(table) if rich else None,
         Targets(table, table + 1) if rich else None,
@@ -48,7 +48,7 @@ def begun(rich):
     completions = Completions(batch.tokens[:, :T], batch.mask, table, rng.random(B) < 0.5)
     samples = [{"prompt": "Say \u20ac", "reward": 0.5}]
     lengths = np.array([3, 4, 3, 4]), np.array([5, 5, 1, 6])
-    return Begun(pending, completions, {"reward": 0.1 + 0.2, "digest": "ab"}, samples, lengths)
+    return Begun(progress, completions, {"reward": 0.1 + 0.2, "digest": "ab"}, samples, lengths)
 
 
 @pytest.mark.parametrize("rich", [True, False])
@@ -57,17 +57,17 @@ def test_a_step_half_done_comes_back_bit_for_bit(tmp_path, rich):
     checkpoint.save(tmp_path, 3, {"w": jnp.zeros(3)}, {}, pending=pack(step))
     kept = checkpoint.read_pending(tmp_path / ("3+1" if rich else "3+0"))
     back = unpack(kept)
-    assert jax.tree.structure(back.pending._replace(stats=())) == jax.tree.structure(
-        step.pending._replace(stats=())
+    assert jax.tree.structure(back.progress._replace(stats=())) == jax.tree.structure(
+        step.progress._replace(stats=())
     )
-    for part in ("pending", "completions"):
+    for part in ("progress", "completions"):
         first, second = (getattr(x, part) for x in (back, step))
         for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
             np.testing.assert_array_equal(a, b)
     assert (back.metrics, back.samples, back.tokens) == (step.metrics, step.samples, 31)
     if rich:  # a float32 survives JSON
-        assert np.float32(back.pending.stats[0]["loss"].value) == np.float32(0.1)
-        assert type(back.pending.stats[0]["ratio_min"]) is Least
+        assert np.float32(back.progress.stats[0]["loss"].value) == np.float32(0.1)
+        assert type(back.progress.stats[0]["ratio_min"]) is Least
 
 
 @pytest.fixture
@@ -118,6 +118,6 @@ def test_a_change_of_the_runs_length_is_told_as_what_it_moves(setting, moves):
     now = load_config(None, [setting, "run.steps=20"])
     said = []
     found = resume.Found(Path("run/checkpoints/10"), own=True)
-    resume.compare(resume.identity(before, problems), now, problems, found, said.append)
+    resume.tell_changes(resume.identity(before, problems), now, problems, found, said.append)
     consequence = "  (changes what is learned from here)" if moves else ""
     assert said[1:] == [f"  run.steps: 10 -> 20{consequence}"]

@@ -40,7 +40,7 @@ from gspo_jax.update.objective import Gradients, Objective, Targets, forward
 from gspo_jax.update.optim import let_pass, make_optimizer
 from gspo_jax.update.programs import Programs, make_programs
 from gspo_jax.update.state import CriticState, init_state
-from gspo_jax.update.steps import summarise, update_on_rollout
+from gspo_jax.update.steps import Progress, continue_updates, summarise
 
 loop = importlib.import_module("gspo_jax.train")
 
@@ -399,14 +399,15 @@ def test_each_minibatch_learns_from_its_own_rows(fresh, kind):
     parts = [(make_batch(seed), make_targets(seed + 10)) for seed in (0, 1)]
     batch, goal = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     programs, state = fresh(kind)
-    state, stats, _ = update_on_rollout(programs, state, batch, minibatches=2, targets=goal)
+    progress = Progress(batch, targets=goal)
+    state, done = continue_updates(programs, state, progress, minibatches=2)
     first, second = on_device(parts)
     _, by_hand = fresh(kind)
     old = programs.logps(by_hand.params, second[0]).logp
     by_hand, *_ = programs.update(by_hand, first[0], None, None, first[1])
     by_hand, *_ = programs.update(by_hand, second[0], old, None, second[1])
     assert same_bits(state._replace(step=by_hand.step), by_hand)
-    assert {"critic/vf_loss", "critic/vf_clipfrac"} <= summarise(stats).keys()
+    assert {"critic/vf_loss", "critic/vf_clipfrac"} <= summarise(done.stats).keys()
 
 
 def test_without_a_critic_the_state_its_names_and_its_program_know_of_none(view):

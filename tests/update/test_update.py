@@ -17,7 +17,7 @@ from gspo_jax.update.objective import Gradients, Objective
 from gspo_jax.update.optim import let_pass, make_optimizer, make_schedule, schedule_count
 from gspo_jax.update.programs import Programs, apply_guarded, make_programs, microbatches
 from gspo_jax.update.state import init_state
-from gspo_jax.update.steps import Pending, continue_updates, old_logps, summarise, update_on_rollout
+from gspo_jax.update.steps import Progress, continue_updates, old_logps, summarise
 
 B, S, T = 8, 20, 10
 # Compiled whole: op by op, each would be hundreds of tiny compilations.
@@ -115,8 +115,8 @@ def test_the_first_minibatch_has_ratio_exactly_1_and_a_later_one_moves(tiny_view
     graphdef, optimizer, state = fresh(tiny_view)
     programs = make_programs(graphdef, optimizer, Objective(GSPO))
     before = programs.logps(state.params, on_device(make_batch())).logp
-    state, stats, old = update_on_rollout(programs, state, make_batch(), minibatches=4, epochs=1)
-    metrics = summarise(stats)
+    state, done = continue_updates(programs, state, Progress(make_batch()), minibatches=4)
+    stats, old, metrics = done.stats, old_logps(done), summarise(done.stats)
     assert float(stats[0]["ratio_min"].value) == float(stats[0]["ratio_max"].value) == 1.0
     assert metrics["clip_frac_by_update"][0] == 0.0
     assert max(metrics["clip_frac_by_update"][1:]) > 0
@@ -130,8 +130,9 @@ def test_the_first_minibatch_has_ratio_exactly_1_and_a_later_one_moves(tiny_view
 def test_a_second_epoch_compares_with_the_policy_that_sampled(tiny_view):
     graphdef, optimizer, state = fresh(tiny_view)
     programs = make_programs(graphdef, optimizer, Objective(GSPO))
-    _, stats, _ = update_on_rollout(programs, state, make_batch(), minibatches=2, epochs=2)
-    ratio_std = [float(s["ratio_std"].value) for s in stats]
+    progress = Progress(make_batch())
+    _, done = continue_updates(programs, state, progress, minibatches=2, epochs=2)
+    ratio_std = [float(s["ratio_std"].value) for s in done.stats]
     assert ratio_std[0] == 0 and len(ratio_std) == 4
     assert ratio_std[2] > 1e-5  # the first minibatch again, now off-policy
 
@@ -142,7 +143,7 @@ def test_gspo_and_grpo_take_the_same_step_where_the_rollout_is_one_batch(tiny_vi
     def step(loss):
         graphdef, optimizer, state = fresh(tiny_view, state="float32")
         programs = make_programs(graphdef, optimizer, Objective(LOSSES[loss]))
-        return update_on_rollout(programs, state, make_batch(), minibatches=1)[0]
+        return continue_updates(programs, state, Progress(make_batch()), minibatches=1)[0]
 
     gspo, grpo = step("gspo"), step("grpo")
     for a, b in zip(jax.tree.leaves(gspo.opt_state), jax.tree.leaves(grpo.opt_state), strict=True):
@@ -246,7 +247,8 @@ def test_compiled_once_for_all_steps(tiny_view, caplog):
     programs = make_programs(graphdef, optimizer, Objective(GSPO))
     with jax.log_compiles():
         for seed in range(3):
-            state, *_ = update_on_rollout(programs, state, make_batch(seed), minibatches=4)
+            progress = Progress(make_batch(seed))
+            state, _ = continue_updates(programs, state, progress, minibatches=4)
     assert compiled(caplog) == {"add_logps": 1, "add_grads": 1, "apply": 1}
 
 
@@ -295,12 +297,13 @@ def test_updates_stopped_and_continued_are_those_that_nobody_stopped(tiny_view, 
     """Two epochs of two updates, continued on the host's copies, as a checkpoint holds them."""
     graphdef, optimizer, state = fresh(tiny_view)
     programs = make_programs(graphdef, optimizer, Objective(GSPO))
-    wanted, stats, old = update_on_rollout(programs, state, make_batch(), minibatches=2, epochs=2)
+    progress = Progress(make_batch())
+    wanted, whole = continue_updates(programs, state, progress, minibatches=2, epochs=2)
     answers = iter([False] * after + [True])
     state, part = continue_updates(
         programs,
         fresh(tiny_view)[2],
-        Pending(make_batch()),
+        progress,
         minibatches=2,
         epochs=2,
         stop=lambda: next(answers, True),
@@ -311,5 +314,5 @@ def test_updates_stopped_and_continued_are_those_that_nobody_stopped(tiny_view, 
     if after < 5:
         state, part = continue_updates(programs, on_device(state), part, minibatches=2, epochs=2)
     assert leaves_equal(state, wanted)
-    assert jax.device_get(list(part.stats)) == jax.device_get(stats)
-    np.testing.assert_array_equal(old_logps(part), old)
+    assert jax.device_get(part.stats) == jax.device_get(whole.stats)
+    np.testing.assert_array_equal(old_logps(part), old_logps(whole))

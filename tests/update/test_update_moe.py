@@ -20,7 +20,7 @@ from gspo_jax.update.objective import Gradients, Objective, real_tokens
 from gspo_jax.update.optim import global_norm, make_optimizer
 from gspo_jax.update.programs import make_programs
 from gspo_jax.update.state import init_state
-from gspo_jax.update.steps import summarise, update_on_rollout
+from gspo_jax.update.steps import Progress, continue_updates, old_logps, summarise
 
 B, S, T, E, X = 4, 12, 6, 6, 2
 GSPO = partial(LOSSES["gspo"], clip_low=0.1, clip_high=0.1)
@@ -84,7 +84,11 @@ def run(view, replay, *, minibatches=2, epochs=1, learning_rate=1e-2, routing=No
     graphdef, optimizer, state = fresh(view, learning_rate)
     programs = make_programs(graphdef, optimizer, Objective(GSPO, routing_replay=replay))
     batch = make_batch()._replace(routing=routing)
-    return update_on_rollout(programs, state, batch, minibatches=minibatches, epochs=epochs)
+    progress = Progress(batch)
+    state, done = continue_updates(
+        programs, state, progress, minibatches=minibatches, epochs=epochs
+    )
+    return state, done.stats, old_logps(done)
 
 
 def recorded(view):
@@ -267,12 +271,12 @@ def test_a_step_of_r3_at_the_weights_that_sampled_is_the_plain_step_bit_for_bit(
     def step(replay, batch):
         graphdef, optimizer, state = fresh(view)
         programs = make_programs(graphdef, optimizer, Objective(GSPO, routing_replay=replay))
-        return update_on_rollout(programs, state, batch, minibatches=1)
+        return continue_updates(programs, state, Progress(batch), minibatches=1)
 
     plain, replayed = step("off", batch._replace(routing=None)), step("R3", batch)
     for a, b in zip(jax.tree.leaves(plain[0]), jax.tree.leaves(replayed[0]), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert float(replayed[1][0]["router/changed"].value) == 0
+    assert float(replayed[1].stats[0]["router/changed"].value) == 0
 
 
 def test_rounds_of_different_width_are_joined_with_their_routing(sampled):
