@@ -33,7 +33,7 @@ from gspo_jax.models.hf.weights import lent_files, load_model, read_config
 from gspo_jax.models.qwen import Qwen
 from gspo_jax.prompt.tokenizer import Tokenizer, load_tokenizer
 from gspo_jax.reward import rewards
-from gspo_jax.reward.workers import load_remote
+from gspo_jax.reward.remote import load_remote
 from gspo_jax.rollout.engine import PureModel
 from gspo_jax.rollout.stages import Scorer
 from gspo_jax.tasks import Task, load_task

@@ -4,6 +4,6 @@ In reading order:
 
     signatures  what a function is called with follows from the names of its parameters
     rewards     found by name, called, and every row of what they return checked
-    workers     functions in processes of their own, with limits of time and memory
-    worker      what runs in such a process
+    remote      functions in child processes, with limits of time and memory
+    child       what runs in such a process
 """

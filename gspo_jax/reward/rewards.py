@@ -1,6 +1,6 @@
 """Reward functions of the user's own: found by name, called by their signature, checked row by row.
 
-`signatures` says how; functions may be async. A function that `workers` runs in another process
+`signatures` says how; functions may be async. A function that `remote` runs in another process
 is asked in the same way. Whatever keeps a function from giving a number is one thing, a `Failure`
 of the responses that it was asked about, and one rule (`score`) says what comes of it.
 """
@@ -90,7 +90,7 @@ def score(
     in `reward` where no function applied.
 
     Args:
-        functions: by name, as `load_rewards` or `workers.load_remote` returns them.
+        functions: by name, as `load_rewards` or `remote.load_remote` returns them.
         weights: one per function; None is 1 each.
         texts: the responses as text, without special tokens.
         token_ids: the responses as sampled, for functions that ask for `completion_ids`.

@@ -236,7 +236,7 @@ def _read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-class Apart:
+class Threaded:
     """A tracker in a thread of its own, which may fail or hang without anybody waiting for it.
 
     Args:
@@ -324,7 +324,7 @@ class Trackers:
     def start(self, step: int | None) -> None:
         """Begin, after `step` where the run goes on."""
         self._apart = [
-            Apart(name, made, step, self._history(step), self._warn)
+            Threaded(name, made, step, self._history(step), self._warn)
             for name, made in self._made.items()
         ]
 

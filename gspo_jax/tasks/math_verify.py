@@ -30,9 +30,6 @@ from gspo_jax.errors import ConfigError
 
 MISSING = "checker=math-verify needs the package math-verify: pip install 'gspo_jax[math]'."
 CHECKERS = ("exact", "math-verify")
-SECONDS = 5.0  # for one answer, as math-verify has it; most take some 10 ms
-MEMORY = 4 * 10**9  # bytes of address space
-LOSSES = 20  # answers of one rollout that may run into a limit; what is left then scores 0 too
 
 
 def reward_of(checker: str) -> Callable[..., list[float | None]]:
@@ -53,13 +50,12 @@ def reward_of(checker: str) -> Callable[..., list[float | None]]:
 def math_verify_apart() -> Callable[..., list[float | None]]:
     """A reward function that asks a process of its own about what `verify` cannot decide.
 
-    The process starts when it is first needed. An answer that keeps it busy for `SECONDS`, or that
+    The process starts when it is first needed. An answer that keeps it busy for too long, or that
     it dies of, scores 0; the metric `math_verify/lost` counts them.
     """
-    from gspo_jax.reward.workers import judge  # which imports the package of tasks on its way
+    from gspo_jax.reward.remote import checker  # which imports the package of tasks on its way
 
-    spec = "gspo_jax.tasks.latex:math_verify"
-    ask = judge(spec, seconds=SECONDS, memory=MEMORY, losses=LOSSES)
+    ask = checker("gspo_jax.tasks.latex:math_verify")
 
     @counts_reasoning
     def reward(prompts, completions, answer, log_metric=None, **columns):

@@ -19,13 +19,13 @@ from gspo_jax.errors import DataError
 from gspo_jax.files import stopping
 from gspo_jax.files.stopping import Abandoned, Stop
 from gspo_jax.numbers.tally import Average, Count
-from gspo_jax.reward import rewards, workers
-from gspo_jax.reward.workers import load_remote
+from gspo_jax.reward import remote, rewards
+from gspo_jax.reward.remote import load_remote
 
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch):
-    monkeypatch.setattr(workers, "GRACE", 0.1)
+    monkeypatch.setattr(remote, "GRACE", 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_row_33_children_end_with_a_parent_that_is_killed(tmp_path):
         sys.path[:] = {sys.path!r}
         from gspo_jax.batch import Problem
         from gspo_jax.reward.rewards import score
-        from gspo_jax.reward.workers import load_remote
+        from gspo_jax.reward.remote import load_remote
         functions = load_remote(["{tmp_path}/spins.py:f"], seconds=1000.0)
         score(functions, None, [Problem("p", "q")], ["x"], [[1]])
     """)

@@ -11,9 +11,9 @@ from faults.bombs import BOMBS, CODE, HACKS
 from gspo_jax.answers.verify import accuracy
 from gspo_jax.batch import Problem
 from gspo_jax.errors import ConfigError, DataError
-from gspo_jax.reward import workers
+from gspo_jax.reward import remote
+from gspo_jax.reward.remote import load_remote
 from gspo_jax.reward.rewards import load_rewards, score
-from gspo_jax.reward.workers import load_remote
 from gspo_jax.tasks import load_task, math_verify
 from gspo_jax.tasks.math_verify import decided, math_verify_apart, reward_of
 
@@ -132,8 +132,8 @@ def test_only_formulas_are_left_to_math_verify():
 @needs_math_verify
 def test_a_bomb_scores_0_by_the_deadline_and_what_follows_is_scored(monkeypatch):
     """Row 29, by the clock of a limit that is shorter here."""
-    monkeypatch.setattr(workers, "GRACE", 0.1)
-    monkeypatch.setattr(math_verify, "SECONDS", 2.0)
+    monkeypatch.setattr(remote, "GRACE", 0.1)
+    monkeypatch.setattr(remote, "CHECK_SECONDS", 2.0)
     gold = r"2\sqrt{3}"
     right, bomb = r"\boxed{\sqrt{12}}", r"\boxed{9^{9^{9^9}}}"
     logged = {}

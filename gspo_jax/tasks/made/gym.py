@@ -68,9 +68,6 @@ JUDGED = (  # several answers, or several ways to write one, are right
 )
 DATASETS = sorted(COMPARED + JUDGED)
 LONGEST = 4_000  # characters of an answer; a longer one is never right
-SECONDS = 5.0  # for one answer in the other process
-MEMORY = 4 * 10**9  # bytes of its address space
-LOSSES = 20  # answers of one rollout that may run into a limit; what is left then scores 0 too
 _BETWEEN = re.compile(r"[\s\[\]\"'`]+|,(?![0-9]{3}(?![0-9]))")
 _ESCAPED = re.compile(r"\\([#&%_])")
 _ANY = re.compile(r".*", re.DOTALL)
@@ -130,11 +127,9 @@ def gym_reward() -> Callable[..., list[float | None]]:
     The process that judges starts when it is first needed. What it is lost on scores 0; the metric
     `gym/lost` counts that.
     """
-    from gspo_jax.reward.workers import judge  # which imports the package of tasks on its way
+    from gspo_jax.reward.remote import checker  # which imports the package of tasks on its way
 
-    ask = judge(
-        "gspo_jax.tasks.made.gym_judge:full_marks", seconds=SECONDS, memory=MEMORY, losses=LOSSES
-    )
+    ask = checker("gspo_jax.tasks.made.gym_judge:full_marks")
 
     @counts_reasoning
     def gym(prompts, completions, answer, dataset, metadata, log_metric=None, **columns):

@@ -4,7 +4,7 @@ A function of the user's may hang, hold the interpreter's lock in C, fill the me
 a child it costs the responses that it was scoring, never the run:
 
     parent   pickled requests over a pipe; waits for one answer at a time, each within a limit
-    child    `worker`: imports the functions of one module, and never JAX of its own accord
+    child    `child`: imports the functions of one module, and never JAX of its own accord
     at a loss: the child is killed with all that it started, what it was scoring has failed, and
              another child takes the rest, in order
 
@@ -38,10 +38,13 @@ from gspo_jax.reward.signatures import Batch
 SLICE = 0.1  # seconds between two looks at the clock and at a wish to stop
 GRACE = 1.0  # seconds for an answer to come through, beyond the limit of the call
 START_SECONDS = 600.0  # for importing the module, which may load a model
-LOSSES = 3  # children that a function of the user's may lose in one rollout
+MAX_LOST = 3  # children that a function of the user's may lose in one rollout
+CHECK_SECONDS = 5.0  # for one answer, as math-verify has it; most take some 10 ms
+CHECK_MEMORY = 4 * 10**9  # bytes of address space of a checker's child
+CHECK_MAX_LOST = 20  # answers of one rollout that may run into a limit; the others then score 0 too
 BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from gspo_jax.reward.worker import main; main(*map(int, sys.argv[2:]))"
+    "from gspo_jax.reward.child import main; main(*map(int, sys.argv[2:]))"
 )
 HEADER = struct.Struct("!Q")  # length of a pickled message
 
@@ -224,12 +227,14 @@ def in_lasting_thread(make: Callable[[], Any]) -> Any:
     """What `make` returns, called in a thread that lasts as long as this process.
 
     To Linux the parent of a child is the thread that started it: the signal that a child has asked
-    for at its parent's end (PR_SET_PDEATHSIG, in `worker`) comes when that thread ends.
+    for at its parent's end (PR_SET_PDEATHSIG, in `child`) comes when that thread ends.
     """
     with _making_it:
         if not _orders:
             _orders.append(queue.SimpleQueue())
-            threading.Thread(target=_obey, args=_orders, name="workers", daemon=True).start()
+            threading.Thread(
+                target=_obey, args=_orders, name="starter of children", daemon=True
+            ).start()
     made: Future = Future()
     _orders[0].put((make, made))
     return made.result()
@@ -262,14 +267,14 @@ class Remote:
         number: its place among the child's specs.
         seconds: how long one call may take. A function that takes the whole batch is called once
             per rollout, one that takes a single response once for each.
-        losses: children that it may lose in one rollout; what is left then fails too.
+        max_lost: children that it may lose in one rollout; what is left then fails too.
     """
 
     def __init__(
-        self, child: Child, number: int, loaded: Loaded, seconds: float, *, losses: int = LOSSES
+        self, child: Child, number: int, loaded: Loaded, seconds: float, *, max_lost: int = MAX_LOST
     ):
         self.child, self.number, self.loaded, self.seconds = child, number, loaded, seconds
-        self.losses = losses
+        self.max_lost = max_lost
 
     def answers_of_child(self, name: str, batch: Batch) -> Iterator[Answer]:
         """As `rewards.answers`, in the order in which they come; logs into `batch`."""
@@ -290,21 +295,19 @@ class Remote:
                 return
             except Lost as error:
                 lost += 1
-                count = 1 if self.loaded.one_by_one and lost < self.losses else len(left)
+                count = 1 if self.loaded.one_by_one and lost < self.max_lost else len(left)
                 yield Answer(left[:count], [0.0] * count, Failure(str(error)))
                 left = left[count:]
 
 
-def judge(
-    spec: str, *, seconds: float, memory: int, losses: int
-) -> Callable[[Sequence[Problem], Sequence[str]], tuple[list[float], int]]:
+def checker(spec: str) -> Callable[[Sequence[Problem], Sequence[str]], tuple[list[float], int]]:
     """A function of this library that scores one response, in a child that starts when needed.
 
     Returns:
         (problems, texts) -> the score of each, 0 where the child was lost, and how many those are.
     """
-    name = spec.rpartition(":")[2]
-    remote = Remote(Child([spec], memory=memory), 0, Loaded(name, True), seconds, losses=losses)
+    child, name = Child([spec], memory=CHECK_MEMORY), spec.rpartition(":")[2]
+    remote = Remote(child, 0, Loaded(name, True), CHECK_SECONDS, max_lost=CHECK_MAX_LOST)
 
     def ask(problems: Sequence[Problem], texts: Sequence[str]) -> tuple[list[float], int]:
         scores, lost = dict.fromkeys(range(len(texts)), 0.0), 0

@@ -1,4 +1,4 @@
-"""The process that scores: started by `workers`, it imports reward functions and calls them.
+"""The process that scores: started by `remote`, it imports reward functions and calls them.
 
     ("load", specs, memory)                           -> ("loaded", [(name, one_by_one), ...])
     ("score", number, name, batch, rows, seconds)     -> ("answer", Answer, logged), ...
@@ -21,8 +21,8 @@ from contextlib import suppress
 from typing import Any, BinaryIO
 
 from gspo_jax.errors import ConfigError, DataError
+from gspo_jax.reward.remote import HEADER
 from gspo_jax.reward.rewards import answers, calls_one_by_one, load_rewards, own_name
-from gspo_jax.reward.workers import HEADER
 from gspo_jax.text.streams import guarded
 
 LAST_SECONDS = 1.0  # between the end of the parent and that of a function that goes on regardless
@@ -87,7 +87,7 @@ def _read(file: BinaryIO, requests: queue.SimpleQueue) -> None:
         requests.put(file.read(HEADER.unpack(header)[0]))
     requests.put(None)
     time.sleep(LAST_SECONDS)
-    os.killpg(os.getpgrp(), signal.SIGKILL)  # `workers` made it the leader of its group
+    os.killpg(os.getpgrp(), signal.SIGKILL)  # `remote` made it the leader of its group
 
 
 def _die_with(parent: int) -> None:
