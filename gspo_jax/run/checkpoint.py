@@ -1,11 +1,22 @@
 """Checkpoints: all that a run carries, under `checkpoints/<step>`, whole or not at all.
 
     checkpoints/12/      after step 12
-    checkpoints/12+3/    after step 12 and 3 updates of the next one: state, and its rollout
-        state/           every leaf of the state by name, in its own dtype: see `arrays`
-        meta.json        a small record: step, tokens, configuration, fingerprint of the data
-        pending.npz, pending.json      in the middle of a step alone
-        manifest.json    size and SHA-256 of every file
+    checkpoints/12+3/    after step 12 and 3 updates of the next one, with the pending files
+
+    file            holds                                                   made by
+    state/          each leaf of a `TrainState`, by name and in its dtype:  update/state.py, and
+                      params, opt_state (moments), step, updates, skipped   arrays.py beside this
+                      critic, spikes, kl_coef where the run has them
+    meta.json       step, num_tokens so far, kind (train or sft)            lifecycle.py (`save`)
+                      measured: the step's evaluation, if there was one
+                      config, data: settings, fingerprint of the problems   resume.py (`identity`)
+    pending.npz     batch: the rows that the step learns from               update/steps.py
+                      old: log-probs of each minibatch before the step        (`Progress`)
+                      ref_logp, targets: of the reference, for the critic
+                      completions, lengths: as sampled                      resume.py (`pack`)
+    pending.json    stats of the updates that are done; metrics and         resume.py (`pack`)
+                      samples of the rollout
+    manifest.json   size and SHA-256 of every file                          files/integrity.py
 
 A checkpoint is written as `.12.writing`, read, flushed to the disk and renamed; deleting renames
 it to `.12.removed` first. So what has a number for a name was complete when it got it, and the
