@@ -60,7 +60,8 @@ def read(path: Path, like: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Arr
 def check(path: Path, leaves: dict[str, Any]) -> None:
     """Raise a StorageError unless Orbax finds every leaf in `path`, of its shape and dtype."""
     try:
-        with closing(ocp.StandardCheckpointHandler()) as handler, _plain_path(path) as there:
+        handler: Any = ocp.StandardCheckpointHandler()  # whose types know no pathlib
+        with closing(handler), _plain_path(path) as there:
             found = handler.metadata(there / "state")
         there_is = {name: (tuple(x.shape), np.dtype(x.dtype)) for name, x in found.items()}
     except Exception as error:  # of whatever kind: it cannot be read
