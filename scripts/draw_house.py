@@ -21,6 +21,15 @@ WIDTH, HEIGHT, GAP, RISE = 104, 30, 18, 74  # of a box, between boxes, from row 
 Uses = dict[str, set[str]]
 
 
+def imported(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """Dotted names of everything that a file imports; tests/test_architecture.py asks, too."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    froms = [n for n in nodes if isinstance(n, ast.ImportFrom)]
+    return names | {f"{n.module}.{a.name}" for n in froms for a in n.names}
+
+
 def uses() -> Uses:
     """Each room, or file beside the rooms, and the others that it imports."""
     found: Uses = {}
@@ -28,16 +37,8 @@ def uses() -> Uses:
         place = path.relative_to(PACKAGE).with_suffix("").parts[0]
         if place.startswith("__"):
             continue
-        named = set()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                names = [f"{node.module}.{alias.name}" for alias in node.names]
-            elif isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            else:
-                continue
-            named |= {name.split(".")[1] for name in names if name.startswith("gspo_jax.")}
-        found.setdefault(place, set()).update(named - {place})
+        rooms = {name.split(".")[1] for name in imported(path) if name.startswith("gspo_jax.")}
+        found.setdefault(place, set()).update(rooms - {place})
     return {place: named & found.keys() for place, named in found.items()}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+from draw_house import imported
 
 import gspo_jax
 
@@ -38,15 +39,6 @@ MODULES = {module_name(p): p for p in sorted(PACKAGE.rglob("*.py")) if module_na
 
 def room(module: str) -> str:
     return module.split(".")[0]
-
-
-def imported(path: Path, *, top_level_only: bool = False) -> set[str]:
-    """Dotted names of everything that `path` imports."""
-    tree = ast.parse(path.read_text())
-    nodes = tree.body if top_level_only else list(ast.walk(tree))
-    names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
-    froms = [n for n in nodes if isinstance(n, ast.ImportFrom)]
-    return names | {f"{n.module}.{a.name}" for n in froms for a in n.names}
 
 
 def own_modules(path: Path, **options: bool) -> set[str]:

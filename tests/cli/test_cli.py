@@ -1,12 +1,12 @@
 """The command line: what is parsed, what is printed, and with which exit code it ends."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import benchmark
 import pytest
 
 import gspo_jax.evaluation.benchmark
@@ -386,12 +386,9 @@ def test_eval_on_benchmarks_asks_all_problems_of_any_length_or_as_many_as_set(me
 
 
 def test_the_benchmark_script_is_eval_with_short_names(measured, tmp_path):
-    spec = importlib.util.spec_from_file_location("script", ROOT / "scripts" / "benchmark.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     line = ["--model_path", str(tmp_path), "--base", "demo", "--samples", "0", "--limit", "7"]
     line += ["mesh.data=1", "--max_new_tokens", "9", "--out", "y"]
-    assert main(script.command(line)) == 0
+    assert main(benchmark.command(line)) == 0
     ((config, names, asked, out),) = measured
     assert (names, list(asked), out) == (["demo", str(tmp_path)], ["zebra", "math", "custom"], "y")
     assert (config.eval.samples, config.eval.problems, config.mesh.data) == (0, 7, 1)

@@ -1,6 +1,5 @@
 """The pages that a new user reads do what they say: snippets run, commands are accepted."""
 
-import importlib.util
 import inspect
 import json
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plot_ratios
 import pytest
 
 from gspo_jax.algo import losses
@@ -26,9 +26,6 @@ DOCS = ROOT / "docs"
 PAGES = ("quickstart", "how_gspo_works", "functional", "cookbook")
 HUB = re.compile(r"\b(Qwen/Qwen3-[\w.-]+|openai/gsm8k)")
 BLOCK = re.compile(r"^(?:<!-- (.*?) -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_spec = importlib.util.spec_from_file_location("plot_ratios", ROOT / "scripts" / "plot_ratios.py")
-plot_ratios = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(plot_ratios)
 NUMBER = re.compile(r"-?\d+\.\d+")
 
 

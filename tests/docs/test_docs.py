@@ -1,7 +1,6 @@
 """docs/equations.md says what the code does: defaults, figures, numbers, and snippets that run."""
 
 import ast
-import importlib.util
 import inspect
 import re
 from contextlib import redirect_stdout
@@ -11,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plot_losses
 import pytest
 
 from gspo_jax.algo import advantages, losses
@@ -25,10 +25,6 @@ PROSE = re.sub(r"^```.*?^```", "", PAGE, flags=re.MULTILINE | re.DOTALL)  # with
 SECTIONS = {
     title: body for title, body in re.findall(r"^### (\S+)\n(.*?)(?=^##|\Z)", PROSE, re.M | re.S)
 }
-
-_spec = importlib.util.spec_from_file_location("plot_losses", ROOT / "scripts" / "plot_losses.py")
-plot_losses = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(plot_losses)
 
 
 def rows(text):

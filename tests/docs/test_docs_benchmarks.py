@@ -1,12 +1,12 @@
 """docs/benchmarks.md: its commands are accepted, its snippet runs, its tables are the code's."""
 
-import importlib.util
 import re
 import shlex
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
+import benchmark as script
 import pytest
 
 from gspo_jax.cli.commands import main
@@ -25,10 +25,6 @@ TABLES = [
     [[cell.strip() for cell in line[1:-1].split("|")] for line in block.splitlines()]
     for block in re.findall(r"(?:^\|.*\n)+", PAGE, re.M)
 ]
-
-_spec = importlib.util.spec_from_file_location("script", ROOT / "scripts" / "benchmark.py")
-script = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(script)
 
 
 @pytest.mark.parametrize("line", COMMANDS)

@@ -4,13 +4,13 @@ What single pages show is held by tests of their own; that the site builds, by t
 """
 
 import importlib
-import importlib.util
 import inspect
 import re
 import shlex
 import tomllib
 from pathlib import Path
 
+import config_reference as reference
 import pytest
 import yaml
 
@@ -29,10 +29,6 @@ PAGES = sorted(p for p in DOCS.rglob("*.md") if "_build" not in p.parts)
 TEXT = {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8") for p in PAGES}
 TEXT |= {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md")}
 FENCE = re.compile(r"^( *)```([\w{}-]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
-
-_spec = importlib.util.spec_from_file_location("reference", ROOT / "scripts/config_reference.py")
-reference = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(reference)
 
 
 # -------------------------------------------------------------------------- the configuration

@@ -1,12 +1,12 @@
 """Tokenizers: the demo's own, and whatever a Hugging Face directory may hold."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import make_tiny_model
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
@@ -17,7 +17,6 @@ from gspo_jax.prompt.tokenizer import load_tokenizer
 from gspo_jax.tasks import load_task
 
 DEMO = Path(gspo_jax.__file__).parent / "assets" / "demo"
-SCRIPT = Path(__file__).parents[2] / "scripts" / "make_tiny_model.py"
 PAD, START, END = 293, 294, 295  # of the demo
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -59,11 +58,8 @@ def test_the_demo_directory_is_consistent(demo):
 
 
 def test_the_demo_tokenizer_is_what_its_recipe_makes(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("make_tiny_model", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     monkeypatch.setattr(sys, "argv", ["", "demo", str(tmp_path)])
-    script.main()
+    make_tiny_model.main()
     made = json.loads((tmp_path / "tokenizer.json").read_text())
     ours = json.loads((DEMO / "tokenizer.json").read_text())
     for part in ("model", "added_tokens"):

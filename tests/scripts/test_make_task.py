@@ -1,16 +1,11 @@
 """Written tasks: read back as the same problems, with a manifest that remakes them."""
 
-import importlib.util
 import json
 from hashlib import sha256
-from pathlib import Path
+
+import make_task
 
 from gspo_jax.tasks import load_task
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "make_task.py"
-_spec = importlib.util.spec_from_file_location("make_task", SCRIPT)
-make_task = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(make_task)
 
 OPTIONS = {"sizes": {"train": 12, "val": 3, "test": 5}}
 

@@ -1,9 +1,9 @@
 """Model directories made for a task: its words are tokens, and the committed configs fit them."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
+import make_tiny_model
 import pytest
 
 from gspo_jax.config.load import load_config
@@ -13,10 +13,6 @@ from gspo_jax.prompt.tokenizer import load_tokenizer
 from gspo_jax.sft import solutions
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "make_tiny_model.py"
-_spec = importlib.util.spec_from_file_location("make_tiny_model", SCRIPT)
-make_tiny_model = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(make_tiny_model)
 
 
 def run(monkeypatch, *arguments):
