@@ -4,7 +4,6 @@ The step starts from the run's checkpoint before it, or from the initial weights
 the run directory is touched.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from gspo_jax.config.load import Config, load_config
 from gspo_jax.config.recorded import changes
 from gspo_jax.errors import ConfigError, DataError, StorageError
 from gspo_jax.evaluation.evaluate import evaluate_policy
-from gspo_jax.files.jsonl import plain
+from gspo_jax.files.jsonl import plain, read_object
 from gspo_jax.files.provenance import environment
 from gspo_jax.policy import with_devices_here
 from gspo_jax.run import checkpoint
@@ -127,9 +126,7 @@ def _compare(meta: dict[str, Any], config: Config, loop: Loop, say: Say) -> None
 
 def _say_environment(run_dir: Path, say: Say) -> None:
     """What makes equal bits unlikely: other devices, other versions."""
-    try:
-        then = json.loads((run_dir / "env.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if not (then := read_object(run_dir / "env.json")):
         return
     now = environment([str(device) for device in jax.devices()[: len(then.get("devices", []))]])
     for name in _different(then, now, ("devices", "versions", "variables")):

@@ -9,7 +9,6 @@ stderr. Whatever needs JAX is imported by the command that needs it.
 
 import argparse
 import errno
-import json
 import logging
 import os
 import re
@@ -175,60 +174,58 @@ def compare(arguments: argparse.Namespace) -> int:
     """Losses, or other variants, under one harness; a page, comparison.md and compare.json."""
     from gspo_jax.cli import story
     from gspo_jax.experiment import compare as comparing
-    from gspo_jax.experiment import trials as experiment
-    from gspo_jax.files.jsonl import plain
-    from gspo_jax.files.whole import write_whole
+    from gspo_jax.experiment import trials
+    from gspo_jax.files.jsonl import plain, write_plain
 
     config, overrides = arguments.config and Path(arguments.config), arguments.overrides
-    if config and experiment.is_experiment(config):
-        made = experiment.read_experiment(config, overrides)
+    if config and trials.is_experiment(config):
+        made = trials.read_experiment(config, overrides)
     else:
         losses = arguments.losses.lower().split(",")
         made = comparing.of_losses(config, losses, seeds=arguments.seeds, overrides=overrides)
     if arguments.against:
-        made = experiment.against(made, arguments.against)
+        made = trials.against(made, arguments.against)
     if arguments.dry_run:
         story.show(story.planned(made))
         return 0
     from gspo_jax.view.comparison import comparison_page
 
-    out = Path(arguments.out or experiment.default_directory(made, "compare", config))
+    out = Path(arguments.out or trials.default_directory(made, "compare", config))
     with guarded("stdout"):
-        outcomes = experiment.run_trials(made, out, jobs=arguments.jobs, say=story.show)
+        outcomes = trials.run_trials(made, out, jobs=arguments.jobs, say=story.show)
     found = plain(comparing.found(made, outcomes, ["gspo-jax", *sys.argv[1:]]))
-    write_whole(out / "compare.json", json.dumps(found, indent=1) + "\n")
+    write_plain(out / "compare.json", found)
     page = comparison_page(found, out)
     story.show(story.compared(found))
     story.show(f"page      {page}", wrap=False)
-    return experiment.exit_code(outcomes)
+    return trials.exit_code(outcomes)
 
 
 def sweep(arguments: argparse.Namespace) -> int:
     """Every trial of an experiment file, ranked; sweep.json and the best settings."""
     from gspo_jax.cli import story
     from gspo_jax.experiment import sweep as sweeping
-    from gspo_jax.experiment import trials as experiment
-    from gspo_jax.files.jsonl import plain
-    from gspo_jax.files.whole import write_whole
+    from gspo_jax.experiment import trials
+    from gspo_jax.files.jsonl import write_plain
 
     if not arguments.config:
         raise ConfigError(
             "sweep needs an experiment file; see configs/experiments/losses_sweep.yaml."
         )
     config = Path(arguments.config)
-    made = experiment.read_experiment(config, arguments.overrides)
+    made = trials.read_experiment(config, arguments.overrides)
     if arguments.dry_run:
         story.show(story.planned(made))
         return 0
-    out = Path(arguments.out or experiment.default_directory(made, "sweep", config))
+    out = Path(arguments.out or trials.default_directory(made, "sweep", config))
     with guarded("stdout"):
-        outcomes = experiment.run_trials(made, out, jobs=arguments.jobs, say=story.show)
+        outcomes = trials.run_trials(made, out, jobs=arguments.jobs, say=story.show)
     rows = sweeping.ranked(made, outcomes)
     result = {"metric": made.metric, "best": sweeping.best(rows), "rows": rows}
-    write_whole(out / "sweep.json", json.dumps(plain(result), indent=1) + "\n")
+    write_plain(out / "sweep.json", result)
     story.show(story.swept(made.metric, rows))
     story.show(f"table     {out / 'sweep.json'}", wrap=False)
-    return experiment.exit_code(outcomes)
+    return trials.exit_code(outcomes)
 
 
 def plan(arguments: argparse.Namespace) -> int:

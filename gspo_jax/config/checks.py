@@ -153,24 +153,19 @@ def check_algo(algo: AlgoConfig, rollout: RolloutConfig) -> None:
 
 
 def _check_loss(given: dict[str, Any]) -> None:
-    name, known = given.get("name"), _with_own(LOSSES, "gspo_jax.algo.losses", "LOSSES")
-    if name not in known:
-        raise ConfigError(
-            f"algo.loss.name={shown(name)}: no such loss.{meant(name, known)} The losses are "
-            f"{list(known)}."
-        )
+    name, taken = _chosen("algo.loss", given, LOSSES, "losses")
     for key in given:
-        if key in ELSEWHERE and key not in known[name]:
+        if key in ELSEWHERE and key not in taken:
             raise ConfigError(f"algo.loss.{key}: {name} has none. Did you mean {ELSEWHERE[key]}?")
         if key in ("aggregation", "loss_agg_mode", "mean", "over", "reduction"):
             advice = f"each loss has one mean, {name} that of its paper"
             if name in (*ONE_PER_RESPONSE, "gspo_token"):
                 advice += "; luspo is the one that weighs responses by their tokens"
             raise ConfigError(f"algo.loss.{key}: {advice}.")
-    _check_options("algo.loss", given, known[name], name)
+    _check_options("algo.loss", given, taken, name)
     if name not in LOSSES:
         return  # what its numbers may be is for its author to say
-    options = known[name] | given
+    options = taken | given
     for key, value in options.items():
         if key == "name" or value is None:
             continue
@@ -195,13 +190,8 @@ def _check_loss(given: dict[str, Any]) -> None:
 
 
 def _check_advantage(given: dict[str, Any]) -> None:
-    name, known = given.get("name"), _with_own(ADVANTAGES, "gspo_jax.algo.advantages", "ADVANTAGES")
-    if name not in known:
-        raise ConfigError(
-            f"algo.advantage.name={shown(name)}: no such advantage.{meant(name, known)} "
-            f"Choose from {list(known)}."
-        )
-    _check_options("algo.advantage", given, known[name], name)
+    name, taken = _chosen("algo.advantage", given, ADVANTAGES, "advantages")
+    _check_options("algo.advantage", given, taken, name)
     if name not in ADVANTAGES:
         return
     if (scale := given.get("scale", "group")) not in SCALES:
@@ -311,17 +301,26 @@ def algo_warnings(algo: AlgoConfig, rollout: RolloutConfig) -> list[str]:
     return out
 
 
-def _with_own(
-    table: dict[str, dict[str, Any]], module: str, name: str
-) -> dict[str, dict[str, Any]]:
-    """`table`, and functions that a script has put into the module's: none before it is loaded.
+def _chosen(
+    setting: str, given: dict[str, Any], table: dict[str, dict[str, Any]], module: str
+) -> tuple[str, dict[str, Any]]:
+    """The function that is named, of `table` or of what a script has put into the module's own
+    table of `algo`, which has none before it is loaded; and the options that it takes.
 
-    Their keywords `weight` and `groups` are the program's, and no settings.
+    The keywords `weight` and `groups` of the latter are the program's, and no settings.
     """
-    loaded = getattr(sys.modules.get(module), name, {})
+    loaded = getattr(sys.modules.get(f"gspo_jax.algo.{module}"), module.upper(), {})
     own = {key: _defaults(loaded[key]) for key in loaded if key not in table}
     reserved = ("weight", "groups")
-    return table | {n: {k: v for k, v in o.items() if k not in reserved} for n, o in own.items()}
+    own = {n: {k: v for k, v in o.items() if k not in reserved} for n, o in own.items()}
+    name, known = given.get("name"), table | own
+    if name is None or name not in known:
+        kind = setting.rpartition(".")[2]
+        raise ConfigError(
+            f"{setting}.name={shown(name)}: no such {kind}.{meant(name, known)} "
+            f"Choose from {list(known)}."
+        )
+    return name, known[name]
 
 
 def _defaults(function: Any) -> dict[str, Any]:

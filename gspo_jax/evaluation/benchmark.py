@@ -24,9 +24,9 @@ from gspo_jax.config.load import Config, model_dir
 from gspo_jax.config.settings import TaskConfig
 from gspo_jax.errors import ConfigError, DataError, StorageError
 from gspo_jax.evaluation.evaluate import evaluation_key, responses
-from gspo_jax.evaluation.saved import Batch, file_of, model_hash, sha256, whole_batches
+from gspo_jax.evaluation.saved import Batch, file_of, model_hash, whole_batches
 from gspo_jax.files import jsonl
-from gspo_jax.files.jsonl import plain
+from gspo_jax.files.integrity import sha256
 from gspo_jax.files.provenance import environment
 from gspo_jax.files.whole import lock, unlock, write_whole
 from gspo_jax.models.hf.weights import read_config
@@ -173,12 +173,12 @@ def run(
                     pairs = _told(summary.differences(first[name], records))
                     results["differences"].setdefault(name, {})[model.name] = pairs
                 _write(out, results)
-    return plain(results)
+    return jsonl.plain(results)
 
 
 def _write(out: Path, results: Mapping[str, Any]) -> None:
-    write_whole(out / "results.json", json.dumps(plain(results), indent=1) + "\n")
-    write_whole(out / "results.md", summary.markdown(plain(results)))
+    jsonl.write_plain(out / "results.json", results)
+    write_whole(out / "results.md", summary.markdown(jsonl.plain(results)))
 
 
 def _own_name(config: Config) -> str:

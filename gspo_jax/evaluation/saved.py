@@ -4,14 +4,13 @@ A file belongs to one identity, which its name ends in a hash of: one model by t
 files, one set of problems, one way of sampling. Responses are appended batch by batch.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gspo_jax.errors import DataError
 from gspo_jax.files import jsonl
+from gspo_jax.files.integrity import sha256
 from gspo_jax.files.whole import write_whole
 from gspo_jax.models.hf.files import HUB_FILES
 from gspo_jax.numbers.summary import Record
@@ -64,16 +63,3 @@ def model_hash(directory: Path) -> str:
     patterns = [pattern for pattern in HUB_FILES if pattern.startswith("*")]
     paths = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
     return fingerprint([[path.name, sha256(path)] for path in sorted(paths)])
-
-
-def sha256(path: Path) -> str:
-    """The checksum of a file, in hexadecimal.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None

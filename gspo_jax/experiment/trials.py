@@ -321,7 +321,7 @@ def _eta(seconds: float) -> str:
 def is_finished(experiment: Experiment, directory: Path, trial: Trial) -> bool:
     """Whether this very run, with all these settings, is there and complete."""
     run = directory / trial.name
-    status = _json(run / "status.json")
+    status = jsonl.read_object(run / "status.json")
     try:
         saved = (run / "config.yaml").read_text()
     except OSError:
@@ -333,7 +333,7 @@ def is_finished(experiment: Experiment, directory: Path, trial: Trial) -> bool:
 def outcome(directory: Path, trial: Trial) -> Outcome:
     """Read what a trial has left so far."""
     run = directory / trial.name
-    status, env = _json(run / "status.json"), _json(run / "env.json")
+    status, env = jsonl.read_object(run / "status.json"), jsonl.read_object(run / "env.json")
     rows: dict[int, dict[str, Any]] = {}
     with suppress(OSError), (run / "metrics.jsonl").open("rb") as file:
         rows = {row["step"]: row for row in jsonl.records(file)}
@@ -364,12 +364,6 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
 
 def _evaluation(row: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in row.items() if name.startswith("eval/")}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        return json.loads(path.read_text())
-    return {}
 
 
 def _last_line(path: Path) -> str:

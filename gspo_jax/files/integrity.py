@@ -54,7 +54,7 @@ def verify(directory: Path) -> None:
             raise _damaged(directory, f"{name} has {size} bytes and had {entry['bytes']}")
     with ThreadPoolExecutor(THREADS) as pool:
         paths = [directory / name for name in listed]
-        for (name, entry), found in zip(listed.items(), pool.map(_digest, paths), strict=True):
+        for (name, entry), found in zip(listed.items(), pool.map(sha256, paths), strict=True):
             if found != entry["sha256"]:
                 raise _damaged(directory, f"{name} is not what was written (checksum)")
 
@@ -102,6 +102,19 @@ def sync(path: Path) -> bool:
     return True
 
 
+def sha256(path: Path) -> str:
+    """The checksum of a file, in hexadecimal.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror}).") from None
+
+
 def tidy_names(paths: Iterable[Path]) -> str:
     """Names of paths for a message, at most a few of them."""
     names = sorted(path.name for path in paths)
@@ -119,15 +132,7 @@ def _files(directory: Path) -> set[str]:
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": _digest(path)}
-
-
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read ({error.strerror}).") from None
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _damaged(directory: Path, what: str) -> StorageError:

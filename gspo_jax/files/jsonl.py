@@ -1,4 +1,4 @@
-"""Files of one JSON object per line, which a crash or a full disk may have torn.
+"""Files of one JSON object, or of one per line, which a crash or a full disk may have torn.
 
 Reading skips what is no object and holds one line at a time; writing leaves whole lines alone.
 """
@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gspo_jax.files.whole import write_parts
+from gspo_jax.files.whole import write_parts, write_whole
 
 MAX_LINE = 2**26  # bytes; what is longer is no record of ours (a stretch of zeros, say)
 
@@ -23,21 +23,35 @@ def records(file: BinaryIO) -> Iterator[dict[str, Any]]:
 
 def objects(file: BinaryIO) -> Iterator[dict[str, Any]]:
     """All that is an object, in the order of the lines."""
-    return (found for line in _lines(file) if (found := _object(line)) is not None)
+    return (found for line in _lines(file) if (found := object_of(line)) is not None)
 
 
 def record(line: bytes) -> dict[str, Any] | None:
     """The object of a line, if it is one with a whole number "step"."""
-    found = _object(line)
+    found = object_of(line)
     return found if found is not None and type(found.get("step")) is int else None
 
 
-def _object(line: bytes) -> dict[str, Any] | None:
+def object_of(text: bytes | str) -> dict[str, Any] | None:
+    """The object that a text is, if it is one."""
     try:
-        found = json.loads(line)
+        found = json.loads(text)
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a file; {} where it cannot be read or is none."""
+    try:
+        return object_of(path.read_bytes()) or {}
+    except OSError:
+        return {}
+
+
+def write_plain(path: Path, content: Any) -> None:
+    """Replace a file at once by the JSON of what is `plain` of this."""
+    write_whole(path, json.dumps(plain(content), indent=1) + "\n")
 
 
 def append(file: BinaryIO, row: dict[str, Any]) -> None:

@@ -75,7 +75,7 @@ class Wandb:
     def start(self, step: int | None) -> int:
         import wandb
 
-        known = {} if step is None else _read(self._file)
+        known = {} if step is None else jsonl.read_object(self._file)
         self._table: Any = wandb.Table
         self._id = os.environ.get("WANDB_RUN_ID") or known.get("id")
         self._id = self._id or secrets.token_hex(4)
@@ -226,14 +226,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return PUNCTUATION.sub(lambda c: f"&#{ord(c[0])};", inert("" if value is None else str(value)))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 class Threaded:

@@ -4,7 +4,6 @@ Whatever is torn, foreign or missing is left out: a reader shows what is there. 
 be null, and every text may come from a model.
 """
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -203,11 +202,7 @@ def _text(path: Path) -> str:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(_text(path))
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return jsonl.object_of(_text(path)) or {}
 
 
 def _to_tail(file: BinaryIO, size: int) -> None:

@@ -55,7 +55,7 @@ def test_an_edited_manifest_is_found_by_its_own_checksum(sealed):
     path = sealed / "manifest.json"
     content = json.loads(path.read_text())
     (sealed / "a").write_bytes(b"abd")
-    content["files"]["a"]["sha256"] = integrity._digest(sealed / "a")
+    content["files"]["a"]["sha256"] = integrity.sha256(sealed / "a")
     path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     with pytest.raises(StorageError, match=r"manifest\.json is not what was written"):
         integrity.verify(sealed)
