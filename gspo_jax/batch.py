@@ -58,6 +58,11 @@ class Completions(NamedTuple):
     routing: Int[np.ndarray, "B R M X"] | None = None
 
     @property
+    def ids(self) -> list[list[int]]:
+        """The sampled ids of each response."""
+        return [row[m].tolist() for row, m in zip(self.tokens, self.mask, strict=True)]
+
+    @property
     def length(self) -> Int[np.ndarray, " B"]:
         """Tokens of each response up to the last sampled one: nothing reads what lies behind."""
         place = np.arange(1, self.mask.shape[1] + 1, dtype=np.int32)

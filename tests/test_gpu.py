@@ -15,7 +15,7 @@ from gspo_jax.batch import TrainBatch
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.qwen import Qwen
 from gspo_jax.rollout.engine import generate
-from gspo_jax.update.objective import Objective, cast, forward_logps
+from gspo_jax.update.objective import Objective, cast, forward
 from gspo_jax.update.optim import make_optimizer
 from gspo_jax.update.programs import make_programs
 from gspo_jax.update.state import init_state
@@ -70,7 +70,7 @@ def test_log_probabilities_in_bfloat16_agree_with_float32_on_the_cpu(view, batch
 
     def logps(dtype):
         objective = Objective(gspo, dtype=dtype)
-        return lambda p, b: forward_logps(graphdef, p, b, objective)[0]
+        return lambda p, b: forward(graphdef, p, b, objective)[1].logp
 
     exact = on(jax.devices("cpu")[0], logps("float32"), params, batch)
     coarse = on(jax.devices()[0], logps("bfloat16"), params, batch)
@@ -127,7 +127,7 @@ def test_sampling_in_bfloat16_reports_the_log_probabilities_of_float32(view):
     batch = TrainBatch(tokens, start, np.full(8, 64, np.int32), drawn.mask, np.zeros(8, np.float32))
     exact = on(
         jax.devices("cpu")[0],
-        lambda p, b: forward_logps(graphdef, p, b, Objective(gspo))[0],
+        lambda p, b: forward(graphdef, p, b, Objective(gspo))[1].logp,
         params,
         batch,
     )

@@ -8,7 +8,6 @@ the lowest of them, and squares of shares of the largest, so that neither a larg
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,13 +122,6 @@ def weighted_sum(rewards: Float[Array, "B F"], weights: Float[Array, " F"]) -> F
     scored = ~jnp.isnan(rewards)
     total = jnp.sum(rewards * weights[None, :].astype(rewards.dtype), axis=1, where=scored)
     return jnp.where(scored.any(axis=1), total, jnp.nan)
-
-
-def sum_then_normalise(
-    rewards: Float[Array, "B F"], weights: Float[Array, " F"], group_size: int, **options: Any
-) -> Float[Array, " B"]:
-    """`group_normalised` of the weighted sum: one reward function's spread can drown another's."""
-    return group_normalised(weighted_sum(rewards, weights), group_size, **options)
 
 
 def normalise_then_sum(

@@ -90,8 +90,7 @@ def complete(
             first_prompt=start,
             **sampling,
         )
-        rows = [row[m].tolist() for row, m in zip(found.tokens, found.mask, strict=True)]
-        texts |= zip(chosen, tokenizer.decode_batch(rows), strict=True)
+        texts |= zip(chosen, tokenizer.decode_batch(found.ids), strict=True)
     return [until(texts[i], stops) for i in range(len(prompts))]
 
 

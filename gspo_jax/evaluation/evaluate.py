@@ -125,7 +125,7 @@ def responses(
             temperature=temperature if samples else 0.0,
             first_prompt=begin,
         )
-        ids = [row[m].tolist() for row, m in zip(completions.tokens, completions.mask, strict=True)]
+        ids = completions.ids
         reward = score_together(scorer, part, texts, ids)[1]
         yield [
             _record(

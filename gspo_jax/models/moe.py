@@ -210,20 +210,6 @@ def mixture(
     return jnp.einsum("nxd,nx->nd", y, gates, preferred_element_type=float_dtype(h)).astype(h.dtype)
 
 
-def dense_mixture(
-    h: Float[Array, "N D"],
-    ids: Int[Array, "N X"],
-    gates: Float[Array, "N X"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
-) -> Float[Array, "N D"]:
-    """The definition, in one line each: every expert on every token. `mixture` must equal it."""
-    weight = jnp.sum(jax.nn.one_hot(ids, gate.shape[0], dtype=h.dtype) * gates[..., None], axis=1)
-    inner = jax.nn.silu(jnp.einsum("nd,edf->enf", h, gate)) * jnp.einsum("nd,edf->enf", h, up)
-    return jnp.einsum("enf,efd,ne->nd", inner, down, weight)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def own_mixture(
     count: int,

@@ -50,8 +50,7 @@ def sample_completions(
         first_prompt=first_prompt,
         record_routing=record_routing,
     )
-    rows = zip(completions.tokens, completions.mask, strict=True)
-    return completions, [tokenizer.decode(row[m].tolist()) for row, m in rows]
+    return completions, tokenizer.decode_batch(completions.ids)
 
 
 def score_completions(
@@ -68,8 +67,7 @@ def score_completions(
     With `overlong_buffer` > 0, responses that end within that many tokens of the limit T lose up
     to 1 of their reward (`advantages.soft_overlong`); "overlong" then stands among the rewards.
     """
-    ids = [row[m].tolist() for row, m in zip(completions.tokens, completions.mask, strict=True)]
-    rewards, reward, log = score_together(scorer, problems, texts, ids)
+    rewards, reward, log = score_together(scorer, problems, texts, completions.ids)
     if overlong_buffer:
         rewards = rewards | {"overlong": overlong_punishment(completions, overlong_buffer)}
         reward = reward + rewards["overlong"]

@@ -90,13 +90,6 @@ class Objective(NamedTuple):
     critic: CriticTerm | None = None
 
 
-def forward_logps(
-    graphdef: nnx.GraphDef, params: PyTree, batch: TrainBatch, objective: Objective
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Log-probability and entropy at each response token."""
-    return forward(graphdef, params, batch, objective)[1][:2]
-
-
 def forward(
     graphdef: nnx.GraphDef, params: PyTree, batch: TrainBatch, objective: Objective
 ) -> tuple[Float[Array, "B T D"], Forward]:

@@ -16,7 +16,7 @@ from gspo_jax.errors import ConfigError, check_choice
 from gspo_jax.models.attention import KINDS
 from gspo_jax.models.remat import POLICIES, compiler_options, recomputed
 from gspo_jax.update.critic import make_critic
-from gspo_jax.update.objective import Objective, forward_logps
+from gspo_jax.update.objective import Objective, forward
 from gspo_jax.update.optim import make_optimizer, make_schedule
 from gspo_jax.update.programs import make_programs
 
@@ -34,7 +34,7 @@ RATE = optax.constant_schedule(1e-6)
 def objective_of(tiny, **options):
     graphdef, params = nnx.split(tiny)
     return jax.eval_shape(
-        lambda: forward_logps(
+        lambda: forward(
             graphdef, params, jax.tree.map(jnp.asarray, BATCH), Objective(gspo, **options)
         )
     )

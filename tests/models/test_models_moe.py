@@ -15,7 +15,6 @@ from gspo_jax.models.moe import (
     Experts,
     Routing,
     balance,
-    dense_mixture,
     mixture,
     router_metrics,
     tile_rows,
@@ -40,6 +39,13 @@ CONFIG = QwenConfig.from_hf(
         "head_dim": 6,
     }
 )
+
+
+def dense_mixture(h, ids, gates, gate, up, down):
+    """The definition, in one line each: every expert on every token. `mixture` must equal it."""
+    weight = jnp.sum(jax.nn.one_hot(ids, gate.shape[0], dtype=h.dtype) * gates[..., None], axis=1)
+    inner = jax.nn.silu(jnp.einsum("nd,edf->enf", h, gate)) * jnp.einsum("nd,edf->enf", h, up)
+    return jnp.einsum("enf,efd,ne->nd", inner, down, weight)
 
 
 def weights(seed=0):

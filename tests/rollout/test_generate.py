@@ -20,7 +20,7 @@ from gspo_jax.rollout.engine import generate
 from gspo_jax.rollout.sampling import Sampling, keep_likely, sample
 from gspo_jax.rollout.schedule import Program as P
 from gspo_jax.rollout.schedule import bucket, programs_for, schedule
-from gspo_jax.update.objective import Objective, forward_logps
+from gspo_jax.update.objective import Objective, forward
 
 PROMPTS = [[5, 9, 11], [7], [3, 4, 5, 6, 7, 8, 9]]
 NO_EOS = [999]  # an id beyond the vocabulary: rows run to the limit
@@ -66,10 +66,11 @@ def test_log_probabilities_equal_those_of_the_training_program(tiny_view):
         tokens, lengths, got.mask.sum(1, dtype=np.int32), got.mask, np.ones(6, np.float32)
     )
     objective = Objective(loss=LOSSES["gspo"], temperature=temperature)
-    score = jax.jit(forward_logps, static_argnums=(0, 3))
-    logp, _ = score(graphdef, params, jax.tree.map(jnp.asarray, batch), objective)
+    found = jax.jit(forward, static_argnums=(0, 3))(
+        graphdef, params, jax.tree.map(jnp.asarray, batch), objective
+    )[1]
     assert 6 < got.mask.sum() < 48  # some rows stopped, some went on
-    np.testing.assert_allclose(got.logp[got.mask], np.asarray(logp)[got.mask], atol=1e-4)
+    np.testing.assert_allclose(got.logp[got.mask], np.asarray(found.logp)[got.mask], atol=1e-4)
 
 
 def test_sampled_frequencies_match_the_distribution_of_first_and_second_token(tiny):

@@ -21,7 +21,7 @@ from gspo_jax.update.steps import Progress, continue_updates, old_logps, summari
 
 B, S, T = 8, 20, 10
 # Compiled whole: op by op, each would be hundreds of tiny compilations.
-forward_logps = jax.jit(objective_module.forward_logps, static_argnums=(0, 3))
+forward = jax.jit(objective_module.forward, static_argnums=(0, 3))
 GSPO = partial(LOSSES["gspo"], clip_low=3e-3, clip_high=4e-3)
 
 
@@ -64,7 +64,7 @@ def test_response_token_t_is_predicted_from_the_position_before_it(tiny, tiny_vi
     """Against log-softmax of the whole logits, indexed by hand."""
     graphdef, params = tiny_view
     batch = make_batch()
-    logp, entropy = forward_logps(graphdef, params, on_device(batch), Objective(GSPO))
+    logp, entropy, *_ = forward(graphdef, params, on_device(batch), Objective(GSPO))[1]
     full = np.asarray(jax.nn.log_softmax(tiny.logits(jnp.asarray(batch.tokens)), axis=-1))
     for row in range(B):
         for t in range(int(batch.mask[row].sum())):
@@ -79,7 +79,7 @@ def test_response_token_t_is_predicted_from_the_position_before_it(tiny, tiny_vi
 def test_microbatches_of_uneven_rows_add_up_to_the_big_batch(tiny_view, loss, microbatch):
     graphdef, params = tiny_view
     batch = on_device(make_batch())
-    old = forward_logps(graphdef, params, batch, Objective(GSPO))[0] + 0.001
+    old = forward(graphdef, params, batch, Objective(GSPO))[1].logp + 0.001
     ref = old - 0.1
 
     def gradient(rows):
