@@ -2,6 +2,6 @@
 
 In reading order:
 
-    files    what may be read of a model directory, and how a new one comes to be
+    files    what may be read of a model directory, and how
     weights  load_model and save_model: one table of names
 """

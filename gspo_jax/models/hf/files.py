@@ -1,4 +1,4 @@
-"""What may be read of a model directory, and how a new one comes to be.
+"""What may be read of a model directory, and how its tensors are read and written.
 
 A model directory comes from strangers. A file is read only under its plain name, inside its
 directory; what its header claims is checked against its size before anything is allocated.
@@ -10,15 +10,11 @@ wants whole files in memory to write them), and a name that is given twice is re
 """
 
 import errno
-import fcntl
 import json
 import math
 import os
 import re
-import shutil
-import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -222,94 +218,6 @@ def write_tensors(
             file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
 
 
-@contextmanager
-def appearing(out_dir: str | os.PathLike, *, replace: bool = False) -> Iterator[Path]:
-    """A directory to fill, which becomes `out_dir` when the block ends well, and else vanishes.
-
-    Files and directories are flushed to the disk before the rename and after it, so that also
-    after a power cut `out_dir` is complete or absent. With `replace`, what was there before is
-    set aside until the new one has its place: killed at any moment, one of them is whole.
-
-    Whoever was killed while writing leaves `.{name}.partial-*`, or `.{name}.old-*`, beside
-    `out_dir`. The next to write there removes those whose writer no longer holds its lock.
-
-    Raises:
-        DataError: `out_dir` exists and is not an empty directory; with `replace`, is a file.
-        StorageError: it cannot be written.
-    """
-    target = Path(os.path.realpath(Path(out_dir).expanduser()))
-    try:
-        if target.exists() and not target.is_dir():
-            raise DataError(f"{out_dir} is a file; choose a new directory, or remove it.")
-        if not replace and target.is_dir() and any(target.iterdir()):
-            raise DataError(f"{out_dir} exists already; choose a new directory, or remove it.")
-        _remove_abandoned(target, "partial")
-        partial = _beside(target, "partial")
-        partial.mkdir(parents=True)
-        try:
-            with _locked(partial, must=False):
-                yield partial
-                for path in [*partial.iterdir(), partial]:
-                    _fsync(path)
-                _take_place(partial, target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        _fsync(target.parent)
-        _remove_abandoned(target, "old")
-    except OSError as error:
-        raise StorageError(f"{out_dir} cannot be written: {error.strerror or error}.") from error
-
-
-def _take_place(partial: Path, target: Path) -> None:
-    """Rename `partial` to `target`; a directory in the way is set aside, not removed."""
-    if not target.exists() or not any(target.iterdir()):
-        partial.rename(target)
-        return
-    old = _beside(target, "old")
-    target.rename(old)
-    try:
-        partial.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-
-
-def _beside(target: Path, kind: str) -> Path:
-    return target.parent / f".{target.name}.{kind}-{uuid.uuid4().hex[:8]}"
-
-
-def _remove_abandoned(target: Path, kind: str) -> None:
-    """Remove the `kind` directories of `target` that nobody holds a lock on."""
-    name = re.compile(rf"\.{re.escape(target.name)}\.{kind}-[0-9a-f]{{8}}")
-    siblings = target.parent.iterdir() if target.parent.is_dir() else ()
-    for path in [p for p in siblings if name.fullmatch(p.name) and not p.is_symlink()]:
-        try:
-            with _locked(path, must=True):
-                shutil.rmtree(path, ignore_errors=True)
-        except OSError:  # its writer is alive, or there are no locks here: leave it
-            continue
-
-
-@contextmanager
-def _locked(directory: Path, *, must: bool) -> Iterator[None]:
-    """Hold the lock on a directory, which the system gives back however this process ends.
-
-    Raises:
-        OSError: another process holds it; or, where it `must` be held, there are no locks here.
-    """
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            if must:
-                raise
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def short(value: Any) -> str:
     """`repr`, cut: escapes from a hostile file stay escaped, and the line stays a line."""
     if isinstance(value, dict | list):
@@ -390,11 +298,3 @@ def _is_count(n: Any) -> bool:
 def _cut(numbers: list[int]) -> str:
     text = str(numbers[:8])
     return text if len(numbers) <= 8 and len(text) <= 80 else f"{text[:80]}..."
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from jaxtyping import DTypeLike
 
 from gspo_jax.errors import ConfigError, DataError, NumericalError
+from gspo_jax.files.appearing import appearing
 from gspo_jax.mesh.distributed import host, is_writer, place
 from gspo_jax.mesh.sharding import sharding_for
 from gspo_jax.models.config import DTYPES, QwenConfig
@@ -167,7 +168,7 @@ def save_model(
             _host(slot, np.dtype(jnp.dtype(model.config.dtype)))
         return
     lender = None if like is None else files.resolve(like)
-    with files.appearing(out_dir, replace=replace) as partial:
+    with appearing(out_dir, replace=replace) as partial:
         _write_weights(partial, slots, model.config.dtype, shard_bytes)
         ids = {**(token_ids or {}), **(_lend(lender, partial) if lender else {})}
         _write_json(partial / "config.json", {**model.config.to_hf(), **ids})
