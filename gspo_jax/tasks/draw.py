@@ -6,6 +6,8 @@ that differ only in what does not matter. The key's hash decides the split, what
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from hashlib import blake2b
+from itertools import groupby, permutations, product
 from math import inf
 from random import Random
 from typing import Any, NamedTuple, TypeVar
@@ -53,6 +55,26 @@ def shuffled(rng: Random, items: Sequence[Item], count: int | None = None) -> li
         j = i + int((len(pool) - i) * rng.random())
         pool[i], pool[j] = pool[j], pool[i]
     return pool if count is None else pool[:count]
+
+
+def listed(items: Sequence[Any]) -> str:
+    """ "1, 2 and 3"."""
+    return f"{', '.join(map(str, items[:-1]))} and {items[-1]}"
+
+
+def mark(text: str) -> str:
+    """12 hexadecimal digits of a text, for the name of a problem."""
+    return blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def smallest(profiles: Mapping[int, Any], text: Callable[[list[int]], str]) -> str:
+    """The smallest `text` of things in an order: the same whatever order they had.
+
+    Tried are the orders of those alone that their profiles do not tell apart.
+    """
+    ranked = sorted(profiles, key=profiles.__getitem__)
+    alike = [permutations(group) for _, group in groupby(ranked, key=profiles.__getitem__)]
+    return min(text([p for group in orders for p in group]) for orders in product(*alike))
 
 
 def split_of(key: str) -> str:

@@ -5,7 +5,7 @@ from random import Random
 from gspo_jax.answers.verify import accuracy
 from gspo_jax.batch import Problem
 from gspo_jax.errors import ConfigError
-from gspo_jax.tasks.draw import split_of
+from gspo_jax.tasks.draw import chosen_sizes, split_of
 from gspo_jax.tasks.task import SPLITS, Task, fingerprint, fraction
 
 ARITHMETIC_SIZES = {"train": 20_000, "val": 512, "test": 1024}
@@ -44,9 +44,7 @@ def arithmetic(
     """
     if not 0 <= slip <= 1:
         raise ConfigError(f"slip={slip} is a probability; it must lie between 0 and 1.")
-    if unknown := sorted(set(sizes or {}) - set(SPLITS)):
-        raise ConfigError(f"sizes names the splits {unknown}; the splits are {list(SPLITS)}.")
-    size = ARITHMETIC_SIZES | (sizes or {})
+    size = chosen_sizes(ARITHMETIC_SIZES, sizes)
     for split, largest in ARITHMETIC_LARGEST.items():
         largest //= 2 if carrying else 1
         if not 0 <= size[split] <= largest:

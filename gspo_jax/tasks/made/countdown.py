@@ -11,13 +11,14 @@ from random import Random
 from typing import Any
 
 from gspo_jax.answers.notation import peeled
-from gspo_jax.answers.verify import boxed, counts_reasoning, one_box
+from gspo_jax.answers.verify import asked, boxed, counts_reasoning, one_box
 from gspo_jax.batch import Problem
 from gspo_jax.tasks.draw import (
     Drawn,
     between,
     chosen_sizes,
     chosen_weights,
+    listed,
     made_up,
     pick,
     shuffled,
@@ -71,10 +72,9 @@ def countdown_numbers(
         level = weighted(rng, mix)
         numbers, target, expression = make_countdown(rng, COUNT[level])
         key = f"{sorted(numbers)} {target}"
-        listed = f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
         prompt = (
-            f"Write {target} with the numbers {listed}: use each of them exactly once, no other "
-            "number, and only +, -, *, / and parentheses.\nGive the expression in \\boxed{}."
+            f"Write {target} with the numbers {listed(numbers)}: use each of them exactly once, no "
+            "other number, and only +, -, *, / and parentheses.\nGive the expression in \\boxed{}."
         )
         columns = {
             "numbers": numbers,
@@ -118,8 +118,7 @@ def make_countdown(rng: Random, count: int) -> tuple[list[int], int, str]:
 @counts_reasoning
 def countdown_reward(completions, numbers, target, **columns) -> list[float | None]:
     """1 where the boxed expression is worth the target and uses each number once, else 0."""
-    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    rows = zip(texts, numbers, target, strict=True)
+    rows = zip(map(asked, completions), numbers, target, strict=True)
     return [float(solves(one_box(text), given, goal)) for text, given, goal in rows]
 
 

@@ -1,20 +1,22 @@
 """Knights and knaves: who tells the truth? Everyone makes a statement; one assignment fits."""
 
 from collections.abc import Mapping, Sequence
-from hashlib import blake2b
-from itertools import permutations, product
+from itertools import product
 from random import Random
 from typing import NamedTuple
 
-from gspo_jax.answers.verify import counts_reasoning, items, one_box
+from gspo_jax.answers.verify import asked, counts_reasoning, items, one_box
 from gspo_jax.batch import Problem
 from gspo_jax.tasks.draw import (
     Drawn,
     chosen_sizes,
     chosen_weights,
+    listed,
     made_up,
+    mark,
     pick,
     shuffled,
+    smallest,
     weighted,
 )
 from gspo_jax.tasks.task import Task
@@ -128,27 +130,19 @@ def structure(statements: Sequence[Statement]) -> str:
         said_of[speaker].append(f"!{kind}{speaker in people}")
         for p in people:
             said_of[p].append(f"{kind}{speaker in people}")
-    profiles = {p: sorted(texts) for p, texts in said_of.items()}
-    groups: dict[str, list[int]] = {}
-    for p in sorted(profiles, key=profiles.__getitem__):
-        groups.setdefault(str(profiles[p]), []).append(p)
-    texts = []
-    for orders in product(*(permutations(group) for group in groups.values())):
-        order = [p for group in orders for p in group]
-        said = []
-        for p in order:
-            kind, people = statements[p]
-            said.append(f"{kind}{sorted(order.index(q) for q in people)}")  # all kinds are mutual
-        texts.append(" ".join(said))
-    return min(texts)
+
+    def text(order: list[int]) -> str:
+        said = [statements[p] for p in order]  # all kinds are mutual
+        return " ".join(f"{kind}{sorted(order.index(q) for q in people)}" for kind, people in said)
+
+    return smallest({p: sorted(texts) for p, texts in said_of.items()}, text)
 
 
 def puzzle_text(names: Sequence[str], statements: Sequence[Statement]) -> str:
     """The island, its people, and what each of them says."""
-    listed = f"{', '.join(names[:-1])} and {names[-1]}"
     lines = [
         "On an island everyone is either a knight, who only says what is true, or a knave, who "
-        f"only says what is false. You meet {listed}."
+        f"only says what is false. You meet {listed(names)}."
     ]
     for speaker, statement in enumerate(statements):
         lines.append(f'{names[speaker]} says: "{_said(names, speaker, statement)}"')
@@ -163,25 +157,22 @@ def _said(names: Sequence[str], speaker: int, statement: Statement) -> str:
 
 def to_problem(text: str, names: Sequence[str], roles: Sequence[bool], level: str) -> Problem:
     answer = ", ".join(ROLES[role] for role in roles)
-    listed = f"{', '.join(names[:-1])} and {names[-1]}"
     prompt = (
-        f"{text}\nWho is what? Give the roles of {listed}, in this order and separated by commas, "
-        "in \\boxed{}: the word knight or knave for each."
+        f"{text}\nWho is what? Give the roles of {listed(names)}, in this order and separated by "
+        "commas, in \\boxed{}: the word knight or knave for each."
     )
-    mark = blake2b(text.encode(), digest_size=6).hexdigest()
     columns = {
         "names": list(names),
         "difficulty": level,
         "completion": f"\\boxed{{{answer}}}",
     }
-    return Problem(f"knights-{len(names)}-{mark}", prompt, answer, columns)
+    return Problem(f"knights-{len(names)}-{mark(text)}", prompt, answer, columns)
 
 
 @counts_reasoning
 def knights_reward(completions, answer, names, **columns) -> list[float | None]:
     """1 where everyone's role is right, else 0."""
-    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    rows = zip(texts, answer, names, strict=True)
+    rows = zip(map(asked, completions), answer, names, strict=True)
     return [float(read_roles(one_box(text), people) == gold) for text, gold, people in rows]
 
 

@@ -9,7 +9,6 @@ word_problems       one change            two changes            three, one of t
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from hashlib import blake2b
 from itertools import permutations, product
 from random import Random
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from gspo_jax.tasks.draw import (
     chosen_sizes,
     chosen_weights,
     made_up,
+    mark,
     pick,
     shuffled,
     weighted,
@@ -95,8 +95,7 @@ def reasoning_mix(
 
 def to_problem(kind: str, level: str, item: Item) -> Problem:
     """The item with its columns; the prompt says where the answer goes."""
-    mark = blake2b(item.key.encode(), digest_size=6).hexdigest()
-    name = f"{kind}-{level}-{mark}"
+    name = f"{kind}-{level}-{mark(item.key)}"
     worked = f"{item.steps}\n\\boxed{{{item.answer}}}"
     how = ", separated by commas" if "," in item.answer else ""
     columns = {

@@ -10,15 +10,14 @@ not an accuracy on ZebraLogic.
 import json
 from collections.abc import Iterator, Sequence
 from functools import cache
-from hashlib import blake2b
-from itertools import combinations, permutations, product
+from itertools import combinations
 from math import factorial, log10
 from random import Random
 from typing import Any, NamedTuple
 
 from gspo_jax.batch import Problem
 from gspo_jax.errors import ConfigError
-from gspo_jax.tasks.draw import Drawn, chosen_sizes, made_up, pick, shuffled
+from gspo_jax.tasks.draw import Drawn, chosen_sizes, made_up, mark, pick, shuffled, smallest
 from gspo_jax.tasks.task import Task
 from gspo_jax.tasks.zebra.score import (
     as_solution,
@@ -218,17 +217,11 @@ def structure(puzzle: Puzzle) -> str:
     for a in attributes:
         mine = [c for c in puzzle.clues if c.x // n == a or (c.kind in BINARY and c.y // n == a)]
         profiles[a] = _spelled(puzzle, mine, [int(b != a) for b in attributes])
-    groups: list[list[int]] = []
-    for a in sorted(attributes, key=profiles.__getitem__):
-        if groups and profiles[groups[-1][0]] == profiles[a]:
-            groups[-1].append(a)
-        else:
-            groups.append([a])
-    texts = []
-    for orders in product(*(permutations(group) for group in groups)):
-        order = [a for group in orders for a in group]
-        texts.append(_spelled(puzzle, puzzle.clues, [order.index(a) for a in attributes]))
-    return f"{n}*{len(attributes)} {min(texts)}"
+
+    def text(order: list[int]) -> str:
+        return _spelled(puzzle, puzzle.clues, [order.index(a) for a in attributes])
+
+    return f"{n}*{len(attributes)} {smallest(profiles, text)}"
 
 
 def _spelled(puzzle: Puzzle, clues: list[Clue], name: list[int]) -> str:
@@ -253,9 +246,8 @@ def grid_row(puzzle: Puzzle) -> dict[str, Any]:
     rows = [
         [str(h + 1), *(_value_at(puzzle, column, h) for column in puzzle.columns)] for h in range(n)
     ]
-    mark = blake2b(text.encode(), digest_size=6).hexdigest()
     return {
-        "id": f"zebra-synth-{size.replace('*', 'x')}-{mark}",
+        "id": f"zebra-synth-{size.replace('*', 'x')}-{mark(text)}",
         "size": size,
         "puzzle": text,
         "solution": {"header": ["House", *puzzle.columns], "rows": rows},

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from gspo_jax.answers.verify import MAX_TEXT, after_reasoning, counts_reasoning
+from gspo_jax.answers.verify import MAX_TEXT, after_reasoning, asked, counts_reasoning
 from gspo_jax.batch import Problem
 
 Grid = dict[str, dict[str, str]]  # "House 1" -> column -> value
@@ -143,7 +143,7 @@ def grid_reward(kind: str) -> Callable[..., list[float | None]]:
     def zebra(completions, answer, **columns):
         scores = []
         for completion, gold in zip(completions, answer, strict=True):
-            found = score_grid(text_of(completion), json.loads(gold))
+            found = score_grid(asked(completion), json.loads(gold))
             share = found.right / found.cells if found.permutations else 0.0
             scores.append(float(found.solved) if kind == "puzzle" else share)
         return scores
@@ -155,14 +155,9 @@ def grid_reward(kind: str) -> Callable[..., list[float | None]]:
 def mc_reward(completions, answer, choices, **columns) -> list[float | None]:
     """1 where the letter is the right one, else 0."""
     return [
-        float(letter_in(text_of(completion), options) == gold)
+        float(letter_in(asked(completion), options) == gold)
         for completion, gold, options in zip(completions, answer, choices, strict=True)
     ]
-
-
-def text_of(completion: str | list[dict[str, str]]) -> str:
-    """The text of a completion that may be a chat."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
 # ------------------------------------------------------------------------------------ prompts
