@@ -14,6 +14,7 @@ from rich.text import Text
 from gspo_jax.config.load import Config, load_config
 from gspo_jax.experiment.trials import Experiment, told
 from gspo_jax.numbers import summary
+from gspo_jax.numbers.shown import measured
 from gspo_jax.numbers.statistics import independent_difference
 from gspo_jax.view.advice import advise
 from gspo_jax.view.run_files import logged
@@ -178,8 +179,9 @@ def compared(found: Mapping[str, Any]) -> Table:
         pair = found["paired"].get(variant)
         apart = ["", ""]
         if pair:
-            apart = [_points(pair["difference"], pair["low"], pair["high"]), f"{pair['p']:.3f}"]
-        table.add_row(Text(variant), _share(row["mean"], row), str(row["n"]), *apart)
+            by = (pair[name] for name in ("difference", "low", "high"))
+            apart = [measured(*by, sign="+", unit=" points"), f"{pair['p']:.3f}"]
+        table.add_row(Text(variant), _share(row), str(row["n"]), *apart)
     return table
 
 
@@ -192,21 +194,14 @@ def swept(metric: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("seeds, problems", justify="right")
     for row in rows:
         chosen = "  ".join(told(row["chosen"]))
-        value = Text(row["trouble"]) if row["mean"] is None else _share(row["mean"], row)
+        value = Text(row["trouble"]) if row["mean"] is None else _share(row)
         n = f"{row['n']}, {row['problems']}"
         table.add_row(Text(row["variant"]), Text(chosen), value, n)
     return table
 
 
-def _share(value: float, interval: Mapping[str, float | None]) -> str:
-    low, high = interval["low"], interval["high"]
-    reach = "" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
-    return f"{value:.1%}{reach}"
-
-
-def _points(value: float, low: float | None, high: float | None) -> str:
-    reach = "" if low is None or high is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
-    return f"{100 * value:+.1f} points{reach}"
+def _share(row: Mapping[str, Any]) -> str:
+    return measured(row["mean"], row["low"], row["high"], unit="%")
 
 
 def show(what: Any, *, wrap: bool = True) -> None:
@@ -229,16 +224,14 @@ def _change(
         return f"{by:+.1f}"
     ends = [m.get(f"{name}{end}") for m in (before, after) for end in ("_low", "_high")]
     if None in ends:
-        return f"{100 * by:+.1f}"
+        return measured(by, sign="+")
     old, new = ((m[name], m[f"{name}_low"], m[f"{name}_high"]) for m in (before, after))
     _, low, high = independent_difference(old, new)
-    return f"{100 * by:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return measured(by, low, high, sign="+")
 
 
 def _cell(metrics: Mapping[str, float], name: str, is_share: bool) -> str:
     if not is_share:
         return f"{metrics[name]:.1f}"
-    text = f"{metrics[name]:.1%}"
-    if metrics.get(f"{name}_low") is not None:
-        text += f" [{100 * metrics[f'{name}_low']:.1f}, {100 * metrics[f'{name}_high']:.1f}]"
-    return text
+    ends = (metrics.get(f"{name}{end}") for end in ("_low", "_high"))
+    return measured(metrics[name], *ends, unit="%")

@@ -29,6 +29,7 @@ from gspo_jax.config.recorded import changes
 from gspo_jax.errors import INTERRUPTED, PREEMPTED, ConfigError
 from gspo_jax.files import jsonl
 from gspo_jax.files.stopping import listening
+from gspo_jax.numbers.shown import measured
 from gspo_jax.text.spelling import meant
 
 FIELDS = ("title", "base", "settings", "seeds", "grid", "variants", "metric", "against", "notes")
@@ -304,11 +305,10 @@ def _told_of(experiment: Experiment, directory: Path, trial: Trial) -> str:
     found, metric = outcome(directory, trial), experiment.metric
     names = (metric, f"{metric}_low", f"{metric}_high", "eval/n")
     value, low, high, n = (found.after.get(name) for name in names)
-    measured = f"{metric} was not measured"
+    told = f"{metric} was not measured"
     if value is not None:
-        reach = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
-        measured = f"{metric} {value:.3f}{reach}, n {n}"
-    return f"{trial.name}: {found.trouble or measured}"
+        told = f"{metric} {measured(value, low, high, scale=1, digits=3)}, n {n}"
+    return f"{trial.name}: {found.trouble or told}"
 
 
 def _eta(seconds: float) -> str:

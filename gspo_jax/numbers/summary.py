@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gspo_jax.errors import DataError
+from gspo_jax.numbers.shown import measured
 from gspo_jax.numbers.statistics import (
     Estimate,
     difference,
@@ -288,12 +289,10 @@ def _change(name: str, each: Mapping[str, Any] | None) -> str:
     return _text(each, scale=1 if name.endswith("/tokens") else 100, sign="+")
 
 
-def _text(each: Mapping[str, Any] | None, *, scale: int, unit: str = "", sign: str = "") -> str:
+def _text(each: Mapping[str, Any] | None, **form: Any) -> str:
     if not each:
         return ""
-    value, *ends = (None if each[k] is None else scale * each[k] for k in ("value", "low", "high"))
-    texts = [f"{x:{sign}.1f}".replace("100.0", "100") for x in (value, *ends) if x is not None]
-    return texts[0] + unit + (f" [{', '.join(texts[1:])}]" if len(texts) == 3 else "")
+    return measured(each["value"], each["low"], each["high"], **form).replace("100.0", "100")
 
 
 def _as_markdown(table: Sequence[Sequence[str]]) -> str:

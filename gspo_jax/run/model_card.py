@@ -19,6 +19,7 @@ from gspo_jax.algo.losses import LOSSES
 from gspo_jax.config.load import Config
 from gspo_jax.errors import DataError
 from gspo_jax.models.hf import files
+from gspo_jax.numbers.shown import measured
 from gspo_jax.text.inert import REMOVED, redact
 
 PACKAGES = ("gspo_jax", "jax", "flax", "transformers")
@@ -223,8 +224,7 @@ def _score(metrics: Mapping[str, Any], name: str) -> str:
     value, *interval = (metrics.get(f"{name}{end}") for end in ("", "_low", "_high"))
     if value is None:  # how metrics.jsonl writes what is not a number
         return "?"
-    known = [f"{end:.3f}" for end in interval if end is not None]
-    return f"{value:.3f} [{', '.join(known)}]" if len(known) == 2 else f"{value:.3f}"
+    return measured(value, *interval, scale=1, digits=3)
 
 
 def _options(settings: Mapping[str, Any]) -> str:

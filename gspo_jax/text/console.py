@@ -20,7 +20,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from gspo_jax.text.inert import clock, inert, one_line, redact
+from gspo_jax.numbers.shown import clock
+from gspo_jax.text.inert import inert, one_line, redact
 from gspo_jax.text.streams import Unfailing
 
 PLAIN_LINES = 20  # of a whole run, where there is no terminal

@@ -68,10 +68,3 @@ def secrets() -> list[tuple[str, str]]:
             and max(map(len, re.findall(r"[A-Za-z0-9]+", value)), default=0) < 16
         )
     ]
-
-
-def clock(seconds: float) -> str:
-    """72 -> "1:12", 3672 -> "1:01:12"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

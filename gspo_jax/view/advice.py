@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gspo_jax.numbers.shown import clock
 from gspo_jax.text import console
-from gspo_jax.text.inert import clock
 
 RECENT = 20  # steps in which a passing warning is still told
 NEVER = 50  # updates without one clipped token

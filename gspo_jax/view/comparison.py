@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from gspo_jax.errors import DataError
-from gspo_jax.text.inert import clock
+from gspo_jax.numbers.shown import clock, measured
 from gspo_jax.view import drawing, figures, page
 from gspo_jax.view.drawing import Curve, Panel
-from gspo_jax.view.page import Block, Code, Details, Heading, Items, Picture, Table, Text
+from gspo_jax.view.page import Block, Code, Details, Heading, Items, Table, Text
 from gspo_jax.view.run_files import (
     MOST_ROWS,
     Interval,
@@ -35,13 +35,7 @@ Curves = dict[str, list[Rows]]  # label -> the rows of each of its runs
 
 GRID = 200  # points of a curve over seeds
 TOKENS = "tokens, prompts included"
-TRAINING = {  # metric -> title, unit
-    "reward": ("Training reward", "mean of a step"),
-    "clip_frac": ("Clipped", "share of tokens"),
-    "entropy": ("Entropy", "nats per token"),
-    "grad_norm": ("Gradient norm", "before clipping"),
-    "completions/mean_length": ("Response length", "tokens, mean"),
-}
+TRAINING = ("reward", "clip_frac", "entropy", "grad_norm", "completions/mean_length")
 
 
 def comparison_page(found: Found, out_dir: Path) -> Path:
@@ -67,9 +61,9 @@ def comparison_page(found: Found, out_dir: Path) -> Path:
                 drawing.write(panels, out_dir / f"{stem}.{ending}")
     blocks = [*verdict(found), *result(found)]
     if dots:
-        blocks.append(_picture("differences", dots, _difference_caption(found)))
+        blocks.append(figures.picture("differences", "Figure", dots, _difference_caption(found)))
     if curves:
-        blocks += [Heading("Curves"), _picture("curves", curves, CURVES)]
+        blocks += [Heading("Curves"), figures.picture("curves", "Figure", curves, CURVES)]
     blocks += [*clipped(runs), *setting(found), *every_run(found), *circumstances(found, missing)]
     title = str(found.get("title") or "A comparison of losses")
     page.write(out_dir / "comparison.md", page.markdown(title, blocks))
@@ -81,11 +75,6 @@ CURVES = (
     "bands of the others reach from the lowest seed to the highest, each smoothed over a twentieth "
     "of its run."
 )
-
-
-def _picture(stem: str, panels: Sequence[Panel], caption: str) -> Picture:
-    alt = ", ".join(panel.title.lower() for panel in panels)
-    return Picture(stem, f"Figure: {alt}", list(map(drawing.svg, panels)), caption)
 
 
 def _read(found: Found, out_dir: Path) -> tuple[Curves, list[str]]:
@@ -259,12 +248,7 @@ def curve_panels(found: Found, runs: Curves) -> list[Panel]:
     if any(curve.x for curve in accuracy.values()):
         unit = f"{_metric(found)} ± 95 %, n = {found['problems']}"
         panels.append(drawing.overlay("Held-out accuracy", unit, accuracy, x=TOKENS))
-    for name, (title, unit) in TRAINING.items():
-        curves = {label: band(rows, name) for label, rows in runs.items()}
-        if any(curve.x for curve in curves.values()):
-            percent = name == "clip_frac"
-            panels.append(drawing.overlay(title, unit, curves, x=TOKENS, percent=percent))
-    return panels
+    return [*panels, *figures.panel_each(TRAINING, runs, band, TOKENS)]
 
 
 def accuracy_curve(runs: Sequence[Rows], metric: str) -> Curve:
@@ -353,13 +337,11 @@ def _cell(numbers: Found, *keys: str, signed: bool = False) -> str:
 
 def _share(interval: Interval) -> str:
     """Small shares need more digits: 0.130 % [0.101, 0.163], but 14.9 % [12.1, 17.7]."""
-    value, low, high = (100 * v for v in interval)
+    value, low, high = interval
     if low == high == 0:
         return "0 %"
-    digits = 1 if value >= 1 else 3
-    if not is_number(low):
-        return f"{value:.{digits}f} %"
-    return f"{value:.{digits}f} % [{max(low, 0):.{digits}f}, {high:.{digits}f}]"
+    bounds = (max(low, 0), high) if is_number(low) else ()
+    return measured(value, *bounds, digits=1 if value >= 0.01 else 3, unit=" %")
 
 
 def _numbers(row: Mapping[str, Any], name: str) -> bool:

@@ -1,9 +1,10 @@
 """Figures of runs, panel by panel: one run in detail, several overlaid, many as bands."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
@@ -21,8 +22,10 @@ from gspo_jax.view.drawing import (
     overlay,
     percent_axis,
     short,
+    svg,
     write,
 )
+from gspo_jax.view.page import Picture
 from gspo_jax.view.run_files import (
     Interval,
     Number,
@@ -33,6 +36,8 @@ from gspo_jax.view.run_files import (
     series,
     updates,
 )
+
+T = TypeVar("T")
 
 MOST_POINTS = 2000  # of a curve; longer runs are thinned, a picture has no more columns
 
@@ -47,6 +52,23 @@ def draw(rows: Rows, path: Path, *, title: str = "") -> Path:
 
 
 NOTHING = Panel("Reward", "mean of a step", lambda axis: None)
+METRICS = {  # title, unit of a curve
+    "reward": ("Training reward", "mean of a step"),
+    "loss": ("Loss", "mean of a step"),
+    "clip_frac": ("Clipped", "share of tokens"),
+    "entropy": ("Entropy", "nats per token"),
+    "completions/mean_length": ("Response length", "tokens, mean"),
+    "kl": ("Divergence from the reference", "KL, nats per token"),
+    "grad_norm": ("Gradient norm", "before clipping"),
+    "tokens_per_second": ("Throughput", "tokens per second"),
+}
+
+
+def picture(stem: str, what: str, panels: Sequence[Panel], caption: str = "") -> Picture:
+    """Panels on a page; who cannot see them is told their titles, after `what` they are."""
+    titles = ", ".join(panel.title.lower() for panel in panels)
+    return Picture(stem, f"{what}: {titles}", list(map(svg, panels)), caption)
+
 
 # ----------------------------------------------------------------------------- a run, in detail
 
@@ -156,49 +178,53 @@ def _curve(name: str, *, percent: bool = False) -> Callable[..., None]:
 
 RUN_PANELS = [  # title, unit, metrics of which it needs one, what draws it
     ("Reward", "mean of a step", ["reward"], _reward),
-    ("Loss", "mean of a step", ["loss"], _curve("loss")),
+    (*METRICS["loss"], ["loss"], _curve("loss")),
     ("Clipped", "share of tokens", ["clip_frac_low", "clip_frac_high"], _clipping),
     ("Importance ratio", "π_θ / π_old", ["ratio_q50"], _ratio),
-    ("Entropy", "nats per token", ["entropy"], _curve("entropy")),
+    (*METRICS["entropy"], ["entropy"], _curve("entropy")),
     ("Response length", "tokens", ["completions/mean_length"], _length),
-    ("Divergence from the reference", "KL, nats per token", ["kl"], _curve("kl")),
-    ("Gradient norm", "before clipping", ["grad_norm"], _curve("grad_norm")),
+    (*METRICS["kl"], ["kl"], _curve("kl")),
+    (*METRICS["grad_norm"], ["grad_norm"], _curve("grad_norm")),
     (
         "Groups without spread",
         "rewards all equal",
         ["frac_reward_zero_std"],
         _curve("frac_reward_zero_std", percent=True),
     ),
-    ("Throughput", "tokens per second", ["tokens_per_second"], _curve("tokens_per_second")),
+    (*METRICS["tokens_per_second"], ["tokens_per_second"], _curve("tokens_per_second")),
 ]
 
 
 # ------------------------------------------------------------------------ several runs, overlaid
 
-OVERLAID = {  # metric -> title, unit
-    "reward": ("Training reward", "mean of a step"),
-    "loss": ("Loss", "mean of a step"),
-    "clip_frac": ("Clipped", "share of tokens"),
-    "entropy": ("Entropy", "nats per token"),
-    "completions/mean_length": ("Response length", "tokens, mean"),
-    "kl": ("Divergence from the reference", "KL, nats per token"),
-    "grad_norm": ("Gradient norm", "before clipping"),
-    "tokens_per_second": ("Throughput", "tokens per second"),
-}
-
 
 def overlaid_panels(runs: Mapping[str, Rows], *, points: int = 500) -> list[Panel]:
     """A panel per metric, with one curve per run: smoothed, against the number of updates."""
-    panels = []
     thin = {label: thinned(rows, points) for label, rows in runs.items()}
-    for name, (title, unit) in OVERLAID.items():
-        if name == "loss" and any("reward" in row for rows in thin.values() for row in rows):
-            continue
-        found = {label: series(rows, name) for label, rows in thin.items()}
-        curves = {k: Curve(x, [v.value for v in smooth(y)]) for k, (x, y) in found.items()}
-        if any(curve.x for curve in curves.values()):
-            panels.append(overlay(title, unit, curves, percent=name == "clip_frac"))
-    return panels or [NOTHING]
+    rewarded = any("reward" in row for rows in thin.values() for row in rows)
+    names = [name for name in METRICS if not (rewarded and name == "loss")]
+
+    def curve(rows: Rows, name: str) -> Curve:
+        x, y = series(rows, name)
+        return Curve(x, [v.value for v in smooth(y)])
+
+    return panel_each(names, thin, curve) or [NOTHING]
+
+
+def panel_each(
+    names: Iterable[str],
+    runs: Mapping[str, T],
+    curve: Callable[[T, str], Curve],
+    x: str = "optimizer updates",
+) -> list[Panel]:
+    """A panel per metric that any has recorded: `curve` of each label, on one pair of axes."""
+    panels = []
+    for name in names:
+        curves = {label: curve(rows, name) for label, rows in runs.items()}
+        if any(found.x for found in curves.values()):
+            percent = name == "clip_frac"
+            panels.append(overlay(*METRICS[name], curves, x=x, percent=percent))
+    return panels
 
 
 # ----------------------------------------------------------------------------------- numbers

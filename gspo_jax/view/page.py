@@ -17,6 +17,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from gspo_jax.files.whole import delivered
+from gspo_jax.numbers.shown import measured
 from gspo_jax.text.inert import inert, redact
 from gspo_jax.view.run_files import Interval, is_number
 
@@ -104,6 +105,14 @@ def shown(text: str, *, lines: bool = False, most: int = MOST_CHARACTERS) -> str
     return f"{text} … ({left:,} more characters)" if left > 0 else text
 
 
+def words(value: object, most: int = 4000) -> str:
+    """A text, or the messages of a chat, of which at most so many characters are shown."""
+    if isinstance(value, list):
+        said = [message for message in value if isinstance(message, dict)]
+        value = "\n".join(f"{m.get('role')}: {str(m.get('content'))[:most]}" for m in said)
+    return shown(str(value), lines=True, most=most)
+
+
 # ----------------------------------------------------------------------------------- numbers
 
 
@@ -119,26 +128,18 @@ def number(value: object, digits: int = 4) -> str:
 
 def percent(interval: Interval | None) -> str:
     """39.3 % [35.1, 43.6]"""
-    if interval is None:
-        return NONE
-    value, low, high = (100 * v for v in interval)
-    return f"{value:.1f} % {_bounds(f'{low:.1f}', f'{high:.1f}')}" if _known(interval) else NONE
+    return _measured(interval, unit=" %")
 
 
 def points(interval: Interval | None) -> str:
     """+3.1 [+1.2, +5.0], in percentage points"""
-    if interval is None:
+    return _measured(interval, sign="+")
+
+
+def _measured(interval: Interval | None, **form: str) -> str:
+    if interval is None or not is_number(interval.value):
         return NONE
-    value, low, high = (100 * v for v in interval)
-    return f"{value:+.1f} {_bounds(f'{low:+.1f}', f'{high:+.1f}')}" if _known(interval) else NONE
-
-
-def _known(interval: Interval) -> bool:
-    return is_number(interval.value)
-
-
-def _bounds(low: str, high: str) -> str:
-    return f"[{low}, {high}]".replace("inf", "∞").replace("nan", NONE)
+    return measured(*interval, **form).replace("inf", "∞").replace("nan", NONE)  # pyright: ignore
 
 
 # -------------------------------------------------------------------------------------- HTML

@@ -14,17 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from gspo_jax.errors import DataError, StorageError
+from gspo_jax.numbers.shown import clock
 from gspo_jax.numbers.statistics import independent_difference
-from gspo_jax.text.inert import clock
 from gspo_jax.view import drawing, figures, page
 from gspo_jax.view.figures import MOST_POINTS, draw
-from gspo_jax.view.page import Block, Code, Details, Heading, Items, Picture, Table, Text
+from gspo_jax.view.page import Block, Code, Details, Heading, Items, Table, Text
 from gspo_jax.view.run_files import (
+    PHASES,
     Interval,
     Rows,
     Run,
     accuracies,
+    differing,
     is_number,
+    labels_of,
     read_metrics,
     read_run,
 )
@@ -33,15 +36,6 @@ PAGE_POINTS = 500  # of a curve in the page
 SHARES = {  # of an evaluation, besides its accuracies
     "eval/truncated": "cut at the length limit",
     "eval/no_answer": "without an answer",
-}
-PHASES = {
-    "time/generate": "sampling",
-    "time/reward": "scoring",
-    "time/advantage": "advantages",
-    "time/old_logp": "log-probabilities before the update",
-    "time/update": "updates: gradients",
-    "time/optimizer": "updates: optimizer",
-    "time/host": "everything else",
 }
 HOW = (
     "The faint line is each step, the strong one the mean over a window of a twentieth of the run; "
@@ -104,15 +98,11 @@ def _one(run: Run, out: Path) -> Path:
     for ending in ("png", "svg"):
         draw(run.rows, out / f"dynamics.{ending}", title=run.name)
     panels = figures.run_panels(run.rows, points=PAGE_POINTS)
-    names = ", ".join(panel.title.lower() for panel in panels)
-    picture = Picture(
-        "dynamics", f"Dynamics of {run.name}: {names}", list(map(drawing.svg, panels))
-    )
     blocks = [
         Text(state(run)),
         *outcome(run),
         Heading("Dynamics"),
-        picture,
+        figures.picture("dynamics", f"Dynamics of {run.name}", panels),
         Text(HOW, "note"),
         Heading("What was run"),
         what(run),
@@ -122,7 +112,7 @@ def _one(run: Run, out: Path) -> Path:
 
 
 def _several(runs: Sequence[Run], out: Path) -> Path:
-    labels = _labels(runs)
+    labels = labels_of(runs)
     named = dict(zip(labels, runs, strict=True))
     rows = {label: run.rows for label, run in named.items()}
     panels = figures.overlaid_panels(rows, points=PAGE_POINTS)
@@ -130,12 +120,11 @@ def _several(runs: Sequence[Run], out: Path) -> Path:
         panels.insert(0, held_out)
     for ending in ("png", "svg"):
         drawing.write(panels, out / f"dynamics.{ending}", title=f"{len(runs)} runs")
-    names = ", ".join(panel.title.lower() for panel in panels)
     title = f"{len(runs)} runs: {', '.join(labels)}"
     blocks = [
         *_overview(named),
         Heading("Dynamics"),
-        Picture("dynamics", f"The runs overlaid: {names}", list(map(drawing.svg, panels))),
+        figures.picture("dynamics", "The runs overlaid", panels),
         Text("Each line is the mean over a window of a twentieth of its run.", "note"),
         Heading("What differs"),
         _differing(named),
@@ -301,20 +290,14 @@ def sampled(run: Run) -> list[Block]:
         return []
     blocks: list[Block] = [Heading("Newest samples")]
     for row in run.samples:
-        gold = f", gold answer {_words(row['answer'])}" if row.get("answer") is not None else ""
+        gold = f", gold answer {page.words(row['answer'])}" if row.get("answer") is not None else ""
         scored = f"reward {page.number(row.get('reward'))}"
         scored += f", advantage {page.number(row.get('advantage'), 3)}"
         blocks.append(Text(f"Step {row['step']}: {scored}{gold[:300]}", "note"))
-        blocks.append(Code(f"{_words(row.get('prompt'))}\n→ {_words(row.get('completion'))}"))
+        blocks.append(
+            Code(f"{page.words(row.get('prompt'))}\n→ {page.words(row.get('completion'))}")
+        )
     return blocks
-
-
-def _words(value: Any, most: int = 4000) -> str:
-    """A text, or the messages of a chat, cut after so many characters."""
-    if isinstance(value, list):
-        said = [m for m in value if isinstance(m, dict)]
-        value = "\n".join(f"{m.get('role')}: {m.get('content')}" for m in said)
-    return page.shown(str(value), lines=True, most=most)
 
 
 def configured(run: Run) -> list[Block]:
@@ -325,12 +308,6 @@ def configured(run: Run) -> list[Block]:
 
 
 # ------------------------------------------------------------------------------ of several
-
-
-def _labels(runs: Sequence[Run]) -> list[str]:
-    """Their names; where two are called alike, their paths."""
-    names = [run.name for run in runs]
-    return [run.name if names.count(run.name) == 1 else str(run.path) for run in runs]
 
 
 def _overview(runs: Mapping[str, Run]) -> list[Block]:
@@ -377,13 +354,10 @@ def _differing(runs: Mapping[str, Run]) -> Block:
         label: {**run.config, "commit": str(run.env.get("commit"))[:12]}
         for label, run in runs.items()
     }
-    names = dict.fromkeys(name for config in found.values() for name in config)
-    names = [name for name in names if name not in ("run.name", "run.dir")]
-    rows = []
-    for name in names:
-        values = [config.get(name, page.NONE) for config in found.values()]
-        if len(set(values)) > 1:
-            rows.append([name, *(value[:200] for value in values)])
+    rows = [
+        [name, *(config.get(name, page.NONE)[:200] for config in found.values())]
+        for name in differing(list(found.values()))
+    ]
     if not rows:
         return Items(["No setting differs."])
     return Table(["setting", *found], rows, left=1 + len(found))

@@ -25,6 +25,15 @@ MOST_TEXT = 2**20  # bytes of a small file that are read
 TAIL = 2**22  # bytes, from the end of a file of samples
 MOST_WARNINGS = 100
 MOST_SETTINGS = 2000
+PHASES = {
+    "time/generate": "sampling",
+    "time/reward": "scoring",
+    "time/advantage": "advantages",
+    "time/old_logp": "old log-probs",
+    "time/update": "updates: gradients",
+    "time/optimizer": "updates: optimizer",
+    "time/host": "everything else",
+}
 LARGEST = 1e100  # of a number that is drawn; beyond, axes overflow
 
 
@@ -52,6 +61,19 @@ class Run:
     @property
     def name(self) -> str:
         return self.path.resolve().name
+
+
+def labels_of(runs: Sequence[Run]) -> list[str]:
+    """Their names; where two are called alike, their paths."""
+    names = [run.name for run in runs]
+    return [run.name if names.count(run.name) == 1 else str(run.path) for run in runs]
+
+
+def differing(configs: Sequence[Mapping[str, str]]) -> list[str]:
+    """The settings that are not the same in all runs, but for their names and places."""
+    names = dict.fromkeys(name for config in configs for name in config)
+    names = [name for name in names if name not in ("run.name", "run.dir")]
+    return [name for name in names if len({config.get(name) for config in configs}) > 1]
 
 
 def read_run(path: Path, *, most: int = MOST_ROWS, samples: int = 6) -> Run:

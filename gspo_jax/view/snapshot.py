@@ -10,16 +10,16 @@ from typing import Any
 from gspo_jax.view import page
 from gspo_jax.view.advice import advise, quiet_limit
 from gspo_jax.view.follow import CURVES, Follower
-from gspo_jax.view.run_files import Rows, accuracies, is_number, updates
+from gspo_jax.view.run_files import (
+    PHASES,
+    Rows,
+    accuracies,
+    differing,
+    is_number,
+    labels_of,
+    updates,
+)
 
-PHASES = {
-    "time/generate": "sampling",
-    "time/reward": "scoring",
-    "time/advantage": "advantages",
-    "time/old_logp": "old log-probs",
-    "time/update": "updates",
-    "time/host": "everything else",
-}
 POINTS = 4000  # of a curve, of all runs together
 MOST_TEXT = 4000  # characters of a prompt or a response
 MOST_WARNINGS = 20
@@ -34,7 +34,7 @@ def snapshot(followers: Sequence[Follower], now: float) -> dict[str, Any]:
         now: seconds since 1970, to tell a run that is quiet from one that goes on.
     """
     points = max(POINTS // max(len(followers), 1), 250)
-    own = differing(followers)
+    own = own_settings(followers)
     return {
         "host": page.shown(socket.gethostname()),
         "runs": [
@@ -84,11 +84,9 @@ def of_run(follower: Follower, name: str, now: float, points: int) -> dict[str, 
 
 def names(followers: Sequence[Follower]) -> list[str]:
     """The directories' names, each once; where two are called alike, their paths."""
-    short = [follower.rest.name for follower in followers]
-    full = [str(follower.path) for follower in followers]
     found: list[str] = []
-    for own, path in zip(short, full, strict=True):
-        name = page.shown(own if short.count(own) == 1 else path, most=200)
+    for label in labels_of([follower.rest for follower in followers]):
+        name = page.shown(label, most=200)
         found.append(name if name not in found else f"{name} ({len(found) + 1})")
     return found
 
@@ -127,19 +125,12 @@ def phases(row: Mapping[str, Any]) -> list[list[Any]]:
 
 def sample(row: Mapping[str, Any]) -> dict[str, Any]:
     """A response with its scores; texts cut, and without what a page would obey."""
-    texts = {name: words(row.get(name)) for name in ("prompt", "completion", "answer")}
+    said = {name: row.get(name) for name in ("prompt", "completion", "answer")}
+    texts = {
+        n: None if value is None else page.words(value, MOST_TEXT) for n, value in said.items()
+    }
     scores = {name: _rounded(row.get(name)) for name in ("reward", "advantage")}
     return {"step": row["step"], **texts, **scores}
-
-
-def words(value: Any) -> str | None:
-    """A text, or the messages of a chat."""
-    if value is None:
-        return None
-    if isinstance(value, list):
-        said = [message for message in value if isinstance(message, dict)]
-        value = "\n".join(f"{m.get('role')}: {str(m.get('content'))[:MOST_TEXT]}" for m in said)
-    return page.shown(str(value), lines=True, most=MOST_TEXT)
 
 
 def curves(rows: Rows) -> dict[str, Any]:
@@ -162,17 +153,14 @@ def curves(rows: Rows) -> dict[str, Any]:
     }
 
 
-def differing(followers: Sequence[Follower]) -> list[dict[str, str]]:
+def own_settings(followers: Sequence[Follower]) -> list[dict[str, str]]:
     """Of each run the settings in which they are not all alike, those of the algorithm first."""
     configs = [follower.rest.config for follower in followers if follower.rest.config]
-    every = dict.fromkeys(name for config in configs for name in config)
     different = [
         name
-        for name in sorted(every, key=_importance)
-        if name not in ("run.name", "run.dir")
-        and len({config.get(name) for config in configs}) > 1
+        for name in sorted(differing(configs), key=_importance)
         # What some do not know at all is of another version, but for the loss's own parameters.
-        and (name.startswith("algo.") or all(name in config for config in configs))
+        if name.startswith("algo.") or all(name in config for config in configs)
     ]
     return [
         {

@@ -11,7 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from gspo_jax.text.inert import clock, one_line
+from gspo_jax.numbers.shown import clock, measured
+from gspo_jax.text.inert import one_line
 from gspo_jax.view.follow import Watch
 from gspo_jax.view.snapshot import snapshot
 
@@ -163,6 +164,6 @@ def _number(value: int | float | None, form: str = "") -> str:
 def _accuracy(found: Sequence[Mapping[str, Any]]) -> str:
     if not found:
         return "–"
-    value, low, high = (100 * found[0][name] for name in ("value", "low", "high"))
-    n, step = found[0]["n"], found[0]["step"]
-    return f"{value:.1f} % [{low:.1f}, {high:.1f}] {found[0]['name']}, n = {n:,.0f}, step {step}"
+    first, *_ = found
+    value = measured(first["value"], first["low"], first["high"], unit=" %")
+    return f"{value} {first['name']}, n = {first['n']:,.0f}, step {first['step']}"

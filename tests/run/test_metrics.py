@@ -14,9 +14,10 @@ from gspo_jax.errors import StorageError
 from gspo_jax.files.jsonl import keep_until, plain
 from gspo_jax.files.provenance import environment
 from gspo_jax.files.whole import write_whole
+from gspo_jax.numbers.shown import clock
 from gspo_jax.run.metrics import RunLog
 from gspo_jax.text.console import Display, advice, summary
-from gspo_jax.text.inert import clock, one_line, redact
+from gspo_jax.text.inert import one_line, redact
 
 
 def quiet(terminal=False, width=100):

@@ -9,7 +9,7 @@ from page_cases import HOSTILE, ROWS, Tables, check_inert, measured
 from PIL import Image
 
 from gspo_jax.errors import DataError, StorageError
-from gspo_jax.view import drawing
+from gspo_jax.view import drawing, figures
 from gspo_jax.view.report import dynamics, report
 
 CONFIG = """
@@ -192,7 +192,7 @@ def test_several_runs_are_told_apart_by_their_settings(of_two):
 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(home, of_two, monkeypatch, tmp_path):
-    monkeypatch.setattr(drawing, "svg", lambda panel: "<svg/>")
+    monkeypatch.setattr(figures, "svg", lambda panel: "<svg/>")
     monkeypatch.setattr(drawing, "write", lambda panels, path, title: path)
     other = write_run(tmp_path / "gspo")
     text = report([home / "gspo", other, home / "gspo"], tmp_path / "out").read_text()

@@ -28,7 +28,7 @@ def test_a_run_stands_as_its_files_say(tmp_path):
     assert run["accuracies"] == [
         {"name": "greedy", "value": 0.5, "low": 0.375, "high": 0.5625, "n": 64, "step": 10}
     ]
-    assert run["phases"] == [["sampling", 0.5], ["updates", 1.5]]
+    assert run["phases"] == [["sampling", 0.5], ["updates: gradients", 1.5]]
     assert run["by_update"] == {"clipped": [0.0, 0.25], "ratio": RATIOS}
 
 
