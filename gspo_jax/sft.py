@@ -4,25 +4,20 @@ The negative log-likelihood is REINFORCE with advantage 1 on given tokens, avera
 the same programs, the same optimizer, the same checkpoints.
 """
 
-from functools import partial
-
-import jax
 import numpy as np
 
 from gspo_jax.algo.losses import LOSSES
 from gspo_jax.batch import Problem, TrainBatch
 from gspo_jax.config.load import Config
 from gspo_jax.errors import DataError
-from gspo_jax.mesh.sharding import shard_batch
 from gspo_jax.models.hf.weights import read_config
 from gspo_jax.plan.memory import held_by, passes
 from gspo_jax.policy import load_policy, load_problems, text_sizes, within_positions
 from gspo_jax.prompt.tokenizer import Tokenizer
 from gspo_jax.run.lifecycle import Result, open_run
-from gspo_jax.start import make_state
+from gspo_jax.start import make_state, update_programs
 from gspo_jax.update.objective import Objective
 from gspo_jax.update.optim import schedule_count
-from gspo_jax.update.programs import make_programs
 
 
 def sft(config: Config) -> Result:
@@ -51,12 +46,7 @@ def sft(config: Config) -> Result:
         router_aux_coef=c.algo.router_aux_coef,
         router_z_coef=c.algo.router_z_coef,
     )
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    place = partial(shard_batch, mesh=policy.mesh)
-    sigmas = c.run.spike_sigmas
-    programs = make_programs(
-        policy.graphdef, optimizer, objective, shardings, place=place, spike_sigmas=sigmas
-    )
+    programs = update_programs(config, policy, optimizer, objective, state)
     total = c.run.steps * c.sft.batch_size
 
     with open_run(config, policy, problems, kind="sft") as run:

@@ -1,4 +1,4 @@
-"""What a run starts from: its objective, its optimizer, and the state before the first step."""
+"""What a run starts from: its objective, its optimizer, its programs, and the first state."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,11 +11,12 @@ from flax import nnx
 from gspo_jax.algo.losses import LOSSES, MEAN
 from gspo_jax.algo.losses import kl as kl_penalty
 from gspo_jax.config.load import Config
-from gspo_jax.mesh.sharding import state_shardings
+from gspo_jax.mesh.sharding import shard_batch, state_shardings
 from gspo_jax.policy import PLAIN, Passes, Policy, Problems, text_sizes
 from gspo_jax.update.critic import make_critic, make_term
 from gspo_jax.update.objective import CriticTerm, Objective
 from gspo_jax.update.optim import Optimizer, make_optimizer, make_schedule
+from gspo_jax.update.programs import Programs, make_programs
 from gspo_jax.update.state import CriticState, TrainState, init_state
 
 
@@ -135,6 +136,20 @@ def objective(
         router_aux_coef=config.algo.router_aux_coef,
         router_z_coef=config.algo.router_z_coef,
         critic=critic,
+    )
+
+
+def update_programs(
+    config: Config, policy: Policy, optimizer: Optimizer, goal: Objective, state: TrainState
+) -> Programs:
+    """The jitted programs of the run's updates; each new state lives where `state` does."""
+    return make_programs(
+        policy.graphdef,
+        optimizer,
+        goal,
+        jax.tree.map(lambda x: x.sharding, state),
+        place=partial(shard_batch, mesh=policy.mesh),
+        spike_sigmas=config.run.spike_sigmas,
     )
 
 

@@ -24,7 +24,6 @@ from gspo_jax.config.load import Config
 from gspo_jax.errors import DataError
 from gspo_jax.files.stopping import Abandoned
 from gspo_jax.mesh.distributed import host, place
-from gspo_jax.mesh.sharding import shard_batch
 from gspo_jax.models.hf.weights import read_config
 from gspo_jax.plan import costs
 from gspo_jax.plan.memory import Sketch, explained, held_by, passes, refuse_hopeless, short_memory
@@ -42,10 +41,10 @@ from gspo_jax.rollout.stages import Scorer, sample_completions, score_completion
 from gspo_jax.rollout.train_rows import text_lengths
 from gspo_jax.run.lifecycle import Result, Run, open_run
 from gspo_jax.run.resume import Begun
-from gspo_jax.start import add_critic, make_state, objective
+from gspo_jax.start import add_critic, make_state, objective, update_programs
 from gspo_jax.update.objective import Metrics, Objective
 from gspo_jax.update.optim import Optimizer, schedule_count
-from gspo_jax.update.programs import Programs, make_programs
+from gspo_jax.update.programs import Programs
 from gspo_jax.update.state import TrainState
 from gspo_jax.update.steps import Progress, continue_updates, old_logps, summarise
 
@@ -122,13 +121,8 @@ def assemble(
     shortest = problems.shortest
     state, critic = add_critic(config, policy, state, updates, how, shortest_prompt=shortest)
     reference = jax.tree.map(jnp.copy, policy.params) if config.algo.kl.coef else None
-    shardings = jax.tree.map(lambda x: x.sharding, state)
     goal = objective(config, policy, problems, how, critic)
-    place = partial(shard_batch, mesh=policy.mesh)
-    sigmas = config.run.spike_sigmas
-    programs = make_programs(
-        policy.graphdef, optimizer, goal, shardings, place=place, spike_sigmas=sigmas
-    )
+    programs = update_programs(config, policy, optimizer, goal, state)
     advantage = make_advantage(config, policy, goal, programs, reference)
     made = Loop(config, policy, problems, optimizer, schedule, goal, programs, reference, advantage)
     return made, state

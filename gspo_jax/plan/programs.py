@@ -48,10 +48,9 @@ from gspo_jax.prompt.tokenizer import Tokenizer
 from gspo_jax.rollout import engine as generate
 from gspo_jax.rollout.sampling import Sampling, row_keys
 from gspo_jax.rollout.schedule import bucket, programs_for, schedule
-from gspo_jax.start import critic_term, objective, optimizer_at, starter
+from gspo_jax.start import critic_term, objective, optimizer_at, starter, update_programs
 from gspo_jax.update.critic import make_add_values, make_critic
 from gspo_jax.update.objective import CriticTerm, Given, Gradients, Targets
-from gspo_jax.update.programs import make_programs
 from gspo_jax.update.state import CriticState
 
 
@@ -200,11 +199,7 @@ def _sample(
 def _update(run: Sketch) -> Iterator[Planned]:
     """As `train` calls them: log-probs of the reference, of π_old, then the gradient, its use."""
     c, a = run.config, run.config.algo
-    shardings = jax.tree.map(lambda x: x.sharding, run.state)
-    sigmas = run.config.run.spike_sigmas
-    made = make_programs(
-        run.policy.graphdef, run.optimizer, run.goal, shardings, spike_sigmas=sigmas
-    )
+    made = update_programs(c, run.policy, run.optimizer, run.goal, run.state)
     everything = c.rollout.prompts * c.rollout.group_size
     part = everything // a.minibatches
     routed = _routed(run)
