@@ -10,9 +10,9 @@ demo: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/gspo-jax demo
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2 -m "not parity and not gpu and not faults"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not parity and not gpu and not faults"
 
-# The long half of tests/faults: kills, bit flips and bombs by the dozen; at most 25 minutes.
+# The long half: whole runs, many devices, kills and bit flips by the dozen; some 30 minutes.
 faults: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 -m faults
 

@@ -60,6 +60,7 @@ def test_a_step_is_bitwise_what_was_recorded_and_nothing_is_written(run, capsys,
     assert files(run) == before
 
 
+@pytest.mark.faults
 def test_from_an_older_checkpoint_it_runs_forward_and_what_differs_is_a_table(
     run, tmp_path, capsys
 ):

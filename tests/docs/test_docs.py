@@ -164,6 +164,7 @@ def test_weights_against_the_length_fall_as_one_over_it_or_stay(name, slope):
     np.testing.assert_allclose(weight / weight[0], np.array([1.0, 4, 16]) ** slope, rtol=1e-5)
 
 
+@pytest.mark.faults
 def test_clip_fractions_in_the_figure_are_those_of_random_responses():
     noise = 0.02 * jax.random.normal(jax.random.key(1), (20_000, 64))
     adv = jnp.where(jnp.arange(20_000) % 2 == 0, 1.0, -1.0)

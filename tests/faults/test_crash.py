@@ -70,6 +70,7 @@ def kill_while_saving(directory, how, times, seed):
     return left
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("how", ["sync", "async"])
 def test_row_01_a_kill_while_saving_leaves_the_newest_finished_step_whole(tmp_path, how):
     kill_while_saving(tmp_path, how, times=2, seed=0)
@@ -125,6 +126,7 @@ def run_main(capsys, settings, *more):
     return code, " ".join(out.split()), err
 
 
+@pytest.mark.faults
 def test_row_03_leftovers_are_ignored_reported_and_cleaned(tiny_dir, tmp_path, capsys):
     settings = tiny_run(tiny_dir, tmp_path, "run.save_every=1")
     assert run_main(capsys, settings, "run.steps=1")[0] == 0
@@ -257,6 +259,7 @@ def test_row_05_any_flipped_bit_is_found_in_200_trials(root):
     assert len(hit) > 3
 
 
+@pytest.mark.faults
 def test_row_05_with_no_whole_checkpoint_the_run_ends_with_exit_6(tiny_dir, tmp_path, capsys):
     settings = tiny_run(tiny_dir, tmp_path, "run.save_every=1", "run.steps=2")
     assert run_main(capsys, settings)[0] == 0
@@ -313,6 +316,7 @@ def test_row_07_json_that_is_damaged_is_one_line_and_a_fallback(root, file):
 # ------------------------------------------------------------ rows 8 and 9: which is resumed
 
 
+@pytest.mark.faults
 def test_row_08_the_newest_is_bad_and_the_one_before_it_is_resumed(tiny_dir, tmp_path, capsys):
     """The run ends as if nothing had happened, and the bad checkpoint is replaced by a good one."""
     settings = tiny_run(tiny_dir, tmp_path, "run.save_every=1", "run.keep=9", "run.steps=3")
@@ -334,6 +338,7 @@ def test_row_08_the_newest_is_bad_and_the_one_before_it_is_resumed(tiny_dir, tmp
     assert [row["loss_by_update"] for row in rows] == [row["loss_by_update"] for row in wanted]
 
 
+@pytest.mark.faults
 def test_row_09_without_a_checkpoint_a_run_starts_fresh_and_says_so(tiny_dir, tmp_path, capsys):
     settings = tiny_run(tiny_dir, tmp_path, "run.steps=1")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)

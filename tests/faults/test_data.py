@@ -57,6 +57,7 @@ def long_and_short(tmp_path):
     return write_rows(tmp_path / "long.jsonl", rows)
 
 
+@pytest.mark.faults
 def test_row_43_prompts_that_are_too_long_are_left_out_and_counted(tiny_dir, tmp_path, capsys):
     path = long_and_short(tmp_path)
     options = [f"task.path={path}", "run.steps=1", "task.max_prompt_length=24"]
@@ -83,6 +84,7 @@ def test_row_43_where_no_prompt_fits_the_run_is_refused(tiny_dir, tmp_path, caps
     assert "has a prompt of at most 3 tokens; raise" in one_line(capsys.readouterr().err)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("prompt", ["<|im_end|>", "<|im_end|>" * 4, "<|im_start|><|im_end|>\n"])
 def test_row_43_prompts_of_special_tokens_alone_train_without_a_nan(tiny_dir, tmp_path, prompt):
     rows = [{"prompt": prompt, "answer": str(n), "split": "train"} for n in range(4)]
@@ -93,6 +95,7 @@ def test_row_43_prompts_of_special_tokens_alone_train_without_a_nan(tiny_dir, tm
     assert row["skipped_updates"] == 0 and None not in row.values()
 
 
+@pytest.mark.faults
 def test_row_44_prompts_on_both_sides_are_warned_of(tiny_dir, tmp_path, capsys):
     """By their hash, when the task is loaded: in a dry run, and again in the run."""
     places = [("a", "train"), ("b", "train"), ("b", "test"), ("c", "test"), ("a", "val")]

@@ -66,6 +66,7 @@ def changed(a, b):
     return any(a[name].tobytes() != b[name].tobytes() for name in a)
 
 
+@pytest.mark.faults
 def test_row_22_one_poisoned_step_changes_nothing_on_any_device_and_is_counted(
     tiny_dir, tmp_path, poison
 ):
@@ -79,6 +80,7 @@ def test_row_22_one_poisoned_step_changes_nothing_on_any_device_and_is_counted(
     assert rows[1]["loss"] is None and rows[2]["loss"] is not None  # null: not a number
 
 
+@pytest.mark.faults
 def test_row_23_a_run_that_stays_poisoned_stops_with_its_last_good_checkpoint(
     tiny_dir, tmp_path, poison, capsys
 ):
@@ -95,6 +97,7 @@ def test_row_23_a_run_that_stays_poisoned_stops_with_its_last_good_checkpoint(
     assert all(np.isfinite(x).all() for x in trained(run_dir, 2).values() if x.dtype.kind == "f")
 
 
+@pytest.mark.faults
 def test_row_23_parameters_that_are_not_finite_are_never_saved(tiny_dir, tmp_path, monkeypatch):
     """Whatever made them so: the guard of the update is not asked."""
     update = train_module.update
@@ -113,7 +116,8 @@ def test_row_23_parameters_that_are_not_finite_are_never_saved(tiny_dir, tmp_pat
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [1]
 
 
-@pytest.mark.parametrize("state", ["8bit", pytest.param("float32", marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize("state", ["8bit", "float32"])
 def test_row_25_rewards_without_spread_move_neither_weights_nor_moments(
     tiny_dir, tmp_path, capsys, state
 ):
@@ -183,6 +187,7 @@ def eager(monkeypatch):
     monkeypatch.setattr("gspo_jax.update.spikes.SPIKE_FEWEST", 2)
 
 
+@pytest.mark.faults
 def test_spikes_are_skipped_bitwise_and_a_resumed_run_skips_the_same(tiny_dir, tmp_path, eager):
     more = [*SAVED, "run.spike_sigmas=0.5"]
     whole = train(config(tiny_dir, tmp_path, *more, "run.name=whole")).run_dir
@@ -202,6 +207,7 @@ def test_spikes_are_skipped_bitwise_and_a_resumed_run_skips_the_same(tiny_dir, t
     assert metrics(again) == rows[2:]
 
 
+@pytest.mark.faults
 def test_spike_sigmas_can_be_switched_on_and_off_in_between(tiny_dir, tmp_path, eager):
     off = train(config(tiny_dir, tmp_path, *SAVED, "run.steps=2")).run_dir
     train(config(tiny_dir, tmp_path, *SAVED, "run.steps=3", "run.spike_sigmas=1e6"))

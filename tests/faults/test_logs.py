@@ -147,6 +147,7 @@ def test_row_49_cutting_comes_before_looking():
 # ------------------------------------------------------------------------- 50: the network
 
 
+@pytest.mark.faults
 def test_row_50_a_run_listens_on_no_port(tiny_dir, tmp_path):
     """The page is a program of its own (test_live_page.py); nothing else listens or calls."""
     heard, listening = [], [True]
@@ -204,6 +205,7 @@ def test_row_51_garbage_among_the_metrics_is_skipped(tmp_path, name):
         assert image.width > 1000
 
 
+@pytest.mark.faults
 def test_row_51_a_run_whose_metrics_are_torn_goes_on_where_it_was(tiny_dir, tmp_path):
     settings = tiny_run(tiny_dir, tmp_path, "run.save_every=1")
     run = train(load_config(None, [*settings, "run.steps=2"])).run_dir
@@ -299,6 +301,7 @@ def fake_run(**functions):
     return SimpleNamespace(step=0, offline=False, url="", **functions)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("fault", ["import", "log"])  # the others are in tests/run/test_trackers.py
 def test_row_52_a_tracker_that_fails_is_one_warning_and_the_run_unaffected(
     tiny_dir, tmp_path, monkeypatch, capsys, fault
@@ -374,6 +377,7 @@ def written(*places):
     return {str(path): path.read_bytes() for path in files}
 
 
+@pytest.mark.faults
 def test_row_53_no_secret_reaches_a_file_or_the_terminal(telling_dir, tmp_path, monkeypatch, capfd):
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)

@@ -72,6 +72,7 @@ def test_row_54_weights_that_do_not_fit_ask_for_other_settings_than_the_batch(
         train_module.train(config(tiny_dir, tmp_path, *SHORT, "optim.state=float32"))
 
 
+@pytest.mark.faults
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a child")
 def test_row_54_a_real_limit_is_known_beforehand(tiny_dir, tmp_path):
     """12 GB of address space, and a batch whose activations need a hundred times that."""

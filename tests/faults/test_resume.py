@@ -130,6 +130,7 @@ def straight(tiny_dir, tmp_path_factory):
 
 # Four updates a step with two epochs, two with one; asked once more where the rollout is there.
 # 1: before anything is scored; 2: scored, no update; 5: before the last update; 8: in step 2.
+@pytest.mark.faults
 @pytest.mark.parametrize(("number", "name"), [(2, "0+0"), (8, "1+1")])
 def test_row_10_a_stop_between_two_updates_changes_nothing(
     straight, tiny_dir, tmp_path, stop_at, number, name
@@ -156,7 +157,8 @@ def test_row_10_every_place_between_two_updates(tiny_dir, tmp_path, stop_at, kin
 
 
 # The first; the last before an epoch ends in a step.
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.faults), 2])
+@pytest.mark.faults
+@pytest.mark.parametrize("step", [1, 2])
 def test_row_10_a_stop_between_two_steps_changes_nothing(tiny_dir, tmp_path, step):
     """Killed, not asked: the steps after the last checkpoint are done again."""
     settings = tiny_run(tiny_dir, tmp_path, "run.save_every=1", "run.keep=9", "run.steps=3")
@@ -168,6 +170,7 @@ def test_row_10_a_stop_between_two_steps_changes_nothing(tiny_dir, tmp_path, ste
     assert_same_run(straight, again)
 
 
+@pytest.mark.faults
 def test_row_11_at_the_end_of_an_epoch_the_rest_is_still_done(tiny_dir, tmp_path):
     """Six problems, three to a step: a checkpoint at each epoch's end, and one epoch to go."""
     options = ["rollout.prompts=3", "rollout.group_size=4", "algo.minibatches=3"]
@@ -234,6 +237,7 @@ def test_row_12_other_data_is_refused(tiny_dir, tmp_path, copied, capsys, change
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.faults
 def test_row_12_other_data_is_waved_through_on_request_and_a_moved_file_is_no_change(
     tiny_dir, tmp_path, copied, capsys
 ):
@@ -270,6 +274,7 @@ def test_row_13_a_setting_that_makes_it_another_run_is_refused_by_name(
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
+@pytest.mark.faults
 def test_row_13_the_difference_is_printed_and_says_what_it_means(tiny_dir, copied, capsys):
     code, out, _ = command(
         capsys, copied(tiny_dir, "optim.learning_rate=1e-3", "run.keep=5", "eval.problems=4")
@@ -281,6 +286,7 @@ def test_row_13_the_difference_is_printed_and_says_what_it_means(tiny_dir, copie
     assert "rollout.prompts" not in out and "run.name" not in out
 
 
+@pytest.mark.faults
 def test_row_13_another_run_may_start_from_the_checkpoint_with_any_settings_that_fit(
     tiny_dir, copied, capsys
 ):
@@ -300,7 +306,8 @@ def test_row_13_another_run_may_start_from_the_checkpoint_with_any_settings_that
 # ---------------------------------------------------------- row 14: other numbers of devices
 
 
-@pytest.mark.parametrize("axis", ["fsdp", pytest.param("data", marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize("axis", ["fsdp", "data"])
 def test_row_14_a_run_continues_on_8_then_4_then_1_devices(tiny_dir, tmp_path, axis):
     """Rows that divide by 8: eight prompts of four. The learning rate keeps rounding small."""
     settings = tiny_run(

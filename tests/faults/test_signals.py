@@ -48,17 +48,18 @@ def assert_same_run(got, wanted):
 # are done ("2+1"). The first update is mostly compilation.
 PLACES = [
     ("generate", 3, "2"),
-    pytest.param("reward", 3, "2", marks=pytest.mark.faults),
-    pytest.param("advantage", 3, "2+0", marks=pytest.mark.faults),
+    ("reward", 3, "2"),
+    ("advantage", 3, "2+0"),
     ("update", 1, "0+1"),
-    pytest.param("update", 3, "2+1", marks=pytest.mark.faults),
-    pytest.param("save", 3, "3", marks=pytest.mark.faults),
-    pytest.param("evaluate", 0, "0", marks=pytest.mark.faults),
+    ("update", 3, "2+1"),
+    ("save", 3, "3"),
+    ("evaluate", 0, "0"),
     ("evaluate", 2, "2"),
-    pytest.param("evaluate", 4, "4", marks=pytest.mark.faults),
+    ("evaluate", 4, "4"),
 ]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("place", "step", "saved"), PLACES)
 def test_row_17_a_signal_in_any_phase_saves_and_the_rerun_is_bitwise_the_same(
     tiny_dir, tmp_path, monkeypatch, undisturbed, place, step, saved
@@ -76,6 +77,7 @@ def test_row_17_a_signal_in_any_phase_saves_and_the_rerun_is_bitwise_the_same(
     assert_same_run(result.run_dir, undisturbed)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("number", "state", "code"),
     [
@@ -161,9 +163,8 @@ IN_XLA = """
 """
 
 
-@pytest.mark.parametrize(
-    "work", [IN_C, pytest.param(IN_XLA, marks=pytest.mark.faults)], ids=["C", "XLA"]
-)
+@pytest.mark.faults
+@pytest.mark.parametrize("work", [IN_C, IN_XLA], ids=["C", "XLA"])
 @pytest.mark.parametrize(
     ("first", "second"),
     [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT), (signal.SIGUSR1, 15)],
@@ -192,6 +193,7 @@ def test_row_18_a_second_signal_ends_a_process_that_is_deep_in_c(work, first, se
     assert time.monotonic() - began < 2
 
 
+@pytest.mark.faults
 def test_row_18_the_checkpoint_before_a_forced_end_is_whole(tiny_dir, tmp_path, undisturbed):
     """In the update of the third step, which will not return."""
     told = tmp_path / "told"
@@ -236,6 +238,7 @@ def test_several_processes_do_not_give_a_step_up():
 # ---------------------------------------------------------------------------- a budget
 
 
+@pytest.mark.faults
 def test_save_by_stops_before_the_step_that_would_pass_it(tiny_dir, tmp_path, monkeypatch):
     """Two steps fit; the third would end later. A later process has its own time."""
     given = ["eval.split=test", "run.save_by=10"]
@@ -267,7 +270,8 @@ def test_a_budget_of_minutes_counts_from_the_start_of_the_process(monkeypatch, m
 # ------------------------------------------------------------------------- a long pause
 
 
-@pytest.mark.parametrize("pause", [3.0, pytest.param(30.0, marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize("pause", [3.0, 30.0])
 def test_row_20_a_stopped_process_continues_as_if_nothing_had_been(
     tiny_dir, tmp_path, undisturbed, pause
 ):
@@ -309,6 +313,7 @@ def test_row_20_the_estimate_forgets_a_pause(times, left):
 # -------------------------------------------------------------------------------- a hang
 
 
+@pytest.mark.faults
 def test_row_21_a_reward_that_never_returns_is_killed_counted_and_the_run_goes_on(
     tiny_dir, tmp_path, capsys
 ):
@@ -326,6 +331,7 @@ def test_row_21_a_reward_that_never_returns_is_killed_counted_and_the_run_goes_o
     assert told in (run_dir / "warnings.log").read_text()
 
 
+@pytest.mark.faults
 def test_row_28_a_reward_that_raises_scores_0_or_stops_the_run(tiny_dir, tmp_path, capsys):
     more = ["eval.split=test", "run.steps=3"]
     given = settings(tiny_dir, tmp_path, "run.name=zero", *more, reward="divides_by_zero")
@@ -346,6 +352,7 @@ def test_row_28_a_reward_that_raises_scores_0_or_stops_the_run(tiny_dir, tmp_pat
     assert [row["step"] for row in metrics(tmp_path / "stop")] == [1]
 
 
+@pytest.mark.faults
 def test_row_28_a_stop_at_a_reward_in_an_evaluation_keeps_the_step_before_it(tiny_dir, tmp_path):
     given = ["run.steps=3", "task.reward_errors=stop"]
     given = config(tiny_dir, tmp_path, *given, reward="fails_at_the_second_evaluation")

@@ -69,6 +69,7 @@ def on_a_full_disk(tiny_dir, tmp_path):
     return run
 
 
+@pytest.mark.faults
 @needs_mount
 def test_row_45_a_checkpoint_on_a_full_disk_is_one_line_and_the_older_ones_go_on(on_a_full_disk):
     told, said, out = on_a_full_disk("checkpoint")
@@ -106,12 +107,14 @@ def test_row_45_an_export_on_a_full_disk_leaves_nothing_or_the_former_one(on_a_f
     assert told["again"]["code"] == 0 and "out/model.safetensors" in told["again"]["left"]
 
 
+@pytest.mark.faults
 @needs_mount
 def test_row_45_a_disk_that_is_full_at_the_start_is_one_line(on_a_full_disk):
     told, said, _ = on_a_full_disk("start")
     assert told["full"]["code"] == 6 and "No space left on device" in one_line(said["full"])
 
 
+@pytest.mark.faults
 def test_row_45_a_picture_that_cannot_be_drawn_is_a_warning(
     tiny_dir, tmp_path, monkeypatch, capsys
 ):
@@ -263,6 +266,7 @@ def test_row_47_of_runs_that_start_together_one_has_the_directory(tmp_path):
         process.communicate()
 
 
+@pytest.mark.faults
 def test_row_47_a_second_run_is_refused_and_the_claim_of_a_killed_one_is_recovered(
     tiny_dir, tmp_path, capsys
 ):
@@ -360,6 +364,7 @@ def exports_are_whole(source, tmp_path, kills, seed):
     return interrupted
 
 
+@pytest.mark.faults
 def test_row_48_an_export_that_is_killed_is_absent_or_complete(larger, tmp_path):
     exports_are_whole(larger, tmp_path, kills=2, seed=0)
 

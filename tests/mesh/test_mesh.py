@@ -41,6 +41,7 @@ def name(case):
     return "-".join([kind, *(f"{axis}{n}" for axis, n in axes.items() if n > 1)])
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("kind", "axes"), QUICK, ids=map(name, QUICK))
 def test_a_mixed_mesh_computes_and_samples_what_one_device_does(kind, axes):
     assert_as_on_one_device(kind, axes)
@@ -100,6 +101,7 @@ KERNELS = (
 HEAD = (64, 160)
 
 
+@pytest.mark.faults
 def test_an_fsdp_step_gathers_the_weights_of_one_layer_after_the_other(fsdp):
     add, _ = fsdp
     weights = [(shape, op) for (_, shape), op in collectives(add, "all-gather") if len(shape) == 2]

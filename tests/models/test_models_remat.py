@@ -62,6 +62,7 @@ def estimate(config, remat):
     return activation_bytes(config, remat, tokens=B * S, width=S, itemsize=4, attention="xla")
 
 
+@pytest.mark.faults
 def test_less_memory_is_taken_the_more_is_recomputed():
     none, dots, full = (temporaries(remat) for remat in POLICIES)
     assert none > 1.5 * dots and dots > 1.5 * full

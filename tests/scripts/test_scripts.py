@@ -53,6 +53,7 @@ def sized(flags, monkeypatch):
     return steps
 
 
+@pytest.mark.faults
 def test_a_run_by_other_flags_goes_to_its_end_and_says_what_each_became(
     flags, tmp_path, monkeypatch, capsys
 ):

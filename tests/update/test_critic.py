@@ -554,6 +554,7 @@ def stored(run_dir, step):
         return checkpointer.restore(path, args=args).state
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_raises_its_reward_while_the_critics_loss_falls(learned, kind):
     rows = rows_of(learned(kind))
@@ -575,6 +576,7 @@ def test_a_run_raises_its_reward_while_the_critics_loss_falls(learned, kind):
     assert all(0 <= row["critic/vf_clipfrac"] <= 1 for row in rows)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_with_a_critic_is_bitwise_the_run_that_never_stopped(config, learned, kind):
     straight = learned(kind)
@@ -600,6 +602,7 @@ def test_a_run_with_a_critic_exports_the_policy_alone(learned, tmp_path):
         np.testing.assert_array_equal(np.asarray(param[...]), wanted)
 
 
+@pytest.mark.faults
 def test_four_devices_compute_what_one_does(config, learned):
     options = ("algo.critic.kind=separate", "mesh.data=2", "mesh.fsdp=2", "run.steps=2")
     four = rows_of(loop.train(config("four", *options)).run_dir)
@@ -609,6 +612,7 @@ def test_four_devices_compute_what_one_does(config, learned):
             assert a[name] == pytest.approx(b[name], abs=2e-5), name
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("coef", "placement", "calls"), [(0.0, "loss", 0), (0.1, "loss", 1), (0.1, "reward", 2)]
 )

@@ -103,10 +103,12 @@ def gradient(view, batch, dtype, loss):
     return jax.device_get(programs.accumulate(Gradients(params), batch)[0].grads.policy)
 
 
-def above(limit, got, want):
-    """The leaves whose difference is above `limit` of their norm."""
+def above(limit, got, want, whole=None):
+    """The leaves whose difference is above `limit` of their norm, or of that in `whole`."""
     size = np.linalg.norm
-    apart = jax.tree.map(lambda a, b: float(size(a - b) / size(b)), got, want)
+    apart = jax.tree.map(
+        lambda a, b, c: float(size(a - b) / size(c)), got, want, want if whole is None else whole
+    )
     leaves = jax.tree_util.tree_leaves_with_path(apart)
     return {jax.tree_util.keystr(path): x for path, x in leaves if not x <= limit}
 
@@ -129,13 +131,18 @@ def test_64_equal_rows_have_the_gradient_of_one(family):
 @pytest.mark.parametrize("loss", ["reinforce", "gspo"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_leaf_of_a_bfloat16_gradient_is_within_a_percent_of_float32(family, loss):
-    """On 8,192 tokens; most of what is left is the rounding of activations, not of sums."""
+    """On 8,192 tokens; most of what is left is the rounding of activations, not of sums.
+
+    Advantages of a group add up to 0, and so do many of the terms, but not their roundings: these
+    are held against the gradient of as many terms that do not cancel, with each advantage's size.
+    """
     hf = FAMILIES[family] | {"vocab_size": 512, "intermediate_size": 128}
     hf |= {"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
-    adv = {"reinforce": 1.0, "gspo": [1.5, -0.5, -0.5, -0.5]}[loss]
+    adv = {"reinforce": [1.0], "gspo": [1.5, -0.5, -0.5, -0.5]}[loss]
     view, batch = network(hf), texts(16, 512, 512, 2, adv=adv)
     got, want = (gradient(view, batch, dtype, loss) for dtype in ("bfloat16", "float32"))
-    assert above(0.01, got, want) == {}
+    whole = gradient(view, batch._replace(adv=np.abs(batch.adv)), "float32", loss)
+    assert above(0.01, got, want, whole) == {}
 
 
 # ---------------------------------------------------------------------------- meshes
@@ -149,6 +156,7 @@ def sums_in_16_bits(text):
     return [kind for kind, rest in found if re.search(r"-> .*bf16", rest.splitlines()[-1])]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("kind", "axes"),
     [

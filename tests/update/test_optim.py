@@ -218,6 +218,7 @@ def same(x, y):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("state", ["8bit", "float32"])
 @pytest.mark.parametrize("max_grad_norm", [0.5, 1e9])  # the gradients' norm is about 30
 def test_leaf_by_leaf_is_the_whole_tree_at_once_but_for_rounding(state, max_grad_norm):
@@ -252,6 +253,7 @@ def test_leaf_by_leaf_is_the_whole_tree_at_once_but_for_rounding(state, max_grad
     )
 
 
+@pytest.mark.faults
 def test_leaf_by_leaf_takes_any_transformation_of_single_parameters():
     loss, params = regression(4)
     for inner in (optax.sgd(1e-2, momentum=0.9), optax.lion(1e-3), optax.adafactor(1e-2)):

@@ -252,6 +252,7 @@ def test_compiled_once_for_all_steps(tiny_view, caplog):
     assert compiled(caplog) == {"add_logps": 1, "add_grads": 1, "apply": 1}
 
 
+@pytest.mark.faults
 def test_rows_of_any_length_compile_one_program_per_width_at_most(tiny_view, caplog):
     """Of at most 200 tokens, so in widths of 200, 150, 100 and 50; 400 tokens run together."""
     graphdef, optimizer, state = fresh(tiny_view)
