@@ -3,12 +3,19 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 
 from gspo_jax.algo.losses import LOSSES
 
 WIDE = {"clip_low": 1.0, "clip_high": float("inf")}  # clips nothing
+
+# What has to hold for every loss is shown on two by make test and on all by make faults.
+EACH = [
+    name if name in ("gspo", "grpo") else pytest.param(name, marks=pytest.mark.faults)
+    for name in LOSSES
+]
 
 # Without shrinking: an example is a seed, and a smaller seed explains nothing.
 FIXED = {
