@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import TINY
 from flax import nnx
+from update_cases import optimizer_of, programs_of
 
 from gspo_jax.advantage import by_group, by_token
 from gspo_jax.algo.losses import LOSSES
@@ -89,8 +90,8 @@ RATE, CRITIC_RATE = 1e-3, 1e-2
 def setup(view, kind, *, coef=0.5, **options):
     """(graphdef, optimizer, objective, state) for PPO with a critic that is not zero."""
     graphdef, params = view
-    optimizer = make_optimizer(optax.constant_schedule(RATE), state="float32")
-    own = make_optimizer(optax.constant_schedule(CRITIC_RATE), state="float32")
+    optimizer = optimizer_of(RATE, "float32")
+    own = optimizer_of(CRITIC_RATE, "float32")
     critic_def, critic = drawn_critic(view, kind)
     term = make_term(critic_def, own, shared=kind == "shared", clip=0.2, coef=coef)
     state = init_state(jax.tree.map(jnp.copy, params), optimizer)
@@ -102,7 +103,7 @@ def setup(view, kind, *, coef=0.5, **options):
 def fresh(view):
     """kind -> (its programs, compiled once for all tests; a state that they may donate)."""
     made = {kind: setup(view, kind) for kind in KINDS}
-    programs = {kind: make_programs(*parts[:3]) for kind, parts in made.items()}
+    programs = {kind: programs_of(*parts[:3]) for kind, parts in made.items()}
     return lambda kind: (programs[kind], jax.tree.map(jnp.copy, made[kind][3]))
 
 
@@ -310,7 +311,7 @@ def test_without_a_critic_the_kl_in_the_reward_is_taken_from_each_responses_scor
 
 def gradients(view, kind, targets, batch=None, **options):
     graphdef, optimizer, objective, state = setup(view, kind, **options)
-    programs = make_programs(graphdef, optimizer, objective)
+    programs = programs_of(graphdef, optimizer, objective)
     trained = Gradients(state.params, state.critic.params)
     return programs.accumulate(trained, batch or make_batch(), None, None, targets)[0]
 
@@ -593,6 +594,7 @@ def test_a_resumed_run_with_a_critic_is_bitwise_the_run_that_never_stopped(confi
         assert rows_of(straight)[-1][name] == rows_of(again)[-1][name], name
 
 
+@pytest.mark.faults
 def test_a_run_with_a_critic_exports_the_policy_alone(learned, tmp_path):
     exported = load_model(export(learned("separate"), tmp_path / "out"))
     weights = stored(learned("separate"), 25)

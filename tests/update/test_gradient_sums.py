@@ -6,10 +6,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from mesh_cases import DENSE, MOE
+from update_cases import IDENTITY, programs_of
 
 from gspo_jax.algo.losses import LOSSES
 from gspo_jax.batch import TrainBatch
@@ -19,7 +19,6 @@ from gspo_jax.models.linear import lookup, spread
 from gspo_jax.models.moe import mixture, tile_matmul
 from gspo_jax.models.qwen import Qwen, rms_norm
 from gspo_jax.update.objective import Given, Gradients, Objective
-from gspo_jax.update.programs import make_programs
 
 N, D = 4096, 8  # in bfloat16 the sum of 4,096 ones ends at 256: 256 + 1 rounds to 256
 
@@ -99,7 +98,7 @@ def gradient(view, batch, dtype, loss):
     how = Objective(LOSSES[loss], dtype=dtype, shortest_prompt=P, routing_replay="R2")
     how = how if sparse else how._replace(routing_replay="off")
     batch = batch if sparse else batch._replace(routing=None)
-    programs = make_programs(graphdef, optax.identity(), how)
+    programs = programs_of(graphdef, IDENTITY, how)
     return jax.device_get(programs.accumulate(Gradients(params), batch)[0].grads.policy)
 
 
@@ -172,7 +171,7 @@ def test_the_backward_pass_on_a_mesh_adds_no_sum_in_16_bits(kind, axes):
     rows, width = 8, 16
     batch = texts(rows, width, 160, 2)._replace(routing=None)
     with jax.set_mesh(mesh := make_mesh(**axes)):
-        programs = make_programs(graphdef, optax.identity(), how)
+        programs = programs_of(graphdef, IDENTITY, how)
         whole, trained = shard_batch(batch, mesh), Gradients(params)
         given = Given(jnp.zeros((rows, width - P)))
         order = np.arange(rows, dtype=np.int32)[None]

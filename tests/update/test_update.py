@@ -9,9 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import TINY
+from flax import nnx
+from update_cases import IDENTITY, optimizer_of, programs_of
 
 from gspo_jax.algo.losses import LOSSES
 from gspo_jax.batch import TrainBatch
+from gspo_jax.models.config import QwenConfig
+from gspo_jax.models.qwen import Qwen
 from gspo_jax.update import objective as objective_module
 from gspo_jax.update.objective import Gradients, Objective
 from gspo_jax.update.optim import let_pass, make_optimizer, make_schedule, schedule_count
@@ -23,6 +28,19 @@ B, S, T = 8, 20, 10
 # Compiled whole: op by op, each would be hundreds of tiny compilations.
 forward = jax.jit(objective_module.forward, static_argnums=(0, 3))
 GSPO = partial(LOSSES["gspo"], clip_low=3e-3, clip_high=4e-3)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """One layer of the usual tiny network: these tests compile many programs."""
+    model = Qwen(QwenConfig.from_hf(TINY | {"num_hidden_layers": 1}), rngs=nnx.Rngs(0))
+    model.embed[...] = model.embed[...] * 4
+    return model
+
+
+@pytest.fixture(scope="module")
+def tiny_view(tiny):
+    return nnx.split(tiny)
 
 
 def make_batch(seed=0, poison=0):
@@ -40,13 +58,13 @@ def make_batch(seed=0, poison=0):
 
 def fresh(tiny_view, learning_rate=1e-3, state="8bit"):
     graphdef, params = tiny_view
-    optimizer = make_optimizer(optax.constant_schedule(learning_rate), state=state)
+    optimizer = optimizer_of(learning_rate, state)
     return graphdef, optimizer, init_state(jax.tree.map(jnp.copy, params), optimizer)
 
 
 def accumulate(graphdef, params, batch, old, ref, objective):
     """The gradients of a minibatch and what its forward passes found."""
-    programs = make_programs(graphdef, optax.identity(), objective)
+    programs = programs_of(graphdef, IDENTITY, objective)
     return programs.accumulate(Gradients(params), batch, old, ref)[0]
 
 
@@ -113,7 +131,7 @@ def test_rematerialisation_does_not_change_the_gradient(tiny_view, remat):
 
 def test_the_first_minibatch_has_ratio_exactly_1_and_a_later_one_moves(tiny_view):
     graphdef, optimizer, state = fresh(tiny_view)
-    programs = make_programs(graphdef, optimizer, Objective(GSPO))
+    programs = programs_of(graphdef, optimizer, Objective(GSPO))
     before = programs.logps(state.params, on_device(make_batch())).logp
     state, done = continue_updates(programs, state, Progress(make_batch()), minibatches=4)
     stats, old, metrics = done.stats, old_logps(done), summarise(done.stats)
@@ -127,9 +145,10 @@ def test_the_first_minibatch_has_ratio_exactly_1_and_a_later_one_moves(tiny_view
     np.testing.assert_allclose(old[mask], np.asarray(before)[mask], atol=1e-6)
 
 
+@pytest.mark.faults
 def test_a_second_epoch_compares_with_the_policy_that_sampled(tiny_view):
     graphdef, optimizer, state = fresh(tiny_view)
-    programs = make_programs(graphdef, optimizer, Objective(GSPO))
+    programs = programs_of(graphdef, optimizer, Objective(GSPO))
     progress = Progress(make_batch())
     _, done = continue_updates(programs, state, progress, minibatches=2, epochs=2)
     ratio_std = [float(s["ratio_std"].value) for s in done.stats]
@@ -142,7 +161,7 @@ def test_gspo_and_grpo_take_the_same_step_where_the_rollout_is_one_batch(tiny_vi
 
     def step(loss):
         graphdef, optimizer, state = fresh(tiny_view, state="float32")
-        programs = make_programs(graphdef, optimizer, Objective(LOSSES[loss]))
+        programs = programs_of(graphdef, optimizer, Objective(LOSSES[loss]))
         return continue_updates(programs, state, Progress(make_batch()), minibatches=1)[0]
 
     gspo, grpo = step("gspo"), step("grpo")
@@ -152,7 +171,7 @@ def test_gspo_and_grpo_take_the_same_step_where_the_rollout_is_one_batch(tiny_vi
 
 def test_a_gradient_that_is_not_finite_leaves_the_state_bit_unchanged_and_is_counted(tiny_view):
     graphdef, optimizer, state = fresh(tiny_view)
-    programs = make_programs(graphdef, optimizer, Objective(LOSSES["reinforce"]))
+    programs = programs_of(graphdef, optimizer, Objective(LOSSES["reinforce"]))
     state, *_ = programs.update(state, on_device(make_batch()))  # moments that are not zero
     kept = jax.tree.map(np.asarray, (state.params, state.opt_state))
     batch = make_batch()
@@ -194,7 +213,7 @@ def test_a_schedule_goes_on_through_updates_that_are_left_out(left_out, leaf_by_
 def test_an_rl_learning_rate_of_1e_6_moves_every_matrix_of_float32_masters(tiny_view):
     graphdef, optimizer, state = fresh(tiny_view, learning_rate=1e-6)
     before = jax.tree.map(np.asarray, state.params)
-    programs = make_programs(graphdef, optimizer, Objective(GSPO))
+    programs = programs_of(graphdef, optimizer, Objective(GSPO))
     state, *_ = programs.update(state, on_device(make_batch()))
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(state.params), strict=True):
         if old.ndim == 2:
@@ -206,7 +225,7 @@ def test_the_kl_term_pulls_towards_the_reference(tiny_view):
     """With advantage 0 everywhere, only the penalty is left; descending it lowers the KL."""
     graphdef, optimizer, state = fresh(tiny_view, learning_rate=1e-2)
     objective = Objective(GSPO, kl_coef=1.0)
-    programs = make_programs(graphdef, optimizer, objective)
+    programs = programs_of(graphdef, optimizer, objective)
     batch = on_device(make_batch()._replace(adv=np.zeros(B, np.float32)))
     ref = programs.logps(state.params, batch).logp + 0.3
     values = []
@@ -221,9 +240,7 @@ def test_the_kl_term_pulls_towards_the_reference(tiny_view):
 def test_the_entropy_bonus_raises_the_entropy(tiny_view):
     """With advantage 0 everywhere, only the bonus is left; ascending it flattens the policy."""
     graphdef, optimizer, state = fresh(tiny_view, learning_rate=1e-2)
-    programs = make_programs(
-        graphdef, optimizer, Objective(GSPO, entropy_coef=0.5, microbatch=2 * S)
-    )
+    programs = programs_of(graphdef, optimizer, Objective(GSPO, entropy_coef=0.5, microbatch=2 * S))
     batch = on_device(make_batch()._replace(adv=np.zeros(B, np.float32)))
     values = []
     for _ in range(4):
@@ -277,6 +294,7 @@ def test_rows_of_any_length_compile_one_program_per_width_at_most(tiny_view, cap
     assert counts == {"apply": 1}
 
 
+@pytest.mark.faults
 def test_a_text_that_is_cut_gives_the_same_gradient_as_one_that_is_not(tiny_view):
     """The widths 40 and 8, against one microbatch of full width; padding holds other tokens."""
     graphdef, params = tiny_view
@@ -297,7 +315,7 @@ def test_a_text_that_is_cut_gives_the_same_gradient_as_one_that_is_not(tiny_view
 def test_updates_stopped_and_continued_are_those_that_nobody_stopped(tiny_view, after):
     """Two epochs of two updates, continued on the host's copies, as a checkpoint holds them."""
     graphdef, optimizer, state = fresh(tiny_view)
-    programs = make_programs(graphdef, optimizer, Objective(GSPO))
+    programs = programs_of(graphdef, optimizer, Objective(GSPO))
     progress = Progress(make_batch())
     wanted, whole = continue_updates(programs, state, progress, minibatches=2, epochs=2)
     answers = iter([False] * after + [True])
