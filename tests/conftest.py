@@ -38,6 +38,13 @@ TINY = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_other_files_are_let_go():
+    """A worker would keep every program that it ever ran: 4 GB by the end."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Qwen:
     """A random two-layer Qwen2 whose logits spread enough for samples to differ."""

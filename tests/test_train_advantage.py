@@ -82,6 +82,7 @@ def test_a_response_without_a_reward_is_in_no_functions_baseline_either():
     assert advs[0][3] == 0 and advs[0][0] > 0 > advs[0][2]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("loss", "over"),
     [("gspo", "responses"), ("grpo", "responses"), ("dapo", "tokens"), ("dr_grpo", "constant")],

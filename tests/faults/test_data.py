@@ -30,6 +30,7 @@ def raw(row):
     return row if isinstance(row, str | bytes) else json.dumps(row)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", BAD)
 def test_row_42_a_bad_row_is_refused_by_its_place_or_skipped_and_counted(dry_run, name):
     """The corpus of tests/tasks/test_tasks_data.py, at the command line."""

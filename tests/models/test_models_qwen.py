@@ -186,7 +186,13 @@ def test_a_window_as_long_as_the_text_changes_nothing_and_a_shorter_one_does(sid
     np.testing.assert_array_equal(differs, [False] * 11 + [True])
 
 
-@pytest.mark.parametrize("name", ["qwen2_untied", "qwen2_windows", "qwen3_untied"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen3_untied",
+        *(pytest.param(x, marks=pytest.mark.faults) for x in ("qwen2_untied", "qwen2_windows")),
+    ],
+)
 def test_every_parameter_has_a_gradient_and_rematerialised_layers_give_the_same(name):
     """A gradient that is zero for a whole parameter would mean that it is not used."""
     graphdef, params = nnx.split(load_model(FIXTURES[0].parent / name))

@@ -92,7 +92,10 @@ def test_response_token_t_is_predicted_from_the_position_before_it(tiny, tiny_vi
             assert entropy[row, t] == pytest.approx(-(np.exp(want) * want).sum(), abs=1e-5)
 
 
-@pytest.mark.parametrize("loss", ["gspo", "grpo", "reinforce"])
+@pytest.mark.parametrize(
+    "loss",
+    ["gspo", *(pytest.param(name, marks=pytest.mark.faults) for name in ("grpo", "reinforce"))],
+)
 @pytest.mark.parametrize("microbatch", [1, 2, 4])
 def test_microbatches_of_uneven_rows_add_up_to_the_big_batch(tiny_view, loss, microbatch):
     graphdef, params = tiny_view
@@ -156,6 +159,7 @@ def test_a_second_epoch_compares_with_the_policy_that_sampled(tiny_view):
     assert ratio_std[2] > 1e-5  # the first minibatch again, now off-policy
 
 
+@pytest.mark.faults
 def test_gspo_and_grpo_take_the_same_step_where_the_rollout_is_one_batch(tiny_view):
     """At π_θ = π_old the ratio of every token and sequence is 1 and the gradients coincide."""
 
