@@ -1,21 +1,28 @@
 """What a run makes of rewards and of the KL: parts of `losses` and `advantages` behind settings."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from gspo_jax import train as loop
-from gspo_jax.advantage import by_group
+from gspo_jax.advantage import by_group, by_token, make_advantage
 from gspo_jax.algo.losses import LOSSES
-from gspo_jax.batch import Completions, Rollout, TrainBatch
+from gspo_jax.batch import Completions, Problem, Rollout, TrainBatch
 from gspo_jax.config.load import load_config
 from gspo_jax.errors import ConfigError
 from gspo_jax.mesh.sharding import make_mesh, sharding_for
+from gspo_jax.policy import Policy
+from gspo_jax.rollout.train_rows import to_train_batch
 from gspo_jax.start import kl_term
-from gspo_jax.update.objective import Forward, Given, Gradients, Objective, measure
-from gspo_jax.update.state import init_state
+from gspo_jax.update.critic import Critic
+from gspo_jax.update.objective import CriticTerm, Forward, Given, Gradients, Objective, measure
+from gspo_jax.update.programs import LogProbs, Programs
+from gspo_jax.update.state import CriticState, init_state
 
 NAN = np.nan
 NOTHING = Completions(*(np.zeros((8, 0), kind) for kind in ("i4", "?", "f4")), np.zeros(8, bool))
@@ -80,6 +87,81 @@ def test_a_response_without_a_reward_is_in_no_functions_baseline_either():
         advs.append(judge(init_state({}, optax.identity()), batch, rollout, none)[0].adv)
     np.testing.assert_array_equal(*advs)
     assert advs[0][3] == 0 and advs[0][0] > 0 > advs[0][2]
+
+
+class Even(Programs):
+    """Every token has the log-probability that stands for the parameters."""
+
+    def logps(self, params, batch):
+        assert (params == -1) == (batch.routing is None)  # the reference routes for itself
+        return LogProbs(jnp.full(batch.mask.shape, params))
+
+
+def some_policy():
+    """Of which the place of its rows is all that is asked."""
+    return Policy(*nnx.split(Critic(1)), None, make_mesh(data=1), "float32", Path())
+
+
+def scored_rollout(reward):
+    """Two prompts with two responses of 1, 3, 2 and 2 tokens, and these rewards."""
+    mask = np.arange(3)[None] < np.array([1, 3, 2, 2])[:, None]
+    tokens, routing = np.ones((4, 3), np.int32), np.zeros((4, 4, 1, 1), np.int16)
+    sampled = Completions(tokens, mask, tokens / np.float32(9), np.zeros(4, bool), routing)
+    problems, reward = [Problem("a", "?"), Problem("b", "?")], np.array(reward, np.float32)
+    return Rollout(problems, [[5], [6]], sampled, ["x"] * 4, {"f": reward}, reward)
+
+
+@pytest.mark.parametrize(("placement", "coef"), [("loss", None), ("reward", None), ("reward", 4.0)])
+def test_the_kl_is_taken_from_the_reward_or_from_the_loss_and_never_from_both(placement, coef):
+    """log π = -0.75 and log π_ref = -1: 0.25 a token, times 0.5 or what it has been steered to.
+
+    So a response of n tokens loses n/8 or n: rewards 3, 1 become 3 - 1/8, 1 - 3/8 or 2, -2. The
+    mean over tokens is 0.25, since padding has none.
+    """
+    options = [f"algo.kl.placement={placement}", "algo.kl.coef=0.5", "rollout.group_size=2"]
+    config = load_config(None, [*options, "algo.advantage=group_centred"])
+    programs = Even(Objective(LOSSES["gspo"]), *[None] * 6)
+    state = init_state(np.float32(-0.75), optax.identity(), kl_coef=coef)
+    policy = some_policy()
+    judge = make_advantage(config, policy, programs.objective, programs, np.float32(-1))
+    judged = judge(state, scored_rollout([3, 1, 0, 0]))
+    if placement == "loss":
+        np.testing.assert_array_equal(judged.batch.adv, [1, -1, 0, 0])
+        assert (judged.ref_logp == -1).all() and judged.metrics == {}
+    else:
+        half = 2 if coef else (3 - 1 / 8 - (1 - 3 / 8)) / 2
+        np.testing.assert_allclose(judged.batch.adv, [half, -half, 0, 0], rtol=1e-6)
+        assert judged.ref_logp is None
+        assert judged.metrics == pytest.approx({"kl": 0.25, "kl_coef": coef or 0.5})
+    alone = make_advantage(config, policy, programs.objective, programs, None)
+    np.testing.assert_array_equal(alone(state, scored_rollout([3, 1, 0, 0])).batch.adv[:2], [1, -1])
+
+
+def test_a_critics_advantages_pay_the_penalty_once_and_skip_what_was_not_scored():
+    """With V = 0 and γ = λ = 1 the return is the reward less the penalty that is to come.
+
+    The penalty has its weight already: half of it, where it were weighed again.
+    """
+    options = ["algo.loss=ppo", "algo.critic.kind=separate", "algo.kl.coef=0.5"]
+    options += ["algo.advantage=gae", "algo.advantage.lam=1.0", "algo.advantage.whiten=false"]
+    config, policy = load_config(None, options), some_policy()
+    zero = CriticTerm(
+        lambda params, batch, states: jnp.zeros(batch.mask.shape),
+        optax.identity(),
+        0.2,
+        1.0,
+        shared=False,
+    )
+    goal = Objective(LOSSES["ppo"], critic=zero)
+    state = init_state({}, optax.identity())._replace(critic=CriticState({}, None))
+    rollout = scored_rollout([1, 2, np.nan, 5])
+    rows = to_train_batch(rollout)
+    penalty = np.where(rows.mask, np.float32(0.25), 0)
+    batch, targets, _ = by_token(config, policy, goal, zero)(state, rows, rollout, penalty)
+    want = [[0.75, 0, 0], [1.25, 1.5, 1.75], [0, 0, 0], [4.5, 4.75, 0]]
+    np.testing.assert_allclose(batch.adv, want, rtol=1e-6)
+    np.testing.assert_allclose(targets.returns, want, rtol=1e-6)
+    np.testing.assert_array_equal(batch.mask.sum(1), [1, 3, 0, 2])
 
 
 @pytest.mark.faults

@@ -17,7 +17,7 @@ from gspo_jax.models.cache import fit
 from gspo_jax.rollout import engine as generate_module
 from gspo_jax.rollout import schedule as schedule_module
 from gspo_jax.rollout.engine import generate
-from gspo_jax.rollout.sampling import Sampling, keep_likely, sample
+from gspo_jax.rollout.sampling import Sampling, at_position, keep_likely, row_keys, sample
 from gspo_jax.rollout.schedule import Program as P
 from gspo_jax.rollout.schedule import bucket, programs_for, schedule
 from gspo_jax.update.objective import Objective, forward
@@ -71,6 +71,41 @@ def test_log_probabilities_equal_those_of_the_training_program(tiny_view):
     )[1]
     assert 6 < got.mask.sum() < 48  # some rows stopped, some went on
     np.testing.assert_allclose(got.logp[got.mask], np.asarray(found.logp)[got.mask], atol=1e-4)
+
+
+def test_a_token_is_the_draw_of_its_rows_key_at_its_position(tiny):
+    """From the logits of the whole, uncached text: `sample` with fold_in(row's key, t)."""
+    how = {"max_new_tokens": 5, "temperature": 0.7, "eos_ids": NO_EOS, "key": KEY}
+    got = generate(tiny, PROMPTS, group_size=2, first_prompt=4, **how).tokens
+    texts = np.zeros((6, 16), np.int32)
+    start = np.repeat([len(p) for p in PROMPTS], 2)
+    for row in range(6):
+        text = [*PROMPTS[row // 2], *got[row]]
+        texts[row, : len(text)] = text
+    logits = np.asarray(jax.jit(lambda t: tiny.logits(t))(texts))
+    keys = row_keys(KEY, np.arange(6, dtype=np.int32) // 2 + 4, np.arange(6, dtype=np.int32) % 2)
+    for t in range(5):
+        z = jnp.asarray(logits[np.arange(6), start - 1 + t])
+        token, _ = sample(z, at_position(keys, jnp.int32(t)), Sampling(0.7))
+        np.testing.assert_array_equal(token, got[:, t])
+
+
+def test_experts_of_a_row_are_its_prompts_and_then_those_that_drew_its_tokens():
+    """Prompts of 2 and 3 tokens with 2 responses each, of 1, 3, 2 and 0 tokens; -1 from then on.
+
+    What draws the first token is run at the prompt's last one: 20 takes the place of 2.
+    """
+    asked = np.array([[0, 1, 2], [3, 4, 5]], np.int16)[..., None, None]
+    drawn = np.array([[20, 21, 22], [30, 31, 32], [40, 41, 42], [50, 51, 52]], np.int16)
+    mask = np.arange(3)[None] < np.array([1, 3, 2, 0])[:, None]
+    seen = np.array([[0, 1, 1], [1, 1, 1]], bool)
+    routing = generate_module._routing(asked, seen, drawn[..., None, None], mask)
+    assert routing[..., 0, 0].tolist() == [
+        [1, 20, -1, -1, -1, -1],
+        [1, 30, 31, 32, -1, -1],
+        [3, 4, 40, 41, -1, -1],
+        [3, 4, 5, -1, -1, -1],
+    ]
 
 
 @pytest.mark.faults
@@ -324,6 +359,33 @@ def test_a_schedule_holds_all_rows_and_all_tokens_in_few_sizes(rows, ways, limit
     for n, slots in enumerate(s.slots):
         assert slots >= 48 + (n + 1) * s.steps  # the last write of chunk n lies inside
         assert slots >= s.slots[n - 1] or n == 0
+
+
+def test_a_batch_is_the_smallest_that_holds_the_living_while_it_is_worth_a_compilation():
+    """60 steps in chunks of 4: from chunk 11 on there are fewer than 16, and sizes stay."""
+    s = schedule(48, 16, 61, chunk=4)
+    assert s.batches == (48, 24, 12)
+    assert [s.batch(0, 48, alive) for alive in (48, 25, 24, 13, 12, 0)] == [48, 48, 24, 24, 12, 12]
+    assert (s.batch(11, 48, 5), s.batch(12, 48, 5)) == (12, 48)
+
+
+def test_every_token_of_every_row_has_a_key_of_its_own():
+    """fold_in(fold_in(fold_in(key, prompt), sample), position), as `sampling` says."""
+    prompt, number = np.repeat([3, 4], 2).astype(np.int32), np.array([0, 1, 0, 1], np.int32)
+    rows = row_keys(KEY, prompt, number)
+    drawn = np.stack([jax.random.key_data(at_position(rows, jnp.int32(t))) for t in range(3)])
+    for t, row in np.ndindex(3, 4):
+        want = jax.random.fold_in(jax.random.fold_in(KEY, prompt[row]), number[row])
+        want = jax.random.key_data(jax.random.fold_in(want, t))
+        np.testing.assert_array_equal(drawn[t, row], want)
+    assert len(np.unique(drawn.reshape(12, -1), axis=0)) == 12
+
+
+def test_a_nucleus_that_one_token_reaches_exactly_is_that_token():
+    z = jnp.zeros((1, 4)).at[0, 2].set(1.0)
+    p = float(jax.nn.softmax(z)[0, 2])
+    kept = np.isfinite(np.asarray(keep_likely(z, p, 0)))
+    assert kept.tolist() == [[False, False, True, False]]
 
 
 @pytest.mark.parametrize(("top_p", "top_k"), [(0.5, 0), (0.9, 0), (1.0, 3), (0.7, 5), (1e-6, 0)])

@@ -205,15 +205,16 @@ def test_advantages_are_those_of_a_reversed_loop_with_the_kl_in_the_reward(gamma
     reward = np.array([1.0, -0.5, 0.25, 2.0], np.float32)
     value, kl = rng.normal(size=(2, B, T)).astype(np.float32)
     poisoned = [np.where(MASK, x, np.nan) for x in (value, kl)]
-    adv, targets, _ = jax.jit(partial(estimate, kl_coef=0.3, gamma=gamma, lam=lam, whiten=False))(
-        reward, *poisoned, MASK
-    )
+    adv, targets, metrics = jax.jit(
+        partial(estimate, kl_coef=0.3, gamma=gamma, lam=lam, whiten=False)
+    )(reward, *poisoned, MASK)
     for row, length in enumerate(RESPONSE):
         want_adv, want_returns = by_hand(
             reward[row], value[row, :length], kl[row, :length], 0.3, gamma, lam
         )
         np.testing.assert_allclose(adv[row, :length], want_adv, atol=1e-5)
         np.testing.assert_allclose(targets.returns[row, :length], want_returns, atol=1e-5)
+    assert float(metrics["critic/values/mean"]) == pytest.approx(value[MASK].mean(), rel=1e-5)
     for x in (adv, *targets):
         np.testing.assert_array_equal(np.asarray(x)[~MASK], 0)
 
@@ -260,6 +261,10 @@ def test_explained_variance_of_a_perfect_a_constant_and_a_contrary_critic():
     assert float(explained(-jnp.asarray(returns))) == pytest.approx(-3, abs=1e-5)
     flat = explained_variance(jnp.asarray(returns), jnp.ones((B, T)), jnp.asarray(MASK))
     assert float(flat) == 0  # nothing varies: nothing to explain
+    # Above 10,000,000 float32 counts in ones; half of these returns are one more than it.
+    far, half = 1e7 + (returns % 2), jnp.full((B, T), 1e7)
+    assert float(explained_variance(half, jnp.asarray(far), jnp.asarray(MASK))) == 0
+    assert float(explained_variance(*[jnp.asarray(far)] * 2, jnp.asarray(MASK))) == 1
 
 
 def rollout_of(reward):

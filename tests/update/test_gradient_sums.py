@@ -15,7 +15,7 @@ from gspo_jax.algo.losses import LOSSES
 from gspo_jax.batch import TrainBatch
 from gspo_jax.mesh.sharding import make_mesh, shard_batch
 from gspo_jax.models.config import QwenConfig
-from gspo_jax.models.linear import lookup, spread
+from gspo_jax.models.linear import dense, lookup, spread
 from gspo_jax.models.moe import mixture, tile_matmul
 from gspo_jax.models.qwen import Qwen, rms_norm
 from gspo_jax.update.objective import Given, Gradients, Objective
@@ -153,6 +153,20 @@ def sums_in_16_bits(text):
         r'stablehlo\.(scatter|all_reduce|reduce_scatter)"[^\n]*(.*?\}\) : [^\n]*)', text, re.DOTALL
     )
     return [kind for kind, rest in found if re.search(r"-> .*bf16", rest.splitlines()[-1])]
+
+
+def test_a_weight_that_devices_share_has_its_gradient_summed_in_32_bits_and_so_has_its_input():
+    """W [D, F] split over fsdp and tensor, rows over fsdp: one sum for W, and one for x."""
+    with jax.set_mesh(make_mesh(data=1, fsdp=2, tensor=2)):
+        x, w = (jax.ShapeDtypeStruct((2, 4, 4), jnp.bfloat16) for _ in range(2))
+
+        def total(x, w):
+            (y,) = dense(x, nnx.Param(w[0], axes=("embed", "mlp")))
+            return jnp.sum(y, dtype=jnp.float32)
+
+        text = jax.jit(jax.grad(total, argnums=(0, 1))).lower(x, w).as_text()
+    assert "all_reduce" in text and "reduce_scatter" in text
+    assert sums_in_16_bits(text) == []
 
 
 @pytest.mark.faults

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gspo_jax.batch import TrainBatch
-from gspo_jax.update.microbatch import pick, put, rows_of, split, take, widths
+from gspo_jax.update.microbatch import Microbatches, fold, pick, put, rows_of, split, take, widths
 
 
 @given(
@@ -37,6 +37,7 @@ def test_every_row_runs_once_in_a_width_that_holds_it(length, tokens, ways):
 def test_widths_are_few_and_the_longest_is_exact():
     assert widths(1280) == (1280, 960, 640, 320)
     assert widths(96) == (96, 64, 32)  # 32 apart at least
+    assert widths(130) == (130, 97, 64, 31)  # a quarter, rounded up: four of them, not five
     assert widths(40) == (40, 8)
     assert widths(20) == (20,)
 
@@ -61,6 +62,21 @@ def test_padding_is_small_where_lengths_vary():
     run = sum(p.number * p.rows.shape[1] * p.width for p in split(length, 1280, tokens=16384))
     assert 512 * 1280 / length.sum() > 1.6
     assert run / length.sum() < 1.27
+
+
+def test_a_row_as_long_as_a_width_runs_in_it_and_one_without_tokens_in_none():
+    """Widths are 96, 64 and 32; 3 stands for no row."""
+    parts = split(np.array([64, 0, 32]), 96, tokens=96)
+    assert [(p.width, p.rows[: p.number].tolist()) for p in parts] == [
+        (64, [[0]]),
+        (32, [[2, 3, 3]]),
+    ]
+
+
+def test_of_a_group_the_microbatches_that_there_are_run_in_order():
+    rows = np.array([[4, 7], [1, 9], [5, 5]], np.int32)  # the third keeps the shape
+    ran = fold(lambda so_far, rows: 100 * so_far + rows.sum(), Microbatches(rows, 2, 8), 0)
+    assert int(ran) == 1110
 
 
 def make_batch():

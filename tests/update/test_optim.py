@@ -72,6 +72,32 @@ def test_moments_take_two_bytes_per_parameter_and_small_leaves_stay_float32():
     assert stored / params["w"].size == pytest.approx(2.03125)
 
 
+def test_what_is_no_matrix_of_whole_blocks_stays_in_float32_however_large():
+    """257 is a prime beyond the largest block: its blocks would be one element and its scale."""
+    shapes = {"embed": (512, 64), "norm": (8192,), "odd": (64, 257)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    tx = make_optimizer(optax.constant_schedule(1e-3))
+    (_, (packed, *_)) = jax.eval_shape(tx.init, params)
+    for moment in (packed.inner.mu, packed.inner.nu):
+        kept = {name: isinstance(x, Quantised) for name, x in moment.items()}
+        assert kept == {"embed": True, "norm": False, "odd": False}
+
+
+def test_chance_is_not_the_same_for_every_parameter_nor_every_update():
+    """Equal gradients, so equal moments; what is drawn for each decides what they become."""
+    tx = compress_state(optax.scale_by_adam(b2=0.5), stochastic=True)
+    grads = {name: jax.random.normal(jax.random.key(0), (64, 128)) for name in ("a", "b")}
+    _, state = tx.update(grads, tx.init(grads), grads)
+    codes = [np.int32(state.inner.nu[name].codes) for name in grads]
+    again = state.inner._replace(nu=jax.tree.map(jnp.zeros_like, state.inner.nu))
+    _, later = tx.update(grads, CompressedState(again), grads)
+    codes.append(np.int32(later.inner.nu["a"].codes))
+    for other in codes[1:]:
+        apart = np.abs(codes[0] - other)
+        # Two draws between two codes differ with chance 2 s (1 - s): a third for a uniform s.
+        assert apart.max() == 1 and 0.25 < apart.mean() < 0.42
+
+
 def test_a_parameter_named_like_a_second_moment_keeps_the_signs_of_its_first():
     """Attention's value projection is called v, as is the second moment of some optimizers."""
     params = {"layer": {"v": jnp.zeros((64, 128)), "nu": jnp.zeros((64, 128))}}
@@ -216,6 +242,33 @@ def test_the_chain_in_float32_is_optax_adamw_with_clipping():
     b, _, _ = descend(reference, loss, params, 5)
     np.testing.assert_allclose(a["w"], b["w"], rtol=1e-6)
     np.testing.assert_allclose(a["b"], b["b"], rtol=1e-6)
+
+
+def test_a_step_parameter_by_parameter_is_that_of_optax_adamw_or_none_at_all():
+    """Short and long gradients, one left out, whose place in the schedule goes by all the same."""
+    params = {"w": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "b": jnp.array([1.0, -1.0])}
+    schedule, fixed = optax.linear_schedule(1e-2, 0, 9), {"b2": 0.95, "weight_decay": 0.1}
+    ours = make_optimizer(schedule, max_grad_norm=0.5, state="float32", **fixed)
+    theirs = optax.chain(
+        optax.clip_by_global_norm(0.5),
+        optax.adamw(schedule, mask={"w": True, "b": False}, **fixed),
+    )
+    step = jax.jit(lambda params, state, grads, go: ours.step(grads, state, params, go))
+    mine, want, state = (params, ours.init(params)), params, theirs.init(params)
+    for size in (0.01, 1.0, np.nan, 2.0):
+        grads = {
+            "w": size * jnp.array([[1.0, 2.0], [3.0, -1.0]]),
+            "b": size * jnp.array([0.5, 4.0]),
+        }
+        at_once = optax.apply_updates(mine[0], ours.update(grads, mine[1], mine[0])[0])
+        mine = step(*mine, grads, bool(np.isfinite(size)))
+        if np.isfinite(size):
+            jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), mine[0], at_once)
+            change, state = theirs.update(grads, state, want)
+            want = optax.apply_updates(want, change)
+        else:
+            state = let_pass(state)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), mine[0], want)
 
 
 def same(x, y):

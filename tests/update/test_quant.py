@@ -56,6 +56,16 @@ def test_a_block_of_zeros_stays_zero_without_nan():
     np.testing.assert_array_equal(back, np.zeros((2, 8)))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_block_has_a_scale_of_its_own_whatever_the_dtype(dtype):
+    """Blocks of 96, of which 32 are looked at together, whose sizes are 1, 100 and 10,000."""
+    sizes = np.repeat([1.0, 1e2, 1e4], 96)[None]
+    x = jnp.asarray(sizes * np.random.default_rng(0).uniform(0.5, 1, (2, 288)), dtype)
+    coded, wide = quantise(x, signed=True, block=96), np.asarray(x, np.float32)
+    np.testing.assert_array_equal(coded.scale, np.abs(wide).reshape(2, 3, 96).max(2))
+    np.testing.assert_allclose(dequantise(coded), wide, rtol=HALF_STEP[True])
+
+
 @pytest.mark.parametrize(("n", "want"), [(256, 256), (1536, 256), (8960, 256), (384, 192), (7, 7)])
 def test_block_size_is_the_largest_divisor(n, want):
     assert block_size(n) == want
