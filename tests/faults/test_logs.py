@@ -228,6 +228,7 @@ def test_row_51_metrics_that_are_deleted_or_rotated_away_begin_anew(tmp_path, ro
     assert (tmp_path / "metrics.jsonl.1").exists() == rotated
 
 
+@pytest.mark.faults
 def test_row_51_a_run_whose_metrics_are_gone_finishes_and_exports(tiny_dir, tmp_path, monkeypatch):
     """Deleted after the last step: nothing is left to draw, and the run is a success."""
     settings = tiny_run(tiny_dir, tmp_path, "run.steps=1")

@@ -96,7 +96,9 @@ def test_response_token_t_is_predicted_from_the_position_before_it(tiny, tiny_vi
     "loss",
     ["gspo", *(pytest.param(name, marks=pytest.mark.faults) for name in ("grpo", "reinforce"))],
 )
-@pytest.mark.parametrize("microbatch", [1, 2, 4])
+@pytest.mark.parametrize(
+    "microbatch", [2, *(pytest.param(n, marks=pytest.mark.faults) for n in (1, 4))]
+)
 def test_microbatches_of_uneven_rows_add_up_to_the_big_batch(tiny_view, loss, microbatch):
     graphdef, params = tiny_view
     batch = on_device(make_batch())
@@ -122,6 +124,7 @@ def test_what_padding_holds_changes_nothing(tiny_view):
         np.testing.assert_allclose(x, y, atol=1e-7)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialisation_does_not_change_the_gradient(tiny_view, remat):
     graphdef, params = tiny_view
@@ -225,6 +228,7 @@ def test_an_rl_learning_rate_of_1e_6_moves_every_matrix_of_float32_masters(tiny_
             assert 0.5e-6 < np.median(moved) < 1.5e-6  # Adam's first step is lr * sign
 
 
+@pytest.mark.faults
 def test_the_kl_term_pulls_towards_the_reference(tiny_view):
     """With advantage 0 everywhere, only the penalty is left; descending it lowers the KL."""
     graphdef, optimizer, state = fresh(tiny_view, learning_rate=1e-2)
@@ -241,6 +245,7 @@ def test_the_kl_term_pulls_towards_the_reference(tiny_view):
     assert values[-1] < values[0]
 
 
+@pytest.mark.faults
 def test_the_entropy_bonus_raises_the_entropy(tiny_view):
     """With advantage 0 everywhere, only the bonus is left; ascending it flattens the policy."""
     graphdef, optimizer, state = fresh(tiny_view, learning_rate=1e-2)
