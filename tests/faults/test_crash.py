@@ -106,6 +106,7 @@ def first_two(directory):
         checkpoint.save(directory, step, saves.state_at(step), {"step": step}, keep=2)
 
 
+@pytest.mark.faults
 def test_row_02_a_step_whose_deletion_was_killed_is_never_listed(tmp_path):
     first_two(tmp_path)
     assert kill_while_removing(tmp_path, times=2, seed=0) >= 1
@@ -243,6 +244,7 @@ def detected(root, name):
     assert said == [f"warning: {text} Checkpoint 4 is taken instead."]
 
 
+@pytest.mark.faults
 def test_row_05_any_flipped_bit_is_found_in_200_trials(root):
     rng, files = random.Random(5), files_of(root / "5+1")
     sizes = [path.stat().st_size for path in files]

@@ -143,7 +143,8 @@ def assert_close(got, want):
         )
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize("devices", [1, 4])
 def test_what_is_found_of_rows_with_holes_is_what_each_row_alone_has(case, devices):
     graphdef, params, batch, old, new, _ = case
     mesh = make_mesh(data=devices)
