@@ -124,6 +124,7 @@ def test_after_an_update_routers_choose_other_experts_and_replay_keeps_the_old(v
     assert float(plain[1][1]["ratio_mean"].value) != float(replayed[1][1]["ratio_mean"].value)
 
 
+@pytest.mark.faults
 def test_with_replay_the_second_update_is_that_of_the_recorded_experts(view):
     """By hand: the second minibatch's gradient with the ids that its old policy chose."""
     graphdef, _, start = fresh(view)
@@ -242,6 +243,7 @@ def rollout_of(sampled):
     return Rollout(problems, prompts, sampled, [""] * 32, {"f": zeros}, zeros)
 
 
+@pytest.mark.faults
 def test_the_sampler_records_what_the_full_forward_would_choose(view, sampled):
     """At every token but the last of each row, in the row's own positions; -1 from there on."""
     batch = to_train_batch(rollout_of(sampled), np.ones(32, np.float32))
@@ -254,6 +256,7 @@ def test_the_sampler_records_what_the_full_forward_would_choose(view, sampled):
     np.testing.assert_array_equal(batch.routing[known], np.asarray(routing.experts)[known])
 
 
+@pytest.mark.faults
 def test_recording_changes_no_sample(view, sampled):
     again = generate(
         view,
