@@ -90,7 +90,7 @@ def open_run(
     kept = checkpoint.Kept(config.run.keep, config.run.keep_every)
     saver = checkpoint.Saver(directory / "checkpoints", kept)
     alone = jax.process_count() == 1
-    with log, jax.set_mesh(policy.mesh), saver, listening(log.say, abandon=alone) as stop:
+    with log, jax.set_mesh(policy.mesh), saver, listening(log.warn, abandon=alone) as stop:
         yield Run(config, policy, problems, log, directory, saver, stop, kind)
 
 
@@ -192,7 +192,8 @@ class Run:
         saving = sum(x.nbytes for x in jax.tree.leaves(state)) / SAVE_RATE
         for step in range(int(state.step) + 1, self.config.run.steps + 1):
             if longest and out_of_time(self.config.run.save_by, longest + saving):
-                self.log.say(f"run.save_by={self.config.run.save_by:g} minutes leave no more step.")
+                minutes = f"{self.config.run.save_by:g} minutes"
+                self.log.warn(f"run.save_by={minutes} leave no more step.")
                 self.stop.ask("preempted")
             if self.stopping():
                 return
