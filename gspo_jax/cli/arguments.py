@@ -133,7 +133,7 @@ def add_runs(sub: argparse.ArgumentParser, name: str) -> None:
     sub.add_argument("run", metavar="RUN", help="a run directory, like runs/demo-seed0")
     if name == "export":
         sub.add_argument("out", metavar="OUT", nargs="?", help="default: RUN/export")
-        moved = "a directory of the run's first model, where that has moved"
+        moved = "a directory of the same model, to take tokenizer and template from"
         sub.add_argument("--like", metavar="DIR", help=moved)
     else:
         sub.add_argument("--step", type=_whole, required=True, metavar="K", help="1 or more")

@@ -32,7 +32,7 @@ from gspo_jax.mesh.distributed import agreed, is_writer
 from gspo_jax.models.hf.weights import read_config
 from gspo_jax.policy import Policy, Problems, attention
 from gspo_jax.run import checkpoint, resume
-from gspo_jax.run.export import export_params, logged_eval, logged_step, run_card
+from gspo_jax.run.export import export_params, keep_model, logged_eval, logged_step, run_card
 from gspo_jax.run.metrics import RunLog
 from gspo_jax.run.resume import Begun
 from gspo_jax.update.programs import all_finite
@@ -137,6 +137,7 @@ class Run:
                 f"{self.problems.too_long} problems have prompts of more than "
                 f"{self.config.task.max_prompt_length} tokens and are left out."
             )
+        keep_model(self.policy, state.params, where)
         if found is None:
             self.log.start()
             self.before = self._measured(0, state)

@@ -170,12 +170,22 @@ def save_model(
     lender = None if like is None else files.resolve(like)
     with appearing(out_dir, replace=replace) as partial:
         _write_weights(partial, slots, model.config.dtype, shard_bytes)
-        ids = {**(token_ids or {}), **(_lend(lender, partial) if lender else {})}
-        _write_json(partial / "config.json", {**model.config.to_hf(), **ids})
-        if not (partial / "generation_config.json").exists():
-            _write_json(partial / "generation_config.json", ids)
+        _write_beside(partial, model.config, lender, token_ids or {})
         if card is not None:
             (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_without_weights(
+    config: QwenConfig, out_dir: Path, *, like: Path, token_ids: Mapping[str, Any]
+) -> None:
+    """Write what `save_model` writes besides weights and card: some megabytes of any model.
+
+    Raises:
+        DataError: `out_dir` is in use, or `like` cannot be read.
+        StorageError: the disk is full or not writable.
+    """
+    with appearing(out_dir) as partial:
+        _write_beside(partial, config, like, token_ids)
 
 
 def read_config(directory: Path) -> QwenConfig:
@@ -336,6 +346,16 @@ def lent_files(directory: Path) -> list[Path]:
     """
     there = [name for name in LENT_FILES if os.path.lexists(directory / name)]
     return [files.file_in(directory, name) for name in there]
+
+
+def _write_beside(
+    directory: Path, config: QwenConfig, lender: Path | None, token_ids: Mapping[str, Any]
+) -> None:
+    """config.json, and tokenizer, template and generation settings as `lender` has them."""
+    ids = {**token_ids, **(_lend(lender, directory) if lender else {})}
+    _write_json(directory / "config.json", {**config.to_hf(), **ids})
+    if not (directory / "generation_config.json").exists():
+        _write_json(directory / "generation_config.json", ids)
 
 
 def _lend(lender: Path, directory: Path) -> dict[str, Any]:
