@@ -6,7 +6,6 @@ the same programs, the same optimizer, the same checkpoints.
 
 import numpy as np
 
-from gspo_jax.algo.losses import LOSSES
 from gspo_jax.batch import Problem, TrainBatch
 from gspo_jax.config.load import Config
 from gspo_jax.errors import DataError
@@ -15,8 +14,7 @@ from gspo_jax.plan.memory import held_by, passes
 from gspo_jax.policy import load_policy, load_problems, text_sizes, within_positions
 from gspo_jax.prompt.tokenizer import Tokenizer
 from gspo_jax.run.lifecycle import Result, open_run
-from gspo_jax.start import make_state, update_programs
-from gspo_jax.update.objective import Objective
+from gspo_jax.start import make_state, supervised, update_programs
 from gspo_jax.update.optim import schedule_count
 
 
@@ -35,17 +33,7 @@ def sft(config: Config) -> Result:
     sizes = text_sizes(config, problems, policy.mesh)
     held = held_by(state, dtype=policy.dtype, reference=False)
     how = passes(config, policy, shape, held, sizes)
-    objective = Objective(
-        loss=LOSSES["reinforce"],
-        dtype=policy.dtype,
-        remat=how.remat,
-        attention=how.attention,
-        microbatch=sizes.microbatch,
-        longest=sizes.longest,
-        shortest_prompt=sizes.shortest_prompt,
-        router_aux_coef=c.algo.router_aux_coef,
-        router_z_coef=c.algo.router_z_coef,
-    )
+    objective = supervised(config, policy, problems, how)
     programs = update_programs(config, policy, optimizer, objective, state)
     total = c.run.steps * c.sft.batch_size
 

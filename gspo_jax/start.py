@@ -119,23 +119,31 @@ def objective(
     config: Config, policy: Policy, problems: Problems, how: Passes, critic: CriticTerm | None
 ) -> Objective:
     """The configured loss with its keywords bound, and how its forward pass is run."""
-    options, sizes = dict(config.algo.loss), text_sizes(config, problems, policy.mesh)
-    return Objective(
+    options = dict(config.algo.loss)
+    return supervised(config, policy, problems, how)._replace(
         loss=partial(LOSSES[options.pop("name")], **options),
         temperature=config.rollout.temperature,
         kl_coef=config.algo.kl.coef,
         kl=kl_term(config),
         entropy_coef=config.algo.entropy_coef,
+        routing_replay=config.algo.routing_replay,
+        critic=critic,
+    )
+
+
+def supervised(config: Config, policy: Policy, problems: Problems, how: Passes) -> Objective:
+    """The negative log-likelihood of given tokens: REINFORCE where every advantage is 1."""
+    sizes = text_sizes(config, problems, policy.mesh)
+    return Objective(
+        loss=LOSSES["reinforce"],
         dtype=policy.dtype,
         remat=how.remat,
         attention=how.attention,
         microbatch=sizes.microbatch,
         longest=sizes.longest,
         shortest_prompt=sizes.shortest_prompt,
-        routing_replay=config.algo.routing_replay,
         router_aux_coef=config.algo.router_aux_coef,
         router_z_coef=config.algo.router_z_coef,
-        critic=critic,
     )
 
 
