@@ -4,13 +4,13 @@ EXTRAS ?= cpu
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test faults parity gpu-check lint docs clean
+.PHONY: demo test faults parity targets gpu-check lint docs clean
 
 demo: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/gspo-jax demo
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not parity and not gpu and not faults"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not parity and not gpu and not faults and not targets"
 
 # The long half: whole runs, many devices, kills and bit flips by the dozen; some 30 minutes.
 faults: $(VENV)/installed-test
@@ -20,6 +20,12 @@ faults: $(VENV)/installed-test
 # is told, reasoning-gym's problems; and that the documentation builds.
 parity: $(VENV)/installed-parity
 	$(BIN)/python -m pytest -n 2 -m parity
+
+# What programs compiled for GPUs and TPUs say. None needs to be here, but 2.3 GB of compilers, in an
+# environment of their own: in any other jax would look for their devices and tell that it found none.
+targets:
+	@$(MAKE) --no-print-directory VENV=.venv-targets .venv-targets/installed-targets
+	.venv-targets/bin/python -m pytest -n 2 --dist loadgroup -m targets
 
 # Tests and benchmarks that need a GPU, in any environment that has jax for it; at most 9 minutes.
 gpu-check:

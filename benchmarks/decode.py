@@ -30,6 +30,7 @@ from output import numbers, parser, report
 from gspo_jax.models.cache import LayerCache
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.qwen import Qwen
+from gspo_jax.policy import compiled_to_sample
 from gspo_jax.rollout import engine, schedule
 from gspo_jax.rollout.engine import PureModel, Rows, generate
 from gspo_jax.rollout.sampling import Sampling
@@ -49,7 +50,7 @@ RATE = 1.594  # (1 - exp(-x)) / x = 1/2: rows that end at rate x / cap live half
 def main() -> None:
     options = parse()
     config = qwen2(options.model)
-    model = random_model(config, options.dtype)
+    model = compiled_to_sample(*random_model(config, options.dtype), options.dtype)
     rates = calibrate.rates(options.dtype)
     floor = floor_of(config, model[1], rates)
     result = {

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from gspo_jax.algo.logps import head_bytes
 from gspo_jax.config.load import Config, load_config
@@ -33,7 +32,9 @@ from gspo_jax.mesh.sharding import make_mesh
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.remat import activation_bytes, share_of
 from gspo_jax.plan import costs
-from gspo_jax.plan.memory import Planned, Sketch, cache, ways
+from gspo_jax.plan.account import Planned
+from gspo_jax.plan.hlo import groups_of
+from gspo_jax.plan.memory import Sketch, cache_bytes_of, row_ways
 from gspo_jax.plan.programs import programs, sketch
 from gspo_jax.policy import Problems
 from gspo_jax.rollout.schedule import programs_for
@@ -146,7 +147,7 @@ def measure(model: str, devices: int) -> dict[str, Any]:
     if 3 in runs:  # the third point of a straight line
         for found in (add, apply, decode):
             assert extrapolated(found, 3) == found[3], "not linear in layers"
-    rows = c.rollout.prompts * GROUP // MINIBATCHES // ways(whole)  # of a minibatch, on a device
+    rows = c.rollout.prompts * GROUP // MINIBATCHES // row_ways(whole)  # of a minibatch
     microbatches = -(-rows // ROWS[devices])
     passes = extrapolated(add, L)
     step: Counter = Counter()
@@ -162,7 +163,7 @@ def measure(model: str, devices: int) -> dict[str, Any]:
     f = axes.get("fsdp", 1)
     step["all-gather", "sampler's weights", f > NODE] += held.weights * (f - 1) // f
     work = costs.step_work(
-        shape, c.rollout, c.algo, PROMPT, remat=True, itemsize=2, ways=ways(whole)
+        shape, c.rollout, c.algo, PROMPT, remat=True, itemsize=2, ways=row_ways(whole)
     )
     return {
         "model": model,
@@ -175,7 +176,7 @@ def measure(model: str, devices: int) -> dict[str, Any]:
             "moments": held.moments,
             "gradients": held.gradients,
             "sampler": held.weights,
-            "cache": cache(whole),
+            "cache": cache_bytes_of(whole),
             "activations": activation_bytes(
                 share_of(shape, 1),
                 "full",
@@ -233,7 +234,7 @@ def account(run: Sketch, planned: list[Planned], name: str) -> Counter:
     found = [p for p in planned if p.name == name and p.stage != "evaluate"]
     if name == "_decode":
         responses = run.config.rollout.prompts * GROUP
-        first = programs_for(responses, PROMPT, RESPONSE, ways=ways(run))[0]
+        first = programs_for(responses, PROMPT, RESPONSE, ways=row_ways(run))[0]
         found = [p for p in found if p.shape.startswith(f"{first.batch} x {first.slots} ")]
     text = found[0 if name != "apply" else -1].lower().compile().as_text()
     total: Counter = Counter()
@@ -283,32 +284,6 @@ def collectives(text: str) -> Iterator[Moved]:
         count = int(out * share.get(m["kind"], (g - 1) / g))
         across = bool((groups // NODE != groups[:, :1] // NODE).any())
         yield Moved(m["kind"], operation, count, across, "while/body" in operation)
-
-
-def groups_of(text: str) -> np.ndarray:
-    """The groups of devices of a collective, one per row, however HLO writes them."""
-    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", text):
-        return np.array(re.findall(r"(\d+),(\d+)", pairs[1]), int)
-    if listed := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", text):
-        return np.array([g.split(",") for g in re.findall(r"\{([\d,]+)\}", listed[1])], int)
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, sizes, order = ([int(n) for n in (x or "").split(",") if n] for x in iota.groups())
-        ids = np.arange(math.prod(sizes)).reshape(sizes)
-        return ids.transpose(order or range(ids.ndim)).reshape(shape)
-    mesh = re.search(
-        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))? \{(.*?)\}",
-        text,
-    )
-    assert mesh, text[:300]
-    sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-    ids = np.arange(math.prod(sizes.values()))
-    if mesh[2]:
-        dims, order = ([int(n) for n in mesh[k].split(",")] for k in (2, 3))
-        ids = ids.reshape(dims).transpose(order)
-    ids = ids.reshape(list(sizes.values()))
-    inner = [list(sizes).index(axis) for axis in re.findall(r"'(\w+)'", mesh[4])]
-    outer = [i for i in range(len(sizes)) if i not in inner]
-    return ids.transpose(outer + inner).reshape(-1, math.prod(ids.shape[i] for i in inner))
 
 
 # ---------------------------------------------------------------------------------- tables

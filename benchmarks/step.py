@@ -33,15 +33,18 @@ from gspo_jax.batch import Completions, Problem, Rollout
 from gspo_jax.models import load_model
 from gspo_jax.models.attention import KINDS
 from gspo_jax.models.remat import POLICIES
+from gspo_jax.policy import compiled_to_sample
 from gspo_jax.prompt.tokenizer import load_tokenizer
 from gspo_jax.rollout.engine import generate
 from gspo_jax.rollout.train_rows import to_train_batch
 from gspo_jax.update.microbatch import MICROBATCH_TOKENS
-from gspo_jax.update.objective import Objective, cast
+from gspo_jax.update.objective import Objective
 from gspo_jax.update.optim import make_optimizer
 from gspo_jax.update.programs import make_programs
 from gspo_jax.update.state import init_state
-from gspo_jax.update.steps import Progress, continue_updates
+from gspo_jax.update.steps import Progress, continue_updates, summarise
+
+BY_UPDATE = ("clip_frac", "ratio_std")  # what is told of each update, beside its time
 
 
 def main() -> None:
@@ -53,6 +56,7 @@ def main() -> None:
         phases = step(number)
         rows.append({"step": time.perf_counter() - began, **phases})
     kept = rows[o.warmup :]
+    by_update = {name: [row.pop(name) for row in kept] for name in BY_UPDATE}
     result = {
         "environment": environment(),
         "options": {key: str(value) for key, value in vars(o).items()},
@@ -60,6 +64,7 @@ def main() -> None:
         "median": {name: statistics.median(row[name] for row in kept) for name in kept[0]},
         "low": {name: min(row[name] for row in kept) for name in kept[0]},
         "steps": [row["step"] for row in kept],
+        "by_update": by_update,
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "device_peak_gb": device_peak(),
     }
@@ -79,8 +84,7 @@ def make_step(o: argparse.Namespace):
         ids = np.random.default_rng(0).integers(3, 1000, (8 * o.prompts, o.prompt_length))
         prompts = ids.tolist()
     dtype = o.dtype
-    sampler = jax.jit(partial(cast, dtype=dtype))
-    optimizer = make_optimizer(optax.constant_schedule(1e-6), state=o.state)
+    optimizer = make_optimizer(optax.constant_schedule(o.learning_rate), state=o.state)
     longest = -(-(max(map(len, prompts)) + o.new_tokens) // 8) * 8
     platform = "cpu" if jax.default_backend() == "cpu" else "accelerator"
     objective = Objective(
@@ -105,7 +109,7 @@ def make_step(o: argparse.Namespace):
         asked = prompts[first : first + o.prompts]
         key = jax.random.fold_in(jax.random.key(0), number)
         sampled = generate(
-            (graphdef, sampler(state[0].params)),
+            compiled_to_sample(graphdef, state[0].params, dtype),
             asked,
             group_size=o.group_size,
             max_new_tokens=o.new_tokens,
@@ -125,6 +129,7 @@ def make_step(o: argparse.Namespace):
             "reward": rewarded - generated,
             "update": time.perf_counter() - rewarded,
             "mean_length": float(sampled.mask.sum(1).mean()),
+            **{name: summarise(done.stats)[f"{name}_by_update"] for name in BY_UPDATE},
         }
 
     return step
@@ -170,6 +175,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--minibatches", type=int, default=1)
     parser.add_argument("--microbatch", type=int, default=0, help="tokens; 0 chooses")
+    parser.add_argument("--learning-rate", type=float, default=1e-6)
     parser.add_argument("--remat", choices=POLICIES, default="none")
     parser.add_argument("--attention", choices=KINDS, default="xla")
     parser.add_argument("--eos", type=int, default=0, help="how many token ids end a row")

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -19,10 +19,12 @@ from gspo_jax.config.settings import AlgoConfig, MeshConfig
 from gspo_jax.errors import ConfigError, DataError
 from gspo_jax.mesh.distributed import place
 from gspo_jax.mesh.sharding import (
+    GATHERED,
     RULES,
     constrain,
     current_mesh,
     make_mesh,
+    platform_of,
     sharding_for,
     unsplit,
     ways_of,
@@ -30,7 +32,7 @@ from gspo_jax.mesh.sharding import (
 from gspo_jax.models.attention import Choice, choose
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.hf.weights import lent_files, load_model, read_config
-from gspo_jax.models.qwen import Qwen
+from gspo_jax.models.qwen import Qwen, joined
 from gspo_jax.prompt.tokenizer import Tokenizer, load_tokenizer
 from gspo_jax.reward import rewards
 from gspo_jax.reward.remote import load_remote
@@ -39,25 +41,27 @@ from gspo_jax.rollout.stages import Scorer
 from gspo_jax.tasks import Task, load_task
 from gspo_jax.tasks.task import curriculum_stages, staged_order
 from gspo_jax.update.microbatch import MICROBATCH_TOKENS
-from gspo_jax.update.objective import cast
 
 
-def to_sample(params: PyTree, dtype: str) -> PyTree:
-    """The sampler's weights: cast, and whole along what training gathers layer by layer.
+def to_sample(graphdef: nnx.GraphDef, params: PyTree, dtype: str) -> PureModel:
+    """The sampler's network: cast, and whole along what training gathers layer by layer.
 
-    Every step of decoding reads all of them, and would have to gather them all.
+    Every step of decoding reads all of its weights, and would have to gather them all. Where that
+    makes a copy of them, what multiplies the same rows is joined (`qwen.joined`).
     """
-    if current_mesh() is None:
-        return cast(params, dtype)
+    mesh = current_mesh()
+    if dtype == "float32" and (mesh is None or mesh.shape[GATHERED] == 1):
+        return graphdef, params  # the masters themselves
 
     def one(p: nnx.Param) -> nnx.Variable:
         axes = unsplit(p.axes)
         return p.replace(constrain(p[...].astype(dtype), *axes), axes=axes)
 
-    return jax.tree.map(one, params, is_leaf=lambda x: isinstance(x, nnx.Param))
+    weights = jax.tree.map(one, params, is_leaf=lambda x: isinstance(x, nnx.Param))
+    return nnx.split(joined(nnx.merge(graphdef, weights)))
 
 
-compiled_to_sample = jax.jit(to_sample, static_argnums=1)
+compiled_to_sample = jax.jit(to_sample, static_argnums=(0, 2))
 
 
 class Policy(NamedTuple):
@@ -78,7 +82,7 @@ class Policy(NamedTuple):
 
     def sampler(self, params: PyTree) -> PureModel:
         """The pure model for sampling, from `params` once for a whole rollout; see `to_sample`."""
-        return self.graphdef, compiled_to_sample(params, self.dtype)
+        return compiled_to_sample(self.graphdef, params, self.dtype)
 
 
 class Problems(NamedTuple):
@@ -116,7 +120,8 @@ def load_policy(config: Config) -> Policy:
         model = random_model(read_config(directory), config.run.seed, mesh)
     else:
         model = load_model(directory, mesh=mesh)
-    return Policy(*nnx.split(model), tokenizer, mesh, resolve_dtype(config), directory)
+    dtype = resolve_dtype(config, platform_of(mesh))
+    return Policy(*nnx.split(model), tokenizer, mesh, dtype, directory)
 
 
 def check_experts(algo: AlgoConfig, shape: QwenConfig) -> None:
@@ -158,13 +163,13 @@ def check_mesh(mesh: Mesh, shape: QwenConfig) -> None:
         )
 
 
-def open_mesh(config: Config, shape: QwenConfig) -> Mesh:
-    """The devices of `config.mesh`, which this model can be split over.
+def open_mesh(config: Config, shape: QwenConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The devices of `config.mesh`, which this model can be split over; see `make_mesh`.
 
     Raises:
         ConfigError: there are not enough devices, or heads or experts do not divide.
     """
-    mesh = make_mesh(**vars(config.mesh))
+    mesh = make_mesh(**vars(config.mesh), devices=devices)
     check_mesh(mesh, shape)
     return mesh
 
@@ -179,10 +184,10 @@ def with_devices_here(config: Config) -> Config:
     return config
 
 
-def resolve_dtype(config: Config) -> str:
-    """What the network computes in, "auto" resolved."""
+def resolve_dtype(config: Config, platform: str) -> str:
+    """What the network computes in on "cpu", "gpu" or "tpu", "auto" resolved."""
     if config.model.dtype == "auto":
-        return "float32" if _on_cpu() else "bfloat16"
+        return "float32" if platform == "cpu" else "bfloat16"
     return config.model.dtype
 
 
@@ -357,7 +362,7 @@ def text_sizes(config: Config, problems: Problems, mesh: Mesh) -> TextSizes:
     """The longest text that the task and the length limit allow, and how many run together."""
     longest = -(-(problems.longest + config.rollout.max_completion_length) // 8) * 8
     tokens = config.algo.microbatch * longest
-    per_device = MICROBATCH_TOKENS["cpu" if _on_cpu() else "accelerator"]
+    per_device = MICROBATCH_TOKENS["cpu" if platform_of(mesh) == "cpu" else "accelerator"]
     tokens = tokens or per_device * ways_of(RULES["batch"], mesh)
     return TextSizes(tokens, longest, problems.shortest)
 
@@ -375,12 +380,9 @@ class Passes(NamedTuple):
 PLAIN = Passes()
 
 
-def attention(config: Config, dtype: str, shape: QwenConfig) -> Choice:
-    """The attention of the training programs; the first call may try cuDNN's."""
+def attention(config: Config, dtype: str, shape: QwenConfig, mesh: Mesh) -> Choice:
+    """The attention of the training programs on this mesh; the first call may try cuDNN's."""
     if config.model.attention == "xla":
         return Choice("xla")
-    return choose(dtype, shape.num_heads, shape.num_kv_heads, shape.head_dim)
-
-
-def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
+    device = mesh.local_devices[0]
+    return choose(dtype, shape.num_heads, shape.num_kv_heads, shape.head_dim, device)

@@ -16,7 +16,7 @@ from gspo_jax.mesh.sharding import make_mesh, shard_batch, state_shardings
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.qwen import Qwen
 from gspo_jax.numbers.tally import numbers
-from gspo_jax.policy import to_sample
+from gspo_jax.policy import compiled_to_sample
 from gspo_jax.rollout.engine import generate
 from gspo_jax.update.objective import Gradients, Objective
 from gspo_jax.update.optim import make_optimizer
@@ -132,9 +132,8 @@ def sampled(kind: str, **axes: int) -> Completions:
     graphdef, params = network(kind)
     with jax.set_mesh(mesh):
         params = jax.device_put(params, state_shardings(params, params, mesh))
-        weights = jax.jit(to_sample, static_argnums=1)(params, "float32")
         return generate(
-            (graphdef, weights),
+            compiled_to_sample(graphdef, params, "float32"),
             PROMPTS,
             group_size=5,
             max_new_tokens=8,

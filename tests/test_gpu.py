@@ -12,6 +12,7 @@ from flax import nnx
 from gspo_jax.algo.logps import token_logps
 from gspo_jax.algo.losses import gspo
 from gspo_jax.batch import TrainBatch
+from gspo_jax.models.attention import Choice, choose
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.qwen import Qwen
 from gspo_jax.rollout.engine import generate
@@ -156,3 +157,9 @@ def test_the_head_never_holds_the_logits_of_all_tokens():
     if stats["peak_bytes_in_use"] < 2**30:
         jax.block_until_ready(compiled(hidden, head))
         assert jax.devices()[0].memory_stats()["peak_bytes_in_use"] < 2**30
+
+
+def test_cudnn_attention_is_right_here_and_chosen():
+    """Or `choose` says what is wrong with it; heads as of R1-Distill-1.5B and of Qwen3-8B."""
+    for heads, kv_heads in ((12, 2), (32, 8)):
+        assert choose("bfloat16", heads, kv_heads, 128) == Choice("cudnn")

@@ -143,6 +143,8 @@ def add_plan(sub: argparse.ArgumentParser) -> None:
     """Of what device, and how closely."""
     sub.add_argument("--no-compile", action="store_true", help="estimate; takes seconds")
     sub.add_argument("--memory", type=_above_0, metavar="GB", help="of another device; estimates")
+    where = "compile for devices that are not here: h200:8, v6e:2x4"
+    sub.add_argument("--target", metavar="KIND:SHAPE", default="", help=where)
     sub.add_argument("--shardings", action="store_true", help="where every array of a step lives")
 
 

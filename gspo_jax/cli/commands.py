@@ -236,13 +236,15 @@ def plan(arguments: argparse.Namespace) -> int:
 
     if arguments.shardings:
         from gspo_jax.plan.layout import page
+        from gspo_jax.plan.target import target_of
 
-        print(page(sketched(config)[0]))
+        to = target_of(arguments.target) if arguments.target else None
+        print(page(sketched(config, to=to)[0]))
         return 0
     limit = None if arguments.memory is None else int(arguments.memory * 1e9)
     # XLA's account of a CPU program says little of another device: it undoes rematerialisation.
-    compiled = limit is None and not arguments.no_compile
-    report(config, compiled=compiled, limit=limit)
+    compiles = not arguments.no_compile and (limit is None or arguments.target)
+    report(config, compile=compiles, limit=limit, target=arguments.target)
     return 0
 
 

@@ -279,7 +279,7 @@ def _identity(config: Config, model: Model, task: Task, problems: int) -> dict[s
     return {
         "model": model.fingerprint,
         "template_args": c.model.template_args,
-        "dtype": resolve_dtype(c),
+        "dtype": resolve_dtype(c, jax.default_backend()),
         "task": [task.fingerprint, c.task.options],
         "rewards": [*rewards, *(sha256(path) for path in sources if path.is_file())],
         "problems": [c.eval.split, problems, c.task.max_prompt_length],
@@ -346,7 +346,7 @@ def _header(config: Config, models: Sequence[Model]) -> dict[str, Any]:
             "max_new_tokens": config.rollout.max_completion_length,
             "seed": config.run.seed,
             "batch": e.batch,
-            "dtype": resolve_dtype(config),
+            "dtype": resolve_dtype(config, jax.default_backend()),
             "template_args": config.model.template_args,
         },
         "environment": about,

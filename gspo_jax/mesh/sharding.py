@@ -21,6 +21,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import DTypeLike, PyTree
 
@@ -45,34 +47,86 @@ GATHERED = "fsdp"  # of the mesh axes that split parameters: the one that is und
 MESH_AXES = ("data", "fsdp", "expert", "tensor")  # neighbouring devices talk most: tensor last
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, expert: int = 1) -> Mesh:
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    expert: int = 1,
+    *,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
     """A mesh of `data` x `fsdp` x `expert` x `tensor` devices.
 
     One of them may be -1: all devices that the others leave.
 
+    Args:
+        devices: the first of these `jax.Device`s; None are JAX's own.
+
     Raises:
-        ConfigError: the axes do not multiply to a number of devices that exists; or see
-            `distributed.check_backend`.
+        ConfigError: the axes do not multiply to a number of devices that exists, or the devices
+            cannot be arranged like that; or see `distributed.check_backend`.
     """
     sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
     check_backend()
-    count = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     given = math.prod(n for n in sizes.values() if n != -1)
     for axis, size in sizes.items():
         if size == -1:
             sizes[axis] = max(count // max(given, 1), 1)
             break
     needed = math.prod(sizes.values())
+    shown = {axis: n for axis, n in sizes.items() if n != 1 or axis == "data"}
+    text = " x ".join(f"mesh.{axis}={n}" for axis, n in shown.items())
     if needed > count or min(sizes.values()) < 1:
-        shown = {axis: n for axis, n in sizes.items() if n != 1 or axis == "data"}
-        text = " x ".join(f"mesh.{axis}={n}" for axis, n in shown.items())
         raise ConfigError(
             f"{text} needs {needed} devices and {count} exist; set one of them to -1 to use what "
             "is left."
         )
     shape = tuple(sizes[axis] for axis in MESH_AXES)
-    types = (AxisType.Auto,) * len(shape)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=jax.devices()[:needed])
+    try:
+        arranged = _arranged(shape, devices[:needed])
+    except (ValueError, NotImplementedError, AssertionError) as error:
+        raise ConfigError(
+            f"{text}: of {count} x {devices[0].device_kind} the first {needed} cannot be arranged "
+            f"like that; use all of them, or as many as form a block of a slice."
+        ) from error
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """The devices in this shape: neighbours in a TPU's torus along the last axes, and slices, which
+    only the network joins, along the first that they divide.
+
+    Raises:
+        ValueError, NotImplementedError, AssertionError: there is no such arrangement.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1 or devices[0].platform != "tpu":  # others are numbered by node
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    across, left = [], slices
+    for size in shape:
+        across.append(math.gcd(size, left))
+        left //= across[-1]
+    if left > 1:
+        raise ValueError(f"no axis divides by its {slices} slices")
+    within = [size // n for size, n in zip(shape, across, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
+    )
+
+
+def platform_of(shardings: PyTree) -> str:
+    """The platform where these live, "cpu", "gpu" or "tpu"; of none, that of JAX's own devices.
+
+    Args:
+        shardings: a mesh, or a tree of shardings.
+    """
+    for leaf in jax.tree.leaves(shardings):
+        mesh = getattr(leaf, "mesh", leaf)
+        if isinstance(mesh, Mesh):
+            return mesh.devices.flat[0].platform
+    return jax.default_backend()
 
 
 def current_mesh() -> AbstractMesh | None:
@@ -215,7 +269,9 @@ def _gather_forward(x: jax.Array, axis: int, over: str) -> tuple[jax.Array, None
 
 def _scatter(axis: int, over: str, _: None, g: jax.Array) -> tuple[jax.Array]:
     total = jax.lax.psum_scatter(widened(g), over, scatter_dimension=axis, tiled=True)
-    return (total.astype(g.dtype),)
+    # Without the barrier XLA's TPU compiler sees a sum that is rounded and then widened where
+    # gradients are accumulated, tries to move it out of the loop over microbatches, and fails.
+    return (jax.lax.optimization_barrier(total.astype(g.dtype)),)
 
 
 gather.defvjp(_gather_forward, _scatter)

@@ -13,7 +13,7 @@ Axes: B rows, S positions, N query heads, K key/value heads, H head width, W slo
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,18 +53,29 @@ def attend(
     """softmax(q kᵀ / sqrt(H)) v over allowed slots; R = N // K query heads share one key head."""
     B, N, S, H = q.shape
     K, W = k.shape[1], k.shape[2]
-    wide = float_dtype(q)
     grouped = q.reshape(B, K, (N // K) * S, H)  # one matmul per key head
-    if S == 1:  # keys on the left: XLA's CPU programs would pack a right operand at every step
-        scores = jnp.einsum("bkwh,bkqh->bkwq", k, grouped, preferred_element_type=wide)
-        scores = jax.lax.optimization_barrier(scores).swapaxes(2, 3)
+    if S == 1:
+        scores = jax.lax.platform_dependent(grouped, k, cpu=_scores_of_one, default=_scores)
     else:
-        scores = jnp.einsum("bkqh,bkwh->bkqw", grouped, k, preferred_element_type=wide)
+        scores = _scores(grouped, k)
     scores = scores.reshape(B, K, N // K, S, W) * H**-0.5
-    scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(wide).min)
+    scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, (N // K) * S, W)
     out = jnp.einsum("bkqw,bkwh->bkqh", weights, v).reshape(B, N, S, H)
     return out.swapaxes(1, 2).reshape(B, S, N * H)
+
+
+def _scores(q: Float[Array, "B K Q H"], k: Float[Array, "B K W H"]) -> Float[Array, "B K Q W"]:
+    return jnp.einsum("bkqh,bkwh->bkqw", q, k, preferred_element_type=float_dtype(q))
+
+
+def _scores_of_one(
+    q: Float[Array, "B K Q H"], k: Float[Array, "B K W H"]
+) -> Float[Array, "B K Q W"]:
+    """With keys on the left: XLA's CPU programs would pack a right operand at every step. On a GPU
+    the softmax of what comes out transposed is three kernels instead of one."""
+    scores = jnp.einsum("bkwh,bkqh->bkwq", k, q, preferred_element_type=float_dtype(q))
+    return jax.lax.optimization_barrier(scores).swapaxes(2, 3)
 
 
 def fused(
@@ -82,15 +93,20 @@ def fused(
 
 
 @cache
-def choose(dtype: str, heads: int, kv_heads: int, head_dim: int) -> Choice:
-    """The attention for whole rows of this kind on this machine.
+def choose(dtype: str, heads: int, kv_heads: int, head_dim: int, device: Any = None) -> Choice:
+    """The attention for whole rows of this kind on this device; None is JAX's own.
 
     Where cuDNN could serve it is tried first, forward and backward, against `attend` in float32;
-    it is only taken if it agrees. Takes some seconds on a GPU, once per process.
+    it is only taken if it agrees. Takes some seconds on a GPU, once per process. On a device that
+    is not here, for which one can only compile, it is taken to agree.
     """
+    here = jax.devices()
+    device = here[0] if device is None else device
     shape_fits = head_dim <= 256 and head_dim % 8 == 0
-    if not on_nvidia() or dtype not in ("bfloat16", "float16") or not shape_fits:
+    if not on_nvidia(device) or dtype not in ("bfloat16", "float16") or not shape_fits:
         return Choice("xla")
+    if device not in here:
+        return Choice("cudnn")
     try:
         error = disagreement(dtype, heads, kv_heads, head_dim)
     except Exception as failure:  # whatever it is, the run can do without
@@ -102,9 +118,10 @@ def choose(dtype: str, heads: int, kv_heads: int, head_dim: int) -> Choice:
     return Choice("xla", f"cuDNN attention is not used ({what}); training is slower without it.")
 
 
-def on_nvidia() -> bool:
-    """True where JAX's default devices are CUDA's."""
-    return "cuda" in jax.devices()[0].client.platform_version.lower()
+def on_nvidia(device: Any) -> bool:
+    """True of CUDA's devices."""
+    said = f"{device.client.platform_version} {device.device_kind}".lower()
+    return device.platform == "gpu" and ("cuda" in said or "nvidia" in said)
 
 
 def disagreement(dtype: str, heads: int, kv_heads: int, head_dim: int) -> float:

@@ -3,10 +3,11 @@
     dense    y = x W       the shards of W that fsdp splits are gathered for the product, and the
                            gradient is reduce-scattered; W's columns split over tensor leave y
                            split, and W's rows split over tensor are summed after it
+    joint    several of them as one, of matrices that lie side by side (`beside`)
     lookup   table[ids]    the ids travel to the slices of the table, what is found comes back
     spread   a bias or a scale, once for each row of what it is added to or multiplied with
 
-On one device they are `x @ W`, `table[ids]` and a broadcast. On more, the first two are one
+On one device they are `x @ W`, `table[ids]` and a broadcast. On more, `dense` and `lookup` are one
 `jax.shard_map` each: its collectives are the ones written here, whatever compiler or backend; their
 transposes are those of the backward pass.
 
@@ -15,6 +16,9 @@ exact in any dtype, but the transpose of either is a sum over tokens, in the dty
 picked or repeated: in bfloat16 256 + 1 is 256. So that is done to a copy in float32 and rounded
 after it, which gives the same numbers forwards, and backwards one rounding of a finished sum.
 """
+
+from collections.abc import Sequence
+from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +32,12 @@ from gspo_jax.mesh.sharding import (
     fill_up,
     gathered,
     partition_spec,
+    split_by,
     widened,
 )
 
 
-def dense(x: Float[Array, "B S I"], *kernels: nnx.Param) -> list[Float[Array, "B S _"]]:
+def dense(x: Float[Array, "B S I"], *kernels: nnx.Variable) -> list[Float[Array, "B S _"]]:
     """x @ kernel for each of the kernels, which split their rows alike.
 
     On flattened rows, whose weight gradient is one plain matmul.
@@ -61,6 +66,32 @@ def dense(x: Float[Array, "B S I"], *kernels: nnx.Param) -> list[Float[Array, "B
     )
     found = run(fill_up(rows, mesh), *map(widened, matrices))
     return [y[: B * S].reshape(B, S, -1) for y in found]
+
+
+def beside(*kernels: nnx.Param) -> nnx.Variable:
+    """Kernels in one; where devices split the columns of each, they have their own of all."""
+    widths = [kernel.shape[-1] for kernel in kernels]
+    ways = _shares(kernels[0].axes[-1], widths)
+    cut = [kernel[...].reshape(kernel.shape[0], ways, -1) for kernel in kernels]
+    rows, columns = kernels[0].axes
+    whole = jnp.concatenate(cut, axis=-1).reshape(-1, sum(widths))
+    return kernels[0].replace(whole, axes=(rows, columns if ways > 1 else None))
+
+
+def joint(x: Float[Array, "B S I"], kernel: nnx.Variable, widths: Sequence[int]) -> list[Array]:
+    """x @ each of the kernels of these widths that lie `beside` each other in `kernel`."""
+    (y,) = dense(x, kernel)
+    ways = _shares(kernel.axes[-1], widths)
+    ends = list(accumulate(width // ways for width in widths))[:-1]
+    parts = jnp.split(y.reshape(*y.shape[:-1], ways, -1), ends, axis=-1)
+    return [part.reshape(*y.shape[:-1], -1) for part in parts]
+
+
+def _shares(axis: str | None, widths: Sequence[int]) -> int:
+    """Devices that split each of these widths of a logical axis."""
+    over = {split_by(axis, width) for width in widths}
+    mesh, (part, *others) = current_mesh(), over
+    return 1 if mesh is None or part is None or others else mesh.shape[part]
 
 
 def lookup(table: nnx.Param, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:

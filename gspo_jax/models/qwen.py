@@ -25,7 +25,7 @@ from gspo_jax.models.attention import attend, check_attention, fused
 from gspo_jax.models.cache import Cache, LayerCache, write
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.init import constant, kernel
-from gspo_jax.models.linear import dense, lookup, spread
+from gspo_jax.models.linear import beside, dense, joint, lookup, spread
 from gspo_jax.models.moe import Experts, Routing, join
 from gspo_jax.models.remat import check_remat, recomputed
 from gspo_jax.models.rope import inverse_frequencies
@@ -88,14 +88,23 @@ class Layer(nnx.Module):
         if self.sparse:
             y, routing = self.moe(h, replay, counted)
         else:
-            gate, up = dense(h, self.gate, self.up)
+            gate, up = self._products(h, "gate", "up")
             y, routing = dense(jax.nn.silu(gate) * up, self.down)[0], None
         return constrain(x + y, "batch", None, None), cache, routing
+
+    def _products(self, h: Float[Array, "B S D"], *names: str) -> list[Float[Array, "B S _"]]:
+        """h times each of these kernels; of a sampler, times all of them at once."""
+        if not hasattr(self, joined := "_".join(names)):
+            return dense(h, *(getattr(self, name) for name in names))
+        c = self.config
+        NH, KH, F = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
+        width = {"q": NH, "k": KH, "v": KH, "gate": F, "up": F}
+        return joint(h, getattr(self, joined), [width[name] for name in names])
 
     def _qkv(self, h: Float[Array, "B S D"], rope: Rope):
         """Queries [B, N, S, H], keys and values [B, K, S, H]; queries and keys rotated."""
         c = self.config
-        q, k, v = dense(h, self.q, self.k, self.v)
+        q, k, v = self._products(h, "q", "k", "v")
         if c.qkv_bias:
             biases = (self.q_bias[...], self.k_bias[...], self.v_bias[...])
             q, k, v = (y + spread(bias, y.shape) for y, bias in zip((q, k, v), biases, strict=True))
@@ -109,6 +118,19 @@ class Layer(nnx.Module):
             for y, heads in ((q, "heads"), (k, "kv_heads"), (v, "kv_heads"))
         )
         return rotate(q, rope), rotate(k, rope), v
+
+
+def joined(model: "Qwen") -> "Qwen":
+    """The same network, changed for sampling: kernels of a layer that multiply the same rows are
+    one, since a token's time is that of launching small products. It is no longer to be trained."""
+    for layer in model.layers:
+        for names in (("q", "k", "v"), ("gate", "up")):
+            if hasattr(layer, names[0]):
+                kernels = [getattr(layer, name) for name in names]
+                setattr(layer, "_".join(names), beside(*kernels))
+                for name in names:
+                    delattr(layer, name)
+    return model
 
 
 class Qwen(nnx.Module):

@@ -22,9 +22,10 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from gspo_jax.errors import check_choice
-from gspo_jax.mesh.sharding import regathering
+from gspo_jax.mesh.sharding import platform_of, regathering, regathers
 from gspo_jax.models.attention import check_attention
 from gspo_jax.models.config import QwenConfig
 
@@ -55,18 +56,21 @@ def recomputed(layer: Callable[..., Any], remat: str) -> Callable[..., Any]:
     return jax.checkpoint(layer, policy=dots if remat == "dots" else None)
 
 
-def compiler_options(remat: str, regathers: bool = False) -> dict[str, Any]:
+def compiler_options(remat: str, shardings: PyTree = None) -> dict[str, Any]:
     """What `jax.jit` needs to be told, for programs with a backward pass.
 
     XLA's CPU compiler removes the barriers around what is recomputed, finds it to be the same as
     what was computed before, and keeps that: it must not, nor where weights that devices share are
-    gathered again (`regathers`).
+    gathered again.
+
+    Args:
+        shardings: of the parameters; None is one device, JAX's own.
 
     Raises:
         ConfigError: `remat` is none of POLICIES.
     """
     check_remat(remat)
-    if (remat == "none" and not regathers) or jax.default_backend() != "cpu":
+    if (remat == "none" and not regathers(shardings)) or platform_of(shardings) != "cpu":
         return {}
     return {"xla_disable_hlo_passes": "cse_barrier_expander"}
 

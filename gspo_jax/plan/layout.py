@@ -25,7 +25,7 @@ from gspo_jax.mesh.sharding import (
     ways_of,
 )
 from gspo_jax.models.cache import AXES as CACHE
-from gspo_jax.plan.memory import Sketch, microbatch_shapes, per_device, size, ways
+from gspo_jax.plan.memory import Sketch, microbatch_shapes, per_device, row_ways, size
 
 
 class Line(NamedTuple):
@@ -177,7 +177,7 @@ def _activations(run: Sketch) -> list[Line]:
     c, dtype = run.shape, run.policy.dtype
     S, m = microbatch_shapes(run, 1 << 30)[0]
     T = min(run.config.rollout.max_completion_length, S - run.goal.shortest_prompt)
-    positions = ways(run) * min(m // ways(run) * T, CHUNK)
+    positions = row_ways(run) * min(m // row_ways(run) * T, CHUNK)
     heads = ("batch", "heads", None, None)
     lines = [
         Line("hidden states", 1, dtype, (m, S, c.hidden_size), ("batch", None, None)),
@@ -201,7 +201,7 @@ def _activations(run: Sketch) -> list[Line]:
 
 def _sampling(run: Sketch) -> list[Line]:
     c, r = run.shape, run.config.rollout
-    B = -(-r.prompts * r.group_size // ways(run)) * ways(run)
+    B = -(-r.prompts * r.group_size // row_ways(run)) * row_ways(run)
     slots = run.problems.longest + r.max_completion_length
     cache = (B, c.num_kv_heads, slots, c.head_dim)
     layers = f"keys, values 0-{c.num_layers - 1}"

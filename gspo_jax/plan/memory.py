@@ -14,8 +14,7 @@ shapes, the others from the compiled program's own account.
 
 import math
 import re
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from gspo_jax.algo.logps import head_bytes
 from gspo_jax.config.load import Config
 from gspo_jax.errors import OutOfMemory
 from gspo_jax.mesh.distributed import agreed
-from gspo_jax.mesh.sharding import RULES, sharding_for, unsplit, ways_of
+from gspo_jax.mesh.sharding import RULES, platform_of, sharding_for, unsplit, ways_of
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.remat import POLICIES, activation_bytes, choose_remat, share_of
 from gspo_jax.plan.capacity import capacity
@@ -38,38 +37,6 @@ from gspo_jax.update.objective import Objective
 from gspo_jax.update.state import TrainState
 
 MANY = 1 << 30  # rows of a minibatch that fills every microbatch
-
-
-class Planned(NamedTuple):
-    """One program, not yet compiled.
-
-    Attributes:
-        stage: "rollout", "evaluate" or "update".
-        name: of the jitted function.
-        shape: what tells it from others of the name, for people.
-        lower: traces it; `.compile()` of that is the program.
-        alive: bytes per device when it is called, its arguments included.
-    """
-
-    stage: str
-    name: str
-    shape: str
-    lower: Callable[[], Any]
-    alive: int
-
-
-class Compiled(NamedTuple):
-    """A program and its own account, in bytes per device and seconds."""
-
-    planned: Planned
-    output: int
-    aliased: int
-    temporary: int
-    seconds: float
-
-    @property
-    def peak(self) -> int:
-        return self.planned.alive + self.output - self.aliased + self.temporary
 
 
 class Held(NamedTuple):
@@ -133,7 +100,7 @@ def passes(
         limit: bytes of a device; None asks the device. Without a known limit, as on a CPU,
             "auto" recomputes nothing; else as little as there is memory for.
     """
-    everywhere = not agreed(attention(config, policy.dtype, shape).name != "cudnn")
+    everywhere = not agreed(attention(config, policy.dtype, shape, policy.mesh).name != "cudnn")
     how = Passes("cudnn" if everywhere else "xla", config.model.remat)
     if how.remat != "auto":
         return how
@@ -146,8 +113,9 @@ def passes(
     if config.algo.critic.kind == "separate" and not held.critic:
         more = held.masters + held.moments
         held = held._replace(critic=more, gradients=2 * held.gradients)
-    fixed = held.always + held.gradients + working(held, policy.dtype)
-    fixed += head_need(shape, policy.mesh, sizes)
+    platform = platform_of(policy.mesh)
+    fixed = held.always + held.gradients + working(held, policy.dtype, platform)
+    fixed += logit_need(shape, policy.mesh, sizes, policy.dtype, platform)
     need = {
         name: activation_need(shape, policy.mesh, sizes, policy.dtype, how._replace(remat=name))
         for name in POLICIES
@@ -165,13 +133,15 @@ def _of_device(device: Any) -> tuple[int | None, int]:
     return int(stats["bytes_limit"]), int(stats["bytes_in_use"])
 
 
-def working(held: Held, dtype: str) -> int:
+def working(held: Held, dtype: str, platform: str) -> int:
     """Bytes per device beside activations and logits while a gradient is computed.
 
-    A microbatch's own gradients, and in 16 bits the weights to compute with and theirs.
+    In 16 bits the weights to compute with. XLA's CPU programs also finish a microbatch's own
+    gradients, in the masters' dtype and in 16 bits, before they add any.
     """
     itemsize = jax.numpy.dtype(dtype).itemsize
-    return held.gradients + (2 * held.masters * itemsize // 4 if itemsize < 4 else 0)
+    cast = held.masters * itemsize // 4 if itemsize < 4 else 0
+    return held.gradients + 2 * cast if platform == "cpu" else cast
 
 
 def activation_need(
@@ -193,11 +163,17 @@ def activation_need(
     )
 
 
-def head_need(shape: QwenConfig, mesh: Mesh, sizes: TextSizes) -> int:
-    """Bytes per device of the logits that are alive at a time, and of their gradient."""
+def logit_need(shape: QwenConfig, mesh: Mesh, sizes: TextSizes, dtype: str, platform: str) -> int:
+    """Bytes per device of the logits that are alive at a time, and of their gradient.
+
+    On an accelerator once in float32, and their gradient in `dtype`.
+    """
     tensor, rows_over = mesh.shape["tensor"], ways_of(RULES["batch"], mesh)
     width, rows = shapes(sizes.longest, sizes.microbatch, MANY, rows_over)[0]
-    return head_bytes(rows // rows_over * width, -(-shape.vocab_size // tensor))
+    three = head_bytes(rows // rows_over * width, -(-shape.vocab_size // tensor))
+    if platform == "cpu":
+        return three
+    return three // 12 * (4 + jax.numpy.dtype(dtype).itemsize)
 
 
 def _sampler_bytes(params: PyTree, dtype: str) -> int:
@@ -209,32 +185,6 @@ def _sampler_bytes(params: PyTree, dtype: str) -> int:
         where = mesh and sharding_for(unsplit(p.axes), mesh, x.shape)
         total += math.prod(where.shard_shape(x.shape) if where else x.shape) * itemsize
     return 0 if dtype == "float32" and total == per_device(params) else total
-
-
-def compile_one(planned: Planned) -> Compiled:
-    """The program, compiled, with what XLA says of its memory."""
-    began = time.perf_counter()
-    found = planned.lower().compile().memory_analysis()
-    return Compiled(
-        planned,
-        found.output_size_in_bytes,
-        found.alias_size_in_bytes,
-        found.temp_size_in_bytes,
-        time.perf_counter() - began,
-    )
-
-
-def largest(planned: Sequence[Planned]) -> list[Planned]:
-    """The programs that can set the peak: of each name the one with most alive.
-
-    Of the update's all, since one of fewer tokens with longer rows may need more.
-    """
-    chosen: dict[str, Planned] = {}
-    for p in planned:
-        key = f"{p.name} {p.shape}" if p.stage == "update" else p.name
-        if key not in chosen or p.alive > chosen[key].alive:
-            chosen[key] = p
-    return list(chosen.values())
 
 
 def per_device(tree: PyTree) -> int:
@@ -249,19 +199,25 @@ def per_device(tree: PyTree) -> int:
 
 def microbatch_shapes(run: Sketch, rows: int) -> list[tuple[int, int]]:
     """(width, rows) of each microbatch of a minibatch of `rows`."""
-    return shapes(run.goal.longest, run.goal.microbatch, rows, ways(run))
+    return shapes(run.goal.longest, run.goal.microbatch, rows, row_ways(run))
 
 
-def activations(run: Sketch, remat: str = "") -> int:
+def working_bytes_of(run: Sketch) -> int:
+    """`working` of the run."""
+    return working(run.held, run.policy.dtype, platform_of(run.policy.mesh))
+
+
+def activation_bytes_of(run: Sketch, remat: str = "") -> int:
     """`activation_need` of the run, or with another `remat`: "full" is also a pass forward alone,
     which has one layer at a time in whole."""
     how = Passes(run.goal.attention, remat or run.goal.remat)
     return activation_need(run.shape, run.policy.mesh, _sizes(run), run.policy.dtype, how)
 
 
-def head(run: Sketch) -> int:
-    """`head_need` of the run."""
-    return head_need(run.shape, run.policy.mesh, _sizes(run))
+def logit_bytes_of(run: Sketch) -> int:
+    """`logit_need` of the run."""
+    mesh, dtype = run.policy.mesh, run.policy.dtype
+    return logit_need(run.shape, mesh, _sizes(run), dtype, platform_of(mesh))
 
 
 def _sizes(run: Sketch) -> TextSizes:
@@ -269,11 +225,11 @@ def _sizes(run: Sketch) -> TextSizes:
     return TextSizes(goal.microbatch, goal.longest, goal.shortest_prompt)
 
 
-def cache(run: Sketch) -> int:
+def cache_bytes_of(run: Sketch) -> int:
     """Bytes per device of the rollout's keys and values, when all responses are full."""
     c, r = run.shape, run.config.rollout
     slots = run.problems.longest + r.max_completion_length
-    rows = -(-r.prompts * r.group_size // ways(run))
+    rows = -(-r.prompts * r.group_size // row_ways(run))
     itemsize = jax.numpy.dtype(run.policy.dtype).itemsize
     heads = c.num_kv_heads // tensor_ways(run)
     return 2 * c.num_layers * rows * heads * c.head_dim * slots * itemsize
@@ -291,9 +247,9 @@ def stages(run: Sketch, *, least: bool = False) -> dict[str, int]:
     portion, and the activations of one layer.
     """
     h = run.held
-    kept = activations(run, "full" if least else "")
-    update = h.always + h.gradients + working(h, run.policy.dtype) + kept + head(run)
-    portion = cache(run) // LENGTHS if least else cache(run)
+    kept = activation_bytes_of(run, "full" if least else "")
+    update = h.always + h.gradients + working_bytes_of(run) + kept + logit_bytes_of(run)
+    portion = cache_bytes_of(run) // LENGTHS if least else cache_bytes_of(run)
     return {"update": update, "rollout": h.always + h.weights + portion}
 
 
@@ -355,7 +311,11 @@ def _kinds(run: Sketch) -> str:
     h = run.held
     extra = {"sampler": h.weights, "reference": h.reference, "critic": h.critic}
     parts = {"masters": h.masters, "moments": h.moments, "gradients": h.gradients, **extra}
-    parts |= {"cache": cache(run), "activations": activations(run), "logits": head(run)}
+    parts |= {
+        "cache": cache_bytes_of(run),
+        "activations": activation_bytes_of(run),
+        "logits": logit_bytes_of(run),
+    }
     return ", ".join(f"{name} {size(n)}" for name, n in parts.items() if n)
 
 
@@ -364,7 +324,7 @@ def size(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
-def ways(run: Sketch) -> int:
+def row_ways(run: Sketch) -> int:
     """Devices that rows are split over."""
     return ways_of(RULES["batch"], run.policy.mesh)
 

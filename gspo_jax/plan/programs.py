@@ -10,7 +10,6 @@ rows end.
 """
 
 from collections.abc import Iterator
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,18 +21,18 @@ from jaxtyping import PyTree
 
 from gspo_jax.batch import TrainBatch
 from gspo_jax.config.load import Config
-from gspo_jax.mesh.sharding import sharding_for, state_shardings
+from gspo_jax.mesh.sharding import platform_of, sharding_for, state_shardings
 from gspo_jax.models.cache import AXES
 from gspo_jax.models.config import QwenConfig
 from gspo_jax.models.qwen import Qwen
+from gspo_jax.plan.account import Planned
 from gspo_jax.plan.memory import (
-    Planned,
     Sketch,
     held_by,
     microbatch_shapes,
     passes,
     per_device,
-    ways,
+    row_ways,
 )
 from gspo_jax.policy import (
     Passes,
@@ -42,7 +41,6 @@ from gspo_jax.policy import (
     compiled_to_sample,
     resolve_dtype,
     text_sizes,
-    to_sample,
 )
 from gspo_jax.prompt.tokenizer import Tokenizer
 from gspo_jax.rollout import engine as generate
@@ -71,7 +69,7 @@ def sketch(
     model = nnx.eval_shape(lambda: Qwen(shape, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(model)
     params = _placed(params, state_shardings(params, params, mesh))
-    dtype = resolve_dtype(config)
+    dtype = resolve_dtype(config, platform_of(mesh))
     policy = Policy(graphdef, params, tokenizer, mesh, dtype, directory)  # pyright: ignore
     updates = config.run.steps * config.algo.minibatches * config.algo.epochs
     optimizer, _ = optimizer_at(config, config.optim.learning_rate, updates)
@@ -112,9 +110,7 @@ def prompt_slots(run: Sketch) -> list[int]:
 def _rollout(run: Sketch, lengths: list[int]) -> Iterator[Planned]:
     c, r = run.config, run.config.rollout
     if run.held.weights:
-        yield _plan(
-            run, "rollout", compiled_to_sample, (run.policy.params, run.policy.dtype), (), ""
-        )
+        yield _plan(run, "rollout", compiled_to_sample, _network(run.policy), (), "")
     sampling = Sampling(float(r.temperature), float(r.top_p), int(r.top_k))
     record = c.algo.routing_replay == "R3" and _routed(run)
     for slots in lengths:
@@ -137,11 +133,11 @@ def _sample(
     run: Sketch, stage: str, prompts: int, group: int, S: int, sampling: Sampling, record: bool
 ) -> Iterator[Planned]:
     """The programs of one call of `generate`, in its order."""
-    graphdef, weights = run.policy.graphdef, _cast(run.policy)
+    graphdef, weights = _sampler(run.policy)
     base = run.held.always + run.held.weights
     wanted = prompts * group
-    sizes = schedule(wanted, S, run.config.rollout.max_completion_length, ways=ways(run))
-    prompts += -prompts % ways(run)  # filled up
+    sizes = schedule(wanted, S, run.config.rollout.max_completion_length, ways=row_ways(run))
+    prompts += -prompts % row_ways(run)  # filled up
     tokens, mask = _host((prompts, S), "int32"), _host((prompts, S), "bool")
     logits = _batched(run, (prompts, run.shape.vocab_size), "float32", "vocab")
     experts = _batched(run, (prompts, S, *_expert_ids(run)), "int16") if record else None
@@ -182,7 +178,7 @@ def _sample(
                 arguments = (rows(b), _host((to,), "int32"))
                 yield _plan(run, stage, generate._pick, arguments, (), f"{b} to {to}", alive)
     scalar = _host((), "int32")
-    listed = programs_for(wanted, S, run.config.rollout.max_completion_length, ways=ways(run))
+    listed = programs_for(wanted, S, run.config.rollout.max_completion_length, ways=row_ways(run))
     for program in listed:
         one = _cached(run, program.batch, program.slots, run.policy.dtype)
         whole = tuple(generate.LayerCache(one, one) for _ in range(run.shape.num_layers))
@@ -324,11 +320,16 @@ def _like(tree: PyTree, other: PyTree) -> PyTree:
     return _placed(tree, jax.tree.map(lambda x: x.sharding, other))
 
 
-def _cast(policy: Policy) -> PyTree:
-    """The sampler's weights."""
+def _network(policy: Policy) -> tuple[nnx.GraphDef, PyTree, str]:
+    """What `to_sample` is given."""
+    return policy.graphdef, policy.params, policy.dtype
+
+
+def _sampler(policy: Policy) -> tuple[nnx.GraphDef, PyTree]:
+    """What it gives."""
     with jax.set_mesh(policy.mesh):
-        shapes = jax.eval_shape(partial(to_sample, dtype=policy.dtype), policy.params)
-    return _placed(shapes, state_shardings(shapes, shapes, policy.mesh))
+        graphdef, shapes = compiled_to_sample.eval_shape(*_network(policy))
+    return graphdef, _placed(shapes, state_shardings(shapes, shapes, policy.mesh))
 
 
 def _host(shape: tuple[int, ...], dtype) -> Any:

@@ -1,7 +1,8 @@
 """What a run would do and what it would need, before a weight is read or a file is written.
 
     plan(config)      one line per stage, from the model's headers, the task and the rewards
-    report(config)    memory per device, work and time of a step; compiles the largest programs
+    report(config)    memory per device, work and time of a step; compiles the largest programs, for
+                      the devices that are here or for a target
 
 Advice on what does not fit names the settings that lower what is largest.
 """
@@ -15,27 +16,26 @@ import jax
 from gspo_jax.config.load import Config, model_dir, run_dir
 from gspo_jax.errors import ConfigError, DataError
 from gspo_jax.files.whole import check_place
+from gspo_jax.mesh.sharding import platform_of
 from gspo_jax.models.hf.files import find_tensors
 from gspo_jax.models.hf.weights import lent_files, read_config
 from gspo_jax.plan import costs
+from gspo_jax.plan.account import Account, Planned, compiled, estimated, largest, named, table
+from gspo_jax.plan.capacity import capacity
+from gspo_jax.plan.hlo import kernels
 from gspo_jax.plan.memory import (
     MANY,
-    Compiled,
-    Planned,
     Sketch,
-    activations,
-    cache,
-    capacity,
-    compile_one,
-    head,
-    largest,
+    cache_bytes_of,
+    logit_bytes_of,
     microbatch_shapes,
+    row_ways,
     short_memory,
     size,
-    ways,
-    working,
+    working_bytes_of,
 )
 from gspo_jax.plan.programs import programs, sketch
+from gspo_jax.plan.target import Target, target_of
 from gspo_jax.policy import (
     Problems,
     check_experts,
@@ -91,8 +91,9 @@ def plan(config: Config) -> str:
 def report(
     config: Config,
     *,
-    compiled: bool = True,
+    compile: bool = True,
     limit: int | None = None,
+    target: str = "",
     show: Callable[[str], None] = print,
 ) -> None:
     """Show memory by kind and peak per device, and what a step costs; then refuse what is too much.
@@ -101,46 +102,57 @@ def report(
     task.max_prompt_length. The devices of a mesh that the CPU lacks are simulated.
 
     Args:
-        compiled: compile the largest programs for their temporary memory; else estimate it.
-        limit: bytes of a device; None asks the device.
+        compile: compile the largest programs for their temporary memory; else estimate it.
+        limit: bytes of a device; None asks the device, or the target.
+        target: devices to compile for that need not be here (`target.target_of`); "" is those
+            that are.
         show: is given the table, which stands there in either case.
 
     Raises:
         ConfigError: it does not fit; the message says what to change.
         DataError: the model's config.json is not what it should be.
     """
-    run, note = sketched(config, limit)
+    to = target_of(target) if target else None
+    run, note = sketched(config, limit, to)
     planned = programs(run)
-    found = [compile_one(p) if compiled else estimate(run, p) for p in largest(planned)]
-    limit = capacity() if limit is None else limit
-    lines = [*_sizes(run, note), *_memory(run, found, limit), *_cost(run)]
-    if compiled:
+    found = [compiled(p) if compile else estimated(run, p) for p in largest(planned)]
+    if limit is None:
+        limit = to.limit if to else capacity()
+    lines = [*_sizes(run, note), *_memory(run, found, limit), *_cost(run, to)]
+    if compile:
         lines.append(_compiling(planned, found))
-    show("\n".join(f"{name:11} {text}" for name, text in lines))
+    page = [f"{name:11} {text}" for name, text in lines]
+    show("\n".join([*page, "", *table(found)] if compile else page))
     refuse(run, found, limit)
 
 
-def sketched(config: Config, limit: int | None = None) -> tuple[Sketch, str]:
+def sketched(
+    config: Config, limit: int | None = None, to: Target | None = None
+) -> tuple[Sketch, str]:
     """The run in shapes, on simulated devices where need be, and what had to be assumed.
 
     Args:
-        limit: bytes of a device; None asks the device.
+        limit: bytes of a device; None asks the device, or the target.
+        to: devices instead of those that are here.
 
     Raises:
         ConfigError, DataError: as `report`.
     """
-    simulate_devices(config)
+    if to is None:
+        simulate_devices(config)
+    elif limit is None:
+        limit = to.limit
     directory = model_dir(config)
     shape = read_config(directory)
     check_experts(config.algo, shape)
-    mesh = open_mesh(config, shape)
+    mesh = open_mesh(config, shape, to and to.devices)
     problems, note = _problems(config, directory)
     fitting = within_positions(config, shape, problems)
     note += f"; {fitting.task.warnings[-1]}" if fitting is not problems else ""
     return sketch(config, shape, fitting, mesh, limit=limit), note
 
 
-def refuse(run: Sketch, found: Sequence[Compiled], limit: int) -> None:
+def refuse(run: Sketch, found: Sequence[Account], limit: int) -> None:
     """Raise where the peak is above the limit.
 
     Raises:
@@ -150,12 +162,12 @@ def refuse(run: Sketch, found: Sequence[Compiled], limit: int) -> None:
     if worst.peak <= limit:
         return
     raise ConfigError(
-        f"needs {worst.peak / 1e9:.3g} of {limit / 1e9:.3g} GB per device ({_named(worst.planned)} "
+        f"needs {worst.peak / 1e9:.3g} of {limit / 1e9:.3g} GB per device ({named(worst.planned)} "
         f"of the {worst.planned.stage}): {advice(run, worst)}."
     )
 
 
-def advice(run: Sketch, worst: Compiled) -> str:
+def advice(run: Sketch, worst: Account) -> str:
     """Settings that lower this program's peak, the strongest first."""
     c, held = run.config, run.held
     settings = []
@@ -174,27 +186,6 @@ def advice(run: Sketch, worst: Compiled) -> str:
     settings += [f"mesh.fsdp={2 * run.policy.mesh.shape['fsdp']}"]
     length = f"rollout.max_completion_length={c.rollout.max_completion_length // 2}"
     return "set " + " or ".join([*settings, length])
-
-
-def estimate(run: Sketch, p: Planned) -> Compiled:
-    """A program without compiling it: its temporary memory by a formula, within a factor of two.
-
-    The gradient of a microbatch is a second set of gradients beside its activations; the 8-bit
-    optimizer unpacks both moments before and after; a forward pass keeps one layer at a time.
-    """
-    h = run.held
-    temporary, output, aliased = 0, 0, 0
-    if p.name == "add_grads":
-        temporary = working(h, run.policy.dtype) + activations(run) + head(run)
-    elif p.name in ("add_logps", "add_values"):
-        temporary = head(run) + activations(run, "full") + h.weights
-    elif p.name == "apply":
-        temporary = h.gradients * (5 if run.config.optim.state == "8bit" else 2)
-    elif p.name == "start_grads":
-        output = h.gradients
-    elif p.name == "to_sample":
-        output = h.weights
-    return Compiled(p, output, aliased, temporary, 0.0)
 
 
 def simulate_devices(config: Config) -> None:
@@ -244,12 +235,13 @@ def _decided(run: Sketch) -> str:
     return f" ({' and '.join(autos)} decided here)" if autos else ""
 
 
-def _memory(run: Sketch, found: Sequence[Compiled], limit: int) -> list[tuple[str, str]]:
+def _memory(run: Sketch, found: Sequence[Account], limit: int) -> list[tuple[str, str]]:
     """Kinds, then peaks: of sampling, and of the update."""
     h = run.held
     adds = [x for x in found if x.planned.name == "add_grads"]
     worst_add = max(adds, key=lambda x: x.peak)
-    logits = min(head(run), worst_add.temporary)
+    logits = min(logit_bytes_of(run), worst_add.temporary)
+    at_work = working_bytes_of(run)
     kinds = {
         "weights": (h.weights, "the sampler's, in " + run.policy.dtype),
         "masters": (h.masters, "float32" + ("" if h.weights else "; the sampler's too")),
@@ -257,10 +249,11 @@ def _memory(run: Sketch, found: Sequence[Compiled], limit: int) -> list[tuple[st
         "reference": (h.reference, "of the KL term"),
         "critic": (h.critic, "with its moments"),
         "gradients": (h.gradients, "accumulated over microbatches"),
-        "cache": (cache(run), "responses at full length"),
+        "cache": (cache_bytes_of(run), "responses at full length"),
+        "at work": (at_work, f"weights in {run.policy.dtype}, gradients not yet added (estimated)"),
         "head": (logits, "logits and their gradient, a chunk at a time (estimated)"),
         "activations": (
-            max(worst_add.temporary - logits - h.gradients, 0),
+            max(worst_add.temporary - logits - at_work, 0),
             f"of {worst_add.planned.shape}, the rest of its temporary memory",
         ),
     }
@@ -268,15 +261,19 @@ def _memory(run: Sketch, found: Sequence[Compiled], limit: int) -> list[tuple[st
     how = "" if worst_add.seconds else ", estimated within a factor of two"
     for title, stages in (("sampling", ("rollout", "evaluate")), ("update", ("update",))):
         worst = max((x for x in found if x.planned.stage in stages), key=lambda x: x.peak)
-        lines.append((title, f"{size(worst.peak):>9}  peak, in {_named(worst.planned)}{how}"))
+        lines.append((title, f"{size(worst.peak):>9}  peak, in {named(worst.planned)}{how}"))
     peak = max(x.peak for x in found)
     text = f"{size(peak):>9}  of {size(limit)} per device ({peak / limit:.0%})"
-    if worst_add.seconds and jax.default_backend() == "cpu":
+    if worst_add.seconds and platform_of(run.policy.mesh) == "cpu":
         text += "; of the programs for this CPU: an accelerator's need other temporary memory"
-    return [*lines, ("peak", text)]
+    lines.append(("peak", text))
+    if worst_add.seconds and platform_of(run.policy.mesh) == "gpu":
+        count = max(kernels(x.text) for x in found if x.planned.name == "_decode")
+        lines.append(("decoding", f"{count} kernels per token"))
+    return lines
 
 
-def _cost(run: Sketch) -> list[tuple[str, str]]:
+def _cost(run: Sketch, to: Target | None) -> list[tuple[str, str]]:
     c = run.config
     itemsize = jax.numpy.dtype(run.policy.dtype).itemsize
     work = costs.step_work(
@@ -286,32 +283,29 @@ def _cost(run: Sketch) -> list[tuple[str, str]]:
         run.problems.longest,
         remat=run.goal.remat == "full",
         itemsize=itemsize,
-        ways=ways(run),
+        ways=row_ways(run),
     )
-    rates = costs.measured_rates(run.policy.dtype)
+    rates = to.rates if to else costs.measured_rates(run.policy.dtype)
     time = costs.seconds(work, rates, run.policy.mesh.size)
+    where = "on paper" if to else "here"
     return [
         ("step", f"{work.tokens:,} tokens at most, {work.total / 1e12:,.4g} TFLOP"),
         (
             "time",
             f"{time:,.3g} s per step at full length, were all of it as fast as one large matmul "
-            f"({rates.matmul / 1e12:,.3g} TFLOP/s here) and one copy "
-            f"({rates.copy / 1e9:,.3g} GB/s here)",
+            f"({rates.matmul / 1e12:,.3g} TFLOP/s {where}) and one copy "
+            f"({rates.copy / 1e9:,.3g} GB/s {where})",
         ),
     ]
 
 
-def _compiling(planned: Sequence[Planned], found: Sequence[Compiled]) -> tuple[str, str]:
+def _compiling(planned: Sequence[Planned], found: Sequence[Account]) -> tuple[str, str]:
     spent = sum(x.seconds for x in found)
     return (
         "compiling",
         f"{spent:,.1f} s for the {len(found)} largest of {len(planned)} programs that a run with "
         "the longest prompts can need",
     )
-
-
-def _named(p: Planned) -> str:
-    return f"{p.name.lstrip('_')} of {p.shape}" if p.shape else p.name
 
 
 def _task(config: Config, problems) -> str:

@@ -129,7 +129,7 @@ class Run:
         for warning in checkpoint.rehearse(self.checkpoints):
             self.log.say(f"warning: {warning}", style="yellow")
         shape = read_config(self.policy.directory)
-        trouble = attention(self.config, self.policy.dtype, shape).trouble
+        trouble = attention(self.config, self.policy.dtype, shape, self.policy.mesh).trouble
         for warning in [*self.problems.task.warnings, *([trouble] if trouble else [])]:
             self.log.say(f"warning: {warning}", style="yellow")
         if self.problems.too_long:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from gspo_jax.batch import TrainBatch
 from gspo_jax.files.stopping import uninterrupted
-from gspo_jax.mesh.sharding import batch_ways, regathers
+from gspo_jax.mesh.sharding import batch_ways
 from gspo_jax.models.remat import compiler_options
 from gspo_jax.numbers.tally import Tally
 from gspo_jax.update.microbatch import Microbatches, fold, pick, put, split, take
@@ -309,7 +309,7 @@ def make_programs(
             partial(add_grads, *network),
             **by_width,
             out_shardings=accumulated,
-            compiler_options=compiler_options(objective.remat, regathers(shardings)),
+            compiler_options=compiler_options(objective.remat, shardings),
         ),
         apply=jax.jit(
             partial(apply, optimizer, objective, spike_sigmas),

@@ -35,7 +35,7 @@ def nvidia(monkeypatch):
     """A machine that says it is CUDA's, with the given kernel in it."""
 
     def install(kernel):
-        monkeypatch.setattr(attention, "on_nvidia", lambda: True)
+        monkeypatch.setattr(attention, "on_nvidia", lambda device: True)
         monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
         choose.cache_clear()
 
@@ -44,7 +44,7 @@ def nvidia(monkeypatch):
 
 
 def test_a_cpu_has_our_own_attention_and_nothing_to_say():
-    assert not attention.on_nvidia()
+    assert not attention.on_nvidia(jax.devices()[0])
     assert choose("bfloat16", 4, 2, 16) == Choice("xla")
 
 

@@ -103,13 +103,15 @@ def test_8_bit_moments_take_about_two_bytes_each_where_they_are_large(config):
 def test_devices_that_share_the_weights_hold_less_of_each(config):
     one, two = sketched(config()), sketched(config("mesh.fsdp=2"))
     assert one.held.masters / 2 < two.held.masters < one.held.masters * 0.55
-    assert memory.cache(two) == memory.cache(one) / 2
+    assert memory.cache_bytes_of(two) == memory.cache_bytes_of(one) / 2
 
 
 def test_the_cache_is_keys_and_values_of_every_layer(config):
     run = sketched(config())
     slots = run.problems.longest + 40
-    assert memory.cache(run) == 2 * 2 * 16 * 2 * slots * 8 * 4  # k, v; layers; rows; heads; float32
+    assert (
+        memory.cache_bytes_of(run) == 2 * 2 * 16 * 2 * slots * 8 * 4
+    )  # k, v; layers; rows; heads; float32
 
 
 def test_the_operations_of_a_forward_pass_are_those_that_xla_counts(tiny):
@@ -151,7 +153,7 @@ def test_planning_reads_no_weights_and_writes_nothing(config, tiny_dir, tmp_path
     bare.mkdir()
     shutil.copy(Path(tiny_dir) / "config.json", bare)
     shown = []
-    report(config(f"model.path={bare}"), compiled=False, show=shown.append)
+    report(config(f"model.path={bare}"), compile=False, show=shown.append)
     (text,) = shown
     assert f"{PARAMETERS / 1e6:.2f} M parameters" in text
     assert "prompts     1 to 32 tokens (assumed: " in text
@@ -162,7 +164,7 @@ def test_what_does_not_fit_is_refused_with_settings_that_help(config, capsys, mo
     few = ["rollout.group_size=2", "eval.problems=1"]
     large = config("optim.state=float32", "model.remat=none", *few)
     with pytest.raises(ConfigError, match=r"needs [\d.]+ of 0.0001 GB per device") as error:
-        report(large, compiled=False, limit=100_000)
+        report(large, compile=False, limit=100_000)
     table = capsys.readouterr().out  # stands there too, with what is largest
     assert "masters" in table and re.search(r"peak .* of 0\.1 MB per device \(\d+%\)", table)
     for setting in ("model.remat=full", "optim.state=8bit", "algo.microbatch=1", "mesh.fsdp=2"):
@@ -170,7 +172,7 @@ def test_what_does_not_fit_is_refused_with_settings_that_help(config, capsys, mo
     monkeypatch.setattr(gspo_jax.plan.report, "capacity", lambda: 50_000)
     many = config("rollout.prompts=512", "algo.microbatch=1")
     with pytest.raises(ConfigError, match=r"of the rollout\): set rollout.prompts=256 or"):
-        report(many, compiled=False)
+        report(many, compile=False)
 
 
 def test_the_command_refuses_with_exit_code_2(config, data, tiny_dir, capsys):
@@ -193,7 +195,7 @@ def test_texts_beyond_the_models_positions_are_refused_before_anything_runs(
     advice = f"has 1,024 positions: set {fits} or lower"
     for action in (
         gspo_jax.plan.report.plan,
-        partial(report, compiled=False),
+        partial(report, compile=False),
         train,
         sft,
         evaluate_path,
@@ -284,9 +286,9 @@ def test_a_plan_is_of_the_passes_that_a_run_takes(config, monkeypatch):
 
 def test_a_plan_says_which_passes_it_is_of(config):
     shown = []
-    report(config(), compiled=False, limit=1 << 40, show=shown.append)
+    report(config(), compile=False, limit=1 << 40, show=shown.append)
     with pytest.raises(ConfigError):
-        report(config(), compiled=False, limit=1, show=shown.append)
+        report(config(), compile=False, limit=1, show=shown.append)
     generous, tight = shown
     assert "attention xla, remat none (attention and remat decided here)" in generous
     assert "attention xla, remat full" in tight

@@ -276,7 +276,7 @@ def test_data_without_an_answer_is_refused_while_the_built_in_checker_is_used(
         None, [f"model.path={tiny_dir}", f"task.path={path}", f"run.dir={tmp_path}"]
     )
     tokenizer = load_tokenizer(tiny_dir)
-    ways = [lambda: plan(config), lambda: report(config, compiled=False)]
+    ways = [lambda: plan(config), lambda: report(config, compile=False)]
     for way in [*ways, lambda: load_problems(config, tokenizer)]:
         with pytest.raises(ConfigError, match=r"task\.fields\.answer=NAME.*task\.rewards=\["):
             way()
