@@ -92,7 +92,7 @@ def make_step(o: argparse.Namespace):
         dtype=dtype,
         remat=o.remat,
         attention=o.attention,
-        microbatch=o.microbatch or MICROBATCH_TOKENS[platform],
+        microbatch_tokens=o.microbatch or MICROBATCH_TOKENS[platform],
         longest=longest,
         shortest_prompt=min(map(len, prompts)),
     )

@@ -71,7 +71,7 @@ def case(config: QwenConfig, o, rates, tokens: int, width: int) -> dict[str, Any
         dtype=o.dtype,
         remat=o.remat,
         attention=o.attention,
-        microbatch=tokens,
+        microbatch_tokens=tokens,
         longest=width,
         shortest_prompt=prompt,
     )

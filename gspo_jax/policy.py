@@ -31,7 +31,7 @@ from gspo_jax.mesh.sharding import (
 )
 from gspo_jax.models.attention import Choice, choose
 from gspo_jax.models.config import QwenConfig
-from gspo_jax.models.hf.weights import lent_files, load_model, read_config
+from gspo_jax.models.hf.weights import lent_files, load_model, read_model_config
 from gspo_jax.models.qwen import Qwen, joined
 from gspo_jax.prompt.tokenizer import Tokenizer, load_tokenizer
 from gspo_jax.reward import rewards
@@ -112,12 +112,12 @@ class Problems(NamedTuple):
 def load_policy(config: Config) -> Policy:
     """Read (or draw at random) the network that `config.model` names."""
     directory = model_dir(config)
-    check_experts(config.algo, read_config(directory))
-    mesh = open_mesh(config, read_config(directory))
+    check_experts(config.algo, read_model_config(directory))
+    mesh = open_mesh(config, read_model_config(directory))
     tokenizer = load_tokenizer(directory, template_args=config.model.template_args)
     lent_files(directory)  # an export that cannot be written should fail now, not at the end
     if config.model.init == "random":
-        model = random_model(read_config(directory), config.run.seed, mesh)
+        model = random_model(read_model_config(directory), config.run.seed, mesh)
     else:
         model = load_model(directory, mesh=mesh)
     dtype = resolve_dtype(config, platform_of(mesh))
@@ -353,7 +353,7 @@ def _stages(task: Task, kept: list[int], starts: dict[str, float]) -> tuple:
 class TextSizes(NamedTuple):
     """What an `Objective` knows of the lengths of texts: fixed for a run, as are its programs."""
 
-    microbatch: int  # tokens
+    microbatch_tokens: int
     longest: int
     shortest_prompt: int
 

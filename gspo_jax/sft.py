@@ -9,12 +9,12 @@ import numpy as np
 from gspo_jax.batch import Problem, TrainBatch
 from gspo_jax.config.load import Config
 from gspo_jax.errors import DataError
-from gspo_jax.models.hf.weights import read_config
+from gspo_jax.models.hf.weights import read_model_config
 from gspo_jax.plan.memory import held_by, passes
 from gspo_jax.policy import load_policy, load_problems, text_sizes, within_positions
 from gspo_jax.prompt.tokenizer import Tokenizer
 from gspo_jax.run.lifecycle import Result, open_run
-from gspo_jax.start import make_state, supervised, update_programs
+from gspo_jax.start import base_objective, make_state, update_programs
 from gspo_jax.update.optim import schedule_count
 
 
@@ -27,13 +27,13 @@ def sft(config: Config) -> Result:
     c = config
     policy = load_policy(config)
     problems = load_problems(config, policy.tokenizer, scored=False)
-    shape = read_config(policy.directory)
+    shape = read_model_config(policy.directory)
     problems = within_positions(config, shape, problems)
     optimizer, schedule, state = make_state(config, policy, updates=c.run.steps)
     sizes = text_sizes(config, problems, policy.mesh)
     held = held_by(state, dtype=policy.dtype, reference=False)
     how = passes(config, policy, shape, held, sizes)
-    objective = supervised(config, policy, problems, how)
+    objective = base_objective(config, policy, problems, how)
     programs = update_programs(config, policy, optimizer, objective, state)
     total = c.run.steps * c.sft.batch_size
 

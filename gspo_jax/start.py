@@ -120,7 +120,7 @@ def objective(
 ) -> Objective:
     """The configured loss with its keywords bound, and how its forward pass is run."""
     options = dict(config.algo.loss)
-    return supervised(config, policy, problems, how)._replace(
+    return base_objective(config, policy, problems, how)._replace(
         loss=partial(LOSSES[options.pop("name")], **options),
         temperature=config.rollout.temperature,
         kl_coef=config.algo.kl.coef,
@@ -131,7 +131,7 @@ def objective(
     )
 
 
-def supervised(config: Config, policy: Policy, problems: Problems, how: Passes) -> Objective:
+def base_objective(config: Config, policy: Policy, problems: Problems, how: Passes) -> Objective:
     """The negative log-likelihood of given tokens: REINFORCE where every advantage is 1."""
     sizes = text_sizes(config, problems, policy.mesh)
     return Objective(
@@ -139,7 +139,7 @@ def supervised(config: Config, policy: Policy, problems: Problems, how: Passes) 
         dtype=policy.dtype,
         remat=how.remat,
         attention=how.attention,
-        microbatch=sizes.microbatch,
+        microbatch_tokens=sizes.microbatch_tokens,
         longest=sizes.longest,
         shortest_prompt=sizes.shortest_prompt,
         router_aux_coef=config.algo.router_aux_coef,

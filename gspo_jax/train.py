@@ -24,7 +24,7 @@ from gspo_jax.config.load import Config
 from gspo_jax.errors import DataError
 from gspo_jax.files.stopping import Abandoned
 from gspo_jax.mesh.distributed import host, place
-from gspo_jax.models.hf.weights import read_config
+from gspo_jax.models.hf.weights import read_model_config
 from gspo_jax.plan import costs
 from gspo_jax.plan.memory import Sketch, explained, held_by, passes, refuse_hopeless, short_memory
 from gspo_jax.policy import (
@@ -63,7 +63,7 @@ def train(config: Config) -> Result:
     """
     policy = load_policy(config)
     problems = load_problems(config, policy.tokenizer)
-    shape = read_config(policy.directory)
+    shape = read_model_config(policy.directory)
     problems = within_positions(config, shape, problems)
     loop, state = assemble(config, policy, problems)
     held = held_by(state, dtype=policy.dtype, reference=loop.reference is not None)
@@ -117,7 +117,7 @@ def assemble(
     optimizer, schedule, state = make_state(config, policy, updates)
     held = held_by(state, dtype=policy.dtype, reference=config.algo.kl.coef > 0)
     sizes = text_sizes(config, problems, policy.mesh)
-    how = passes(config, policy, read_config(policy.directory), held, sizes)
+    how = passes(config, policy, read_model_config(policy.directory), held, sizes)
     shortest = problems.shortest
     state, critic = add_critic(config, policy, state, updates, how, shortest_prompt=shortest)
     reference = jax.tree.map(jnp.copy, policy.params) if config.algo.kl.coef else None

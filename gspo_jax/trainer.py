@@ -33,7 +33,7 @@ from gspo_jax.errors import ConfigError, DataError, StorageError
 from gspo_jax.evaluation.evaluate import evaluate
 from gspo_jax.files.jsonl import plain
 from gspo_jax.models.hf.files import resolve
-from gspo_jax.models.hf.weights import read_config, save_model
+from gspo_jax.models.hf.weights import read_model_config, save_model
 from gspo_jax.models.qwen import Qwen
 from gspo_jax.policy import Policy, Problems, beyond_positions, load_policy
 from gspo_jax.prompt.tokenizer import Tokenizer
@@ -130,7 +130,7 @@ class GSPOTrainer:
             self.config = self.options.to_config(directory_of(model, tokenizer))
         with telling(f"Reading the weights of {self.config.model.path}"):
             policy = load_policy(self.config)
-        self._policy, self._shape = policy, read_config(policy.directory)
+        self._policy, self._shape = policy, read_model_config(policy.directory)
         anything = Problems(
             load_task("arithmetic", sizes={"train": 1, "val": 0, "test": 0}),
             {"train": [0]},

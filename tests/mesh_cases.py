@@ -101,7 +101,7 @@ def objective(kind: str) -> Objective:
         more |= {"router_aux_coef": 0.0}
     more = more if "moe" in kind else {}
     loss = partial(gspo, clip_low=0.02, clip_high=0.03)
-    return Objective(loss, microbatch=8 * S, longest=S, entropy_coef=0.1, **more)
+    return Objective(loss, microbatch_tokens=8 * S, longest=S, entropy_coef=0.1, **more)
 
 
 def placed(kind: str, mesh) -> tuple[TrainState, Programs]:

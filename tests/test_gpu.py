@@ -89,7 +89,7 @@ def test_an_update_in_bfloat16_goes_where_float32_on_the_cpu_goes(view, batch):
 
     def update(dtype, device):
         with jax.default_device(device):
-            objective = Objective(gspo, dtype=dtype, microbatch=2 * WIDTH)
+            objective = Objective(gspo, dtype=dtype, microbatch_tokens=2 * WIDTH)
             programs = make_programs(graphdef, optimizer, objective)
             mine = jax.tree.map(lambda x: jnp.array(x, copy=True), jax.device_put(params, device))
             state, metrics, _ = programs.update(init_state(mine, optimizer), batch)

@@ -12,8 +12,8 @@ from typing import Any
 
 from gspo_jax.config.names import AT_LEAST
 from gspo_jax.config.settings import (
-    ADVANTAGES,
-    LOSSES,
+    ADVANTAGE_OPTIONS,
+    LOSS_OPTIONS,
     TRACKERS,
     AlgoConfig,
     EvalConfig,
@@ -153,7 +153,7 @@ def check_algo(algo: AlgoConfig, rollout: RolloutConfig) -> None:
 
 
 def _check_loss(given: dict[str, Any]) -> None:
-    name, taken = _chosen("algo.loss", given, LOSSES, "losses")
+    name, taken = _chosen("algo.loss", given, LOSS_OPTIONS, "losses")
     for key in given:
         if key in ELSEWHERE and key not in taken:
             raise ConfigError(f"algo.loss.{key}: {name} has none. Did you mean {ELSEWHERE[key]}?")
@@ -163,7 +163,7 @@ def _check_loss(given: dict[str, Any]) -> None:
                 advice += "; luspo is the one that weighs responses by their tokens"
             raise ConfigError(f"algo.loss.{key}: {advice}.")
     _check_options("algo.loss", given, taken, name)
-    if name not in LOSSES:
+    if name not in LOSS_OPTIONS:
         return  # what its numbers may be is for its author to say
     options = taken | given
     for key, value in options.items():
@@ -190,9 +190,9 @@ def _check_loss(given: dict[str, Any]) -> None:
 
 
 def _check_advantage(given: dict[str, Any]) -> None:
-    name, taken = _chosen("algo.advantage", given, ADVANTAGES, "advantages")
+    name, taken = _chosen("algo.advantage", given, ADVANTAGE_OPTIONS, "advantages")
     _check_options("algo.advantage", given, taken, name)
-    if name not in ADVANTAGES:
+    if name not in ADVANTAGE_OPTIONS:
         return
     if (scale := given.get("scale", "group")) not in SCALES:
         raise ConfigError(
@@ -278,7 +278,7 @@ def check_rest(optim: OptimConfig, mesh: MeshConfig, run: RunConfig) -> None:
 def algo_warnings(algo: AlgoConfig, rollout: RolloutConfig) -> list[str]:
     """What is possible but probably not meant, one line each."""
     name = algo.loss["name"]
-    own = LOSSES.get(name, {})
+    own = LOSS_OPTIONS.get(name, {})
     out = [
         f"algo.loss.{key}={shown(algo.loss[key])}: far from {name}'s own {shown(own[key])}; the "
         "ratio of a whole response strays some 1000 times less than that of a token. null takes "

@@ -136,7 +136,7 @@ CLIP = {"clip_low": 0.2, "clip_high": 0.2, "delta": None}
 
 TRACKERS = ("wandb", "tensorboard")  # a table in run.trackers has their classes
 
-LOSSES: dict[str, dict[str, Any]] = {
+LOSS_OPTIONS: dict[str, dict[str, Any]] = {
     "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "delta": None},
     "gspo_token": {"clip_low": 3e-4, "clip_high": 4e-4, "delta": None},
     "luspo": {"clip_low": 2e-3, "clip_high": 2.5e-3, "delta": None},
@@ -154,7 +154,7 @@ so that a configuration is read without JAX."""
 
 GAE = {"gamma": 1.0, "lam": 0.95, "whiten": True}
 
-ADVANTAGES: dict[str, dict[str, Any]] = {
+ADVANTAGE_OPTIONS: dict[str, dict[str, Any]] = {
     "group_normalised": {"ddof": 1, "eps": 1e-4, "scale": "group"},
     "group_centred": {},
     "leave_one_out": {},
@@ -170,9 +170,9 @@ class AlgoConfig:
     """What is optimised."""
 
     loss: dict[str, Any] = setting({"name": "gspo"}, resume="same")
-    """`name` of a loss, and what LOSSES says that it takes."""
+    """`name` of a loss, and its options (LOSS_OPTIONS)."""
     advantage: dict[str, Any] = setting({"name": "group_normalised"}, resume="same")
-    """`name` of a function of advantages, and what ADVANTAGES says that it takes. gae needs
+    """`name` of a function of advantages, and its options (ADVANTAGE_OPTIONS). gae needs
     algo.critic; normalise_then_sum puts several reward functions on one scale."""
     minibatches: int = setting(4, resume="same", at_least=1)
     """Updates per pass over a rollout; 1 means on-policy, and clipping can never act."""

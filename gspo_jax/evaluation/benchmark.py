@@ -29,7 +29,7 @@ from gspo_jax.files import jsonl
 from gspo_jax.files.integrity import sha256
 from gspo_jax.files.provenance import environment
 from gspo_jax.files.whole import lock, unlock, write_whole
-from gspo_jax.models.hf.weights import read_config
+from gspo_jax.models.hf.weights import read_model_config
 from gspo_jax.numbers import summary
 from gspo_jax.numbers.statistics import Estimate
 from gspo_jax.numbers.summary import Record
@@ -364,7 +364,7 @@ def _doubts(config: Config, problems: Problems) -> list[str]:
     if left := problems.task.size[split] - len(problems.indices[split]):
         doubts.append(f"{left} problems left out, whose prompts are too long")
     longest = problems.longest_of[split] + config.rollout.max_completion_length
-    positions = read_config(model_dir(config)).max_position_embeddings
+    positions = read_model_config(model_dir(config)).max_position_embeddings
     if longest > positions:
         doubts.append(f"texts of up to {longest} tokens; the model was made for {positions}")
     return doubts

@@ -16,7 +16,7 @@ from jaxtyping import Array, Key, PyTree
 from gspo_jax.batch import Problem
 from gspo_jax.config.load import Config
 from gspo_jax.errors import DataError
-from gspo_jax.models.hf.weights import read_config
+from gspo_jax.models.hf.weights import read_model_config
 from gspo_jax.numbers.statistics import estimate
 from gspo_jax.numbers.summary import Record, measures
 from gspo_jax.policy import Policy, Problems, load_policy, load_problems, within_positions
@@ -180,7 +180,7 @@ def evaluate_path(config: Config) -> dict[str, float]:
     """Evaluate the model directory that `config.model.path` names, as it stands."""
     policy = load_policy(config)
     problems = load_problems(config, policy.tokenizer, train=False)
-    shape = read_config(policy.directory)
+    shape = read_model_config(policy.directory)
     problems = within_positions(config, shape, problems, [config.eval.split])
     with jax.set_mesh(policy.mesh):
         result = evaluate_policy(config, policy, problems, policy.params)

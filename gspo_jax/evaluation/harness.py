@@ -13,7 +13,7 @@ from gspo_jax.answers.verify import after_reasoning
 from gspo_jax.config.load import load_config
 from gspo_jax.errors import ConfigError
 from gspo_jax.evaluation.continuations import Pair, complete, continuation_logps
-from gspo_jax.models.hf.weights import read_config
+from gspo_jax.models.hf.weights import read_model_config
 from gspo_jax.policy import load_policy
 from gspo_jax.prompt.tokenizer import THINK
 
@@ -58,7 +58,9 @@ class Harness(TemplateLM):
     ):
         super().__init__()
         self.policy = load_policy(load_config(None, [f"model.path={model_path}", *overrides]))
-        self.max_length = max_length or read_config(self.policy.directory).max_position_embeddings
+        self.max_length = (
+            max_length or read_model_config(self.policy.directory).max_position_embeddings
+        )
         self.batch, self.tokens, self.max_gen_toks, self.seed = batch, tokens, max_gen_toks, seed
         with jax.set_mesh(self.policy.mesh):
             self.model = self.policy.sampler(self.policy.params)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gspo_jax.config.load import load_config
-from gspo_jax.config.settings import LOSSES
+from gspo_jax.config.settings import LOSS_OPTIONS
 from gspo_jax.errors import ConfigError, DataError
 from gspo_jax.experiment.trials import Experiment, Outcome, expand
 from gspo_jax.numbers.statistics import over_seeds, sign_flip, t_interval
@@ -39,10 +39,10 @@ def of_losses(
     """
     config = load_config(base, overrides)
     own = config.algo.loss
-    if unknown := [name for name in losses if name not in LOSSES]:
+    if unknown := [name for name in losses if name not in LOSS_OPTIONS]:
         raise ConfigError(
-            f"--losses {unknown[0]}: no such loss.{meant(unknown[0], LOSSES)} The losses are "
-            f"{list(LOSSES)}."
+            f"--losses {unknown[0]}: no such loss.{meant(unknown[0], LOSS_OPTIONS)} The losses are "
+            f"{list(LOSS_OPTIONS)}."
         )
     variants = {}
     for name in losses:

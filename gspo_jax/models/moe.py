@@ -16,9 +16,10 @@ loops over as many tiles as there turn out to be.
 
 Routing replay: after a policy update the router may choose other experts for the same text, and
 then π_θ / π_old compares two different networks. Given the ids that π_old chose, every π_θ of the
-update runs on those; "R2" replays the ids of the training program, "R3" those of the sampler
-(Zheng et al., 2025, GSPO, https://arxiv.org/abs/2507.18071, §5.3, name and motivate it; R3 is
-from Ma et al., 2025, https://arxiv.org/abs/2510.11370).
+update runs on those; "R2" replays the ids of the training program (update.steps hands them on),
+"R3" those of the sampler (rollout.engine records, rollout.train_rows places them). Zheng et al.,
+2025, GSPO, https://arxiv.org/abs/2507.18071, §5.3, name and motivate it; R3 is from Ma et al.,
+2025, https://arxiv.org/abs/2510.11370.
 
 Axes: N tokens (B · S), M layers with experts, E experts, X experts per token, F expert width,
 t tiles of r rows, c tiles at a time.

@@ -159,7 +159,7 @@ def activation_need(
             itemsize=itemsize,
             attention=how.attention,
         )
-        for width, rows in shapes(sizes.longest, sizes.microbatch, MANY, rows_over)
+        for width, rows in shapes(sizes.longest, sizes.microbatch_tokens, MANY, rows_over)
     )
 
 
@@ -169,7 +169,7 @@ def logit_need(shape: QwenConfig, mesh: Mesh, sizes: TextSizes, dtype: str, plat
     On an accelerator once in float32, and their gradient in `dtype`.
     """
     tensor, rows_over = mesh.shape["tensor"], ways_of(RULES["batch"], mesh)
-    width, rows = shapes(sizes.longest, sizes.microbatch, MANY, rows_over)[0]
+    width, rows = shapes(sizes.longest, sizes.microbatch_tokens, MANY, rows_over)[0]
     three = head_bytes(rows // rows_over * width, -(-shape.vocab_size // tensor))
     if platform == "cpu":
         return three
@@ -199,7 +199,7 @@ def per_device(tree: PyTree) -> int:
 
 def microbatch_shapes(run: Sketch, rows: int) -> list[tuple[int, int]]:
     """(width, rows) of each microbatch of a minibatch of `rows`."""
-    return shapes(run.goal.longest, run.goal.microbatch, rows, row_ways(run))
+    return shapes(run.goal.longest, run.goal.microbatch_tokens, rows, row_ways(run))
 
 
 def working_bytes_of(run: Sketch) -> int:
@@ -222,7 +222,7 @@ def logit_bytes_of(run: Sketch) -> int:
 
 def _sizes(run: Sketch) -> TextSizes:
     goal = run.goal
-    return TextSizes(goal.microbatch, goal.longest, goal.shortest_prompt)
+    return TextSizes(goal.microbatch_tokens, goal.longest, goal.shortest_prompt)
 
 
 def cache_bytes_of(run: Sketch) -> int:

@@ -18,7 +18,7 @@ from gspo_jax.errors import ConfigError, DataError
 from gspo_jax.files.whole import check_place
 from gspo_jax.mesh.sharding import platform_of
 from gspo_jax.models.hf.files import find_tensors
-from gspo_jax.models.hf.weights import lent_files, read_config
+from gspo_jax.models.hf.weights import lent_files, read_model_config
 from gspo_jax.plan import costs
 from gspo_jax.plan.account import Account, Planned, compiled, estimated, largest, named, table
 from gspo_jax.plan.capacity import capacity
@@ -60,7 +60,7 @@ def plan(config: Config) -> str:
     check_named(config.run.resume, run_dir(config) / "checkpoints")
     check_installed(config.run.report_to)
     directory = model_dir(config)
-    shape = read_config(directory)
+    shape = read_model_config(directory)
     check_experts(config.algo, shape)
     simulate_devices(config)
     mesh = open_mesh(config, shape)
@@ -143,7 +143,7 @@ def sketched(
     elif limit is None:
         limit = to.limit
     directory = model_dir(config)
-    shape = read_config(directory)
+    shape = read_model_config(directory)
     check_experts(config.algo, shape)
     mesh = open_mesh(config, shape, to and to.devices)
     problems, note = _problems(config, directory)

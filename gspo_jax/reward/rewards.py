@@ -128,7 +128,7 @@ def score(
             values[answer.rows] = answer.values
             failed += [answer] if answer.failure else []
         if failed:
-            _fail(name, failed, batch, errors, set() if told is None else told)
+            _count_or_stop(name, failed, batch, errors, set() if told is None else told)
         if errors == "unscored":
             rows = [b for answer in failed for b in answer.rows]
             values[rows], unscored[rows] = np.nan, True
@@ -262,7 +262,9 @@ def _raised(rows: list[int], error: Exception) -> Answer:
     return _failed(rows, f"raised {type(error).__name__}: {_one_line(error)}", trace, error)
 
 
-def _fail(name: str, failed: list[Answer], batch: Batch, errors: Errors, told: set[str]) -> None:
+def _count_or_stop(
+    name: str, failed: list[Answer], batch: Batch, errors: Errors, told: set[str]
+) -> None:
     """Raise, or count the responses and log the first failure of the run."""
     count, (what, trace, cause) = sum(len(a.rows) for a in failed), failed[0].failure or Failure("")
     text = f"reward {name} {what.removesuffix('.')} (on {count} of {len(batch.texts)} responses)."

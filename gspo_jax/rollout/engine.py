@@ -149,8 +149,8 @@ def _decode_all(
         batch = Batch(batch.number, rows, cache)
         jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
         record.append((batch.number, drawn))
-        seen, before = record[chunk]  # ready, or soon: the device is already at work on the next
-        ended[seen] |= np.isin(before.tokens, eos).any(axis=0)
+        number, before = record[-2]  # ready, or soon: the device is already at work on the last
+        ended[number] |= np.isin(before.tokens, eos).any(axis=0)
         if ended.all():
             break
     return record

@@ -14,6 +14,7 @@ from gspo_jax.prompt.tokenizer import Tokenizer
 from gspo_jax.rollout.engine import PureModel, generate
 from gspo_jax.rollout.truncation import overlong_punishment
 
+# `reward.rewards.score` with its functions bound.
 Scorer = Callable[..., tuple[dict[str, np.ndarray], np.ndarray, dict[str, Tally]]]
 
 

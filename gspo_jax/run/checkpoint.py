@@ -176,22 +176,22 @@ def rehearse(directory: Path) -> list[str]:
     Raises:
         StorageError: nothing can be saved there, or what was saved is not what is read.
     """
-    place, wanted = Path(directory).absolute() / ".rehearsal", np.arange(6, dtype=np.float32)
+    trial, wanted = Path(directory).absolute() / ".rehearsal", np.arange(6, dtype=np.float32)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = {"state": jax.ShapeDtypeStruct(wanted.shape, wanted.dtype, sharding=sharding)}
     try:
-        save(place, 1, {"state": wanted}, {})
-        found = restore(place, 1, like)[0]["state"]
+        save(trial, 1, {"state": wanted}, {})
+        found = restore(trial, 1, like)[0]["state"]
         if not np.array_equal(found, wanted):
             raise StorageError(
                 f"{directory}: what is read there is not what was saved; set run.dir elsewhere."
             )
-        if integrity.sync(place):
+        if integrity.sync(trial):
             return []
     finally:
         barrier("rehearsed")  # all have read it
         if is_writer():
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(trial, ignore_errors=True)
     return [
         f"{directory}: its file system does not flush directories; after a power cut the newest "
         "checkpoint may be missing, and the one before it is taken."

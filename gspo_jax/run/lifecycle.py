@@ -29,7 +29,7 @@ from gspo_jax.evaluation.evaluate import evaluate_policy
 from gspo_jax.files.integrity import tidy_names
 from gspo_jax.files.stopping import Abandoned, Stop, Why, listening, out_of_time
 from gspo_jax.mesh.distributed import agreed, is_writer
-from gspo_jax.models.hf.weights import read_config
+from gspo_jax.models.hf.weights import read_model_config
 from gspo_jax.policy import Policy, Problems, attention
 from gspo_jax.run import checkpoint, resume
 from gspo_jax.run.export import export_params, keep_model, logged_eval, logged_step, run_card
@@ -128,7 +128,7 @@ class Run:
         found = resume.find(self.config.run.resume, self.checkpoints, self.log.say)
         for warning in checkpoint.rehearse(self.checkpoints):
             self.log.say(f"warning: {warning}", style="yellow")
-        shape = read_config(self.policy.directory)
+        shape = read_model_config(self.policy.directory)
         trouble = attention(self.config, self.policy.dtype, shape, self.policy.mesh).trouble
         for warning in [*self.problems.task.warnings, *([trouble] if trouble else [])]:
             self.log.say(f"warning: {warning}", style="yellow")

@@ -81,7 +81,7 @@ class Objective(NamedTuple):
     dtype: str = "float32"  # of activations; parameters and gradients stay float32
     remat: str = "none"  # of models.remat.POLICIES
     attention: str = "xla"
-    microbatch: int = 0  # tokens per forward/backward, padding included; 0 = all rows
+    microbatch_tokens: int = 0  # per forward/backward, padding included; 0 = all rows
     longest: int = 0  # no row of any batch has more tokens; 0 = the width of each batch
     shortest_prompt: int = 1  # no prompt has fewer
     routing_replay: str = "off"  # "R2" and "R3" run the experts in TrainBatch.routing

@@ -139,17 +139,17 @@ def leaf_by_leaf(inner: optax.GradientTransformation, *, max_grad_norm: float) -
             return optax.apply_updates(param, change), state
 
         leaves, tree = jax.tree.flatten(params)
-        first, parts = state[0], _parts(state[1], tree)
+        clipping, moments = state  # in the order of `whole`
 
         def none(_, state, param):
             return param, let_pass(state)
 
         done = [
             jax.lax.cond(go, one, none, *leaf)
-            for leaf in zip(tree.flatten_up_to(grads), parts, leaves, strict=True)
+            for leaf in zip(tree.flatten_up_to(grads), _by_leaf(moments, tree), leaves, strict=True)
         ]
         params = tree.unflatten([param for param, _ in done])
-        return params, (first, _whole(state[1], tree, [state for _, state in done]))
+        return params, (clipping, _joined(moments, tree, [of_one for _, of_one in done]))
 
     return LeafByLeaf(whole.init, whole.update, step)
 
@@ -181,7 +181,7 @@ def global_norm(grads: PyTree) -> Float[Array, ""]:
     return optax.tree.norm(grads)
 
 
-def _parts(state: PyTree, tree: Any) -> list[PyTree]:
+def _by_leaf(state: PyTree, tree: Any) -> list[PyTree]:
     """A state for each leaf of `tree`, as if it were the only parameter."""
     like = partial(_is_like, tree=tree)
 
@@ -191,7 +191,7 @@ def _parts(state: PyTree, tree: Any) -> list[PyTree]:
     return [part(i) for i in range(tree.num_leaves)]
 
 
-def _whole(state: PyTree, tree: Any, parts: list[PyTree]) -> PyTree:
+def _joined(state: PyTree, tree: Any, parts: list[PyTree]) -> PyTree:
     """`state` again, from those of the leaves; what they share is the last one's."""
     like = partial(_is_like, tree=tree)
     nodes, outer = jax.tree.flatten(state, is_leaf=like)

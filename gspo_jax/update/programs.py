@@ -327,7 +327,7 @@ def microbatches(batch: TrainBatch, objective: Objective) -> list[Microbatches]:
     length = np.asarray(batch.prompt_length) + np.asarray(batch.length)
     length = np.where(np.asarray(batch.mask).any(1), length, 0)
     longest = objective.longest or batch.tokens.shape[1]
-    return split(length, longest, tokens=objective.microbatch, ways=batch_ways())
+    return split(length, longest, tokens=objective.microbatch_tokens, ways=batch_ways())
 
 
 @jax.jit

@@ -79,19 +79,20 @@ def continue_updates(
         with phase("old_logp"):
             old = [None, *(programs.logps(state.params, part) for part in parts[1:])]
             jax.block_until_ready(old)
-    for i in range(len(stats), total):
+    for done in range(len(stats), total):
         if stop():
             break
-        i %= minibatches
-        known, part = old[i], parts[i]
-        if known is not None and part.routing is None:
-            part = part._replace(routing=known.experts)
-        known_logp = None if known is None else known.logp
+        i = done % minibatches
+        own, part = old[i], parts[i]  # what π_old said of this minibatch, if it was asked
+        if own is not None and part.routing is None:
+            # R2's; without replay they only tell how many experts have changed.
+            part = part._replace(routing=own.experts)
+        old_logp = None if own is None else own.logp
         state, metrics, said = programs.update(
-            state, part, known_logp, refs[i], goals[i], phase=phase, hold=hold
+            state, part, old_logp, refs[i], goals[i], phase=phase, hold=hold
         )
         stats.append(metrics)
-        old[i] = said if known is None else known
+        old[i] = said if own is None else own
     state = state._replace(step=state.step + int(len(stats) == total))
     return state, progress._replace(old=tuple(old), stats=tuple(stats))
 

@@ -163,9 +163,9 @@ def test_the_tables_of_losses_and_advantages_are_what_the_functions_take():
         found = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
         return {name: value for name, value in found.items() if name not in arrays}
 
-    assert {n: keywords(f, "weight") for n, f in LOSSES.items()} == settings.LOSSES
+    assert {n: keywords(f, "weight") for n, f in LOSSES.items()} == settings.LOSS_OPTIONS
     found = {n: keywords(f, "groups") for n, f in (ADVANTAGES | BY_FUNCTION).items()}
-    assert found | {"gae": settings.GAE} == settings.ADVANTAGES
+    assert found | {"gae": settings.GAE} == settings.ADVANTAGE_OPTIONS
 
 
 def test_the_sections_are_those_of_the_config():

@@ -150,7 +150,7 @@ def test_the_least_is_recomputed_that_fits_into_four_fifths():
     assert choose_remat(-5, need) == "full"
 
 
-SIZES = TextSizes(microbatch=B * S, longest=S, shortest_prompt=1)
+SIZES = TextSizes(microbatch_tokens=B * S, longest=S, shortest_prompt=1)
 HELD = memory.Held(masters=1000, moments=2000, gradients=1000)
 
 

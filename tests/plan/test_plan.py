@@ -21,7 +21,7 @@ from gspo_jax.errors import ConfigError
 from gspo_jax.evaluation.evaluate import evaluate_path
 from gspo_jax.mesh.sharding import make_mesh
 from gspo_jax.models.config import QwenConfig
-from gspo_jax.models.hf.weights import read_config
+from gspo_jax.models.hf.weights import read_model_config
 from gspo_jax.models.qwen import Qwen
 from gspo_jax.models.remat import POLICIES
 from gspo_jax.plan import costs, memory
@@ -80,7 +80,7 @@ def config(tiny_dir, data, tmp_path):
 def sketched(config):
     directory = Path(config.model.path)
     problems = load_problems(config, load_tokenizer(directory))
-    return sketch(config, read_config(directory), problems, make_mesh(**vars(config.mesh)))
+    return sketch(config, read_model_config(directory), problems, make_mesh(**vars(config.mesh)))
 
 
 def test_what_is_held_is_what_a_hand_counts(config):

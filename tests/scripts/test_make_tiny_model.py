@@ -7,7 +7,7 @@ import make_tiny_model
 import pytest
 
 from gspo_jax.config.load import load_config
-from gspo_jax.models.hf.weights import read_config
+from gspo_jax.models.hf.weights import read_model_config
 from gspo_jax.policy import load_problems
 from gspo_jax.prompt.tokenizer import load_tokenizer
 from gspo_jax.sft import solutions
@@ -40,7 +40,7 @@ def test_the_committed_configs_fit_the_directory_that_their_script_makes(
     cold, trained = ROOT / "configs" / f"{task}_cold_start.yaml", ROOT / "configs" / f"{task}.yaml"
     monkeypatch.setattr(make_tiny_model, "SOME", 80)
     run(monkeypatch, cold, *overrides, *extra)
-    tokenizer, shape = load_tokenizer(tmp_path), read_config(tmp_path)
+    tokenizer, shape = load_tokenizer(tmp_path), read_model_config(tmp_path)
     assert all(len(tokenizer.encode(word)) == 1 for word in words)
     assert tokenizer.encode("47") == tokenizer.encode("4") + tokenizer.encode("7")
     assert tokenizer.vocab_size <= shape.vocab_size < tokenizer.vocab_size + 8

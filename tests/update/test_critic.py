@@ -176,7 +176,7 @@ def test_values_are_the_same_in_microbatches(view, kind):
     graphdef, _, objective, state = setup(view, kind)
     batch = on_device(make_batch())
     whole = make_values(graphdef, objective, objective.critic)(state, batch)
-    split = make_values(graphdef, objective._replace(microbatch=2 * S), objective.critic)(
+    split = make_values(graphdef, objective._replace(microbatch_tokens=2 * S), objective.critic)(
         state, batch
     )
     assert largest(whole) > 0.1
@@ -325,7 +325,7 @@ def gradients(view, kind, targets, batch=None, **options):
 @pytest.mark.parametrize("kind", KINDS)
 def test_microbatches_of_uneven_rows_add_up_for_policy_and_critic(view, kind):
     whole = gradients(view, kind, make_targets())
-    split = gradients(view, kind, make_targets(), microbatch=S)
+    split = gradients(view, kind, make_targets(), microbatch_tokens=S)
     assert largest(whole[0].critic) > 0.01
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(split), strict=True):
         np.testing.assert_allclose(a, b, atol=3e-6 * float(jnp.abs(a).max()) + 1e-9)

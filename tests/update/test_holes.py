@@ -149,7 +149,7 @@ def test_what_is_found_of_rows_with_holes_is_what_each_row_alone_has(case, devic
     graphdef, params, batch, old, new, _ = case
     mesh = make_mesh(data=devices)
     params = jax.device_put(params, state_shardings(params, params, mesh))
-    goal = Objective(LOSSES["gspo"], microbatch=40, longest=S, shortest_prompt=2)
+    goal = Objective(LOSSES["gspo"], microbatch_tokens=40, longest=S, shortest_prompt=2)
     with jax.set_mesh(mesh):
         place = partial(shard_batch, mesh=mesh)
         programs = make_programs(graphdef, optax.identity(), goal, place=place)
@@ -205,7 +205,7 @@ def test_ppo_over_rows_with_holes_is_that_of_each_text_alone(case, kind, devices
     term = make_term(
         critic_graph, optax.sgd(1.0), shared=kind == "shared", clip=0.2, coef=0.5, shortest_prompt=2
     )
-    goal = Objective(LOSSES["ppo"], microbatch=40, longest=S, shortest_prompt=2, critic=term)
+    goal = Objective(LOSSES["ppo"], microbatch_tokens=40, longest=S, shortest_prompt=2, critic=term)
     rng = np.random.default_rng(3)
     targets = Targets(*rng.normal(size=(2, B, T)).astype(np.float32))
     adv = np.where(batch.mask, rng.normal(size=(B, T)), np.nan).astype(np.float32)
@@ -265,7 +265,7 @@ def test_a_row_runs_as_wide_as_its_text_however_few_of_its_tokens_are_trained_on
     mask[0, 49], mask[1, :4] = True, True  # and row 2 is not trained on: nothing runs it
     prompt, length = np.array([[6, 6, 6], [50, 4, 50]], np.int32)
     batch = TrainBatch(np.zeros((3, 56), np.int32), prompt, length, mask, np.ones(3, np.float32))
-    parts = microbatches(batch, Objective(LOSSES["gspo"], microbatch=56, longest=56))
+    parts = microbatches(batch, Objective(LOSSES["gspo"], microbatch_tokens=56, longest=56))
     runs = [(part.width, rows.tolist()) for part in parts for rows in part.rows[: part.number]]
     assert runs == [(56, [0]), (24, [1, 3])]  # 3 stands for no row
     real = np.asarray(real_tokens(jax.tree.map(jnp.asarray, batch)))

@@ -129,7 +129,7 @@ def test_shares_of_microbatches_add_up_to_every_term_by_its_coefficient(view):
         lambda w, batch, states: w * states.sum(-1), optax.identity(), 1e9, 0.7, shared=True
     )
     goal = Objective(LOSSES["reinforce"], temperature=0.5, kl_coef=0.3, entropy_coef=0.2)
-    goal = goal._replace(kl=partial(kl, kind="k2"), critic=term, microbatch=2 * S)
+    goal = goal._replace(kl=partial(kl, kind="k2"), critic=term, microbatch_tokens=2 * S)
     programs = make_programs(graphdef, optax.identity(), goal)
 
     @jax.jit

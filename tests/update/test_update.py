@@ -106,7 +106,7 @@ def test_microbatches_of_uneven_rows_add_up_to_the_big_batch(tiny_view, loss, mi
     ref = old - 0.1
 
     def gradient(rows):
-        objective = Objective(LOSSES[loss], kl_coef=0.1, microbatch=rows * S)
+        objective = Objective(LOSSES[loss], kl_coef=0.1, microbatch_tokens=rows * S)
         return accumulate(graphdef, params, batch, old, ref, objective)
 
     whole, split = gradient(0), gradient(microbatch)
@@ -249,7 +249,9 @@ def test_the_kl_term_pulls_towards_the_reference(tiny_view):
 def test_the_entropy_bonus_raises_the_entropy(tiny_view):
     """With advantage 0 everywhere, only the bonus is left; ascending it flattens the policy."""
     graphdef, optimizer, state = fresh(tiny_view, learning_rate=1e-2)
-    programs = programs_of(graphdef, optimizer, Objective(GSPO, entropy_coef=0.5, microbatch=2 * S))
+    programs = programs_of(
+        graphdef, optimizer, Objective(GSPO, entropy_coef=0.5, microbatch_tokens=2 * S)
+    )
     batch = on_device(make_batch()._replace(adv=np.zeros(B, np.float32)))
     values = []
     for _ in range(4):
@@ -282,7 +284,9 @@ def test_compiled_once_for_all_steps(tiny_view, caplog):
 def test_rows_of_any_length_compile_one_program_per_width_at_most(tiny_view, caplog):
     """Of at most 200 tokens, so in widths of 200, 150, 100 and 50; 400 tokens run together."""
     graphdef, optimizer, state = fresh(tiny_view)
-    programs = make_programs(graphdef, optimizer, Objective(GSPO, longest=200, microbatch=400))
+    programs = make_programs(
+        graphdef, optimizer, Objective(GSPO, longest=200, microbatch_tokens=400)
+    )
     rng = np.random.default_rng(0)
     caplog.clear()
     for longest in (40, 200, 120, 160, 90):
@@ -310,7 +314,7 @@ def test_a_text_that_is_cut_gives_the_same_gradient_as_one_that_is_not(tiny_view
     short = make_batch(poison=5)
     wide = short._replace(tokens=np.pad(short.tokens, ((0, 0), (0, 20)), constant_values=9))
     whole = accumulate(graphdef, params, short, None, None, Objective(GSPO))
-    cut = Objective(GSPO, longest=40, microbatch=80, shortest_prompt=2)
+    cut = Objective(GSPO, longest=40, microbatch_tokens=80, shortest_prompt=2)
     parts = microbatches(wide, cut)
     assert {p.width for p in parts} == {40, 8}
     split = accumulate(graphdef, params, wide, None, None, cut)

@@ -198,7 +198,7 @@ def test_microbatches_weigh_their_own_balance_by_their_tokens(view):
         return balance(routing, counted)[0] * share / 2  # of two microbatches of equal shape
 
     def objective(coef):
-        return Objective(GSPO, microbatch=2 * S, router_aux_coef=coef)
+        return Objective(GSPO, microbatch_tokens=2 * S, router_aux_coef=coef)
 
     with_aux, without = (
         accumulate(graphdef, params, batch, None, objective(coef))[0].policy for coef in (1.0, 0.0)

@@ -118,7 +118,7 @@ def load_model(
     """
     target = _known_dtype(dtype)
     directory = files.resolve(path)
-    config = read_config(directory)
+    config = read_model_config(directory)
     found = _unfused(files.find_tensors(directory))
     config = _with_dtype_of(found, config)
     if len(found) < config.num_layers:  # a lie that would take minutes to build, if not refused
@@ -188,7 +188,7 @@ def save_without_weights(
         _write_beside(partial, config, like, token_ids)
 
 
-def read_config(directory: Path) -> QwenConfig:
+def read_model_config(directory: Path) -> QwenConfig:
     """The shape of the model in a directory, without a look at its weights."""
     path = files.file_in(directory, "config.json")
     content = files.read_json(path)
