@@ -15,6 +15,7 @@ import jax
 
 # Many tests compile the same tiny programs; workers and later sessions share them.
 CACHE = Path(tempfile.gettempdir()) / f"gspo_jax-tests-{os.getuid()}"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)  # of the commands that tests start
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -27,6 +27,7 @@ from gspo_jax.errors import (
     OutOfMemory,
     StorageError,
 )
+from gspo_jax.files.compile_cache import keep_compiled
 from gspo_jax.text.streams import guarded, open_closed
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def _main(arguments: argparse.Namespace) -> int:
     if not arguments.debug:  # XLA's own account of an error: hundreds of lines where memory ends
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         _hush()
+    keep_compiled(os.environ)
     try:
         if getattr(arguments, "config", None):
             from gspo_jax.config.load import config_file

@@ -270,20 +270,15 @@ def run_trials(
 def _start(
     experiment: Experiment, directory: Path, trial: Trial, cores: set[int]
 ) -> subprocess.Popen:
-    """The process of a trial. Programs that it compiles serve the trials after it."""
+    """The process of a trial."""
     config = [str(experiment.base)] if experiment.base else []
     command = [sys.executable, "-m", "gspo_jax", "train", *config, *trial.overrides]
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str((directory / ".compiled").resolve()),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
     with (directory / "logs" / f"{trial.name}.log").open("wb") as log:
         return subprocess.Popen(
             [*command, f"run.dir={directory}"],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=cache | os.environ,
             start_new_session=True,  # a key press reaches it through us, and once
             preexec_fn=lambda: _pin(cores),
         )

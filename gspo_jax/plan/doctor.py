@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gspo_jax.errors import FINISHED, NO_DEVICES, ConfigError
+from gspo_jax.files.compile_cache import PLACE, default_place
 from gspo_jax.text.inert import inert, redact
 
 CORE = (
@@ -204,15 +205,15 @@ def disk(place: Path) -> Finding:
 
 def compile_cache(env: Mapping[str, str]) -> Finding:
     """Where compiled programs are kept from one start to the next."""
-    place = env.get("JAX_COMPILATION_CACHE_DIR", "")
-    if not place:
-        text = "none: every start compiles again (export JAX_COMPILATION_CACHE_DIR=DIR keeps it)"
+    if not (place := env.get(PLACE, default_place(env) or "")):
+        text = f"none: every start compiles again (export {PLACE}=DIR keeps it)"
         return Finding("compile cache", text)
+    place = str(place)
     there = next(p for p in (Path(place), *Path(place).absolute().parents) if p.exists())
     if "://" in place or (there.is_dir() and os.access(there, os.W_OK)):
-        return Finding("compile cache", place)
-    text = f"{place} cannot be written."
-    return Finding("compile cache", text, "set JAX_COMPILATION_CACHE_DIR to a directory of yours")
+        kept = sum(file.stat().st_size for file in Path(place).glob("*"))
+        return Finding("compile cache", f"{place}, {kept / 1e9:.1f} GB (set {PLACE} to move it)")
+    return Finding("compile cache", f"{place} cannot be written.", f"set {PLACE} to another place")
 
 
 def hub(env: Mapping[str, str]) -> list[Finding]:

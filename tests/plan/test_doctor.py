@@ -116,8 +116,13 @@ def test_places_that_cannot_be_written_have_a_remedy(tmp_path, monkeypatch):
 
 def test_a_compile_cache_is_told(tmp_path):
     assert "none" in compile_cache({}).text
-    found = compile_cache({"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "new")})
-    assert found == Finding("compile cache", str(tmp_path / "new"))
+    assert "none" in compile_cache({"HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": ""}).text
+    for env, place in (
+        ({"HOME": str(tmp_path)}, tmp_path / ".cache" / "gspo_jax" / "compiled"),
+        ({"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "new")}, tmp_path / "new"),
+    ):
+        found = compile_cache(env)
+        assert found.text.startswith(str(place)) and "0.0 GB" in found.text and not found.remedy
     assert compile_cache({"JAX_COMPILATION_CACHE_DIR": "gs://bucket/x"}).remedy == ""
 
 

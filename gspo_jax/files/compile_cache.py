@@ -1,0 +1,52 @@
+"""Where XLA's compiled programs are kept from one start to the next.
+
+    ~/.cache/gspo_jax/compiled/PROCESSOR      unless JAX_COMPILATION_CACHE_DIR says where, or is ""
+    5 GB, the programs not used for longest leaving first
+
+JAX asks the environment for it when it is imported, so commands say it there before.
+"""
+
+import hashlib
+import os
+import platform
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+
+PLACE = "JAX_COMPILATION_CACHE_DIR"
+DEFAULTS = {
+    "JAX_COMPILATION_CACHE_MAX_SIZE": str(5 * 10**9),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+}
+
+
+def keep_compiled(env: MutableMapping[str, str]) -> None:
+    """Tell JAX to keep what it compiles, unless `env` says something about it already.
+
+    Where the user has no folder that can be written, nothing is kept.
+    """
+    if PLACE not in env and (place := default_place(env)) is not None:
+        env.update({PLACE: str(place)} | {name: env.get(name, x) for name, x in DEFAULTS.items()})
+
+
+def default_place(env: Mapping[str, str]) -> Path | None:
+    """The user's cache for processors like this one; None where it cannot be written.
+
+    Programs for a CPU use all that it has, and homes are shared by machines that differ.
+    """
+    home = env.get("XDG_CACHE_HOME") or os.path.join(env.get("HOME", ""), ".cache")
+    place = Path(home) / "gspo_jax" / "compiled" / _processor()
+    if not place.is_absolute():
+        return None
+    there = next(p for p in (place, *place.parents) if p.exists())
+    return place if there.is_dir() and os.access(there, os.W_OK) else None
+
+
+def _processor() -> str:
+    """A name for what this machine's processor can do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    said = [x for x in lines if x.startswith(("model name", "flags", "Features"))]
+    digest = hashlib.sha256("".join(sorted(set(said))).encode()).hexdigest()
+    return f"{platform.machine()}-{digest[:8]}"
