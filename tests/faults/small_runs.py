@@ -41,7 +41,7 @@ def start(settings, *, command=COMMAND, cached=True, **variables):
     return subprocess.Popen([*command, "train", *settings], env=env, **streams)
 
 
-def eventually(condition, seconds=60.0, process=None):
+def eventually(condition, seconds=300.0, process=None):
     """Wait for a condition; not for a process that has ended."""
     end = time.monotonic() + seconds
     while not (found := condition()):
