@@ -4,15 +4,23 @@ EXTRAS ?= cpu
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test faults parity targets gpu-check lint docs clean
+.PHONY: demo test long faults parity targets gpu-check lint docs clean
 
 demo: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/gspo-jax demo
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not parity and not gpu and not faults and not targets"
+	XLA_FLAGS="$(XLA_FLAGS) $(FAST)" $(BIN)/python -m pytest -n 2 --dist loadfile \
+	  -m "not long and not faults and not parity and not gpu and not targets"
 
-# The long half: whole runs, many devices, kills and bit flips by the dozen; some 30 minutes.
+# Nearly all of `make test` is compiling: most programs run once, on arrays of a few numbers.
+FAST := --xla_backend_optimization_level=0
+
+# What takes more than some seconds: whole runs, whole networks, many devices.
+long: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2 -m long
+
+# What breaks runs: kills, signals, full disks and bit flips by the dozen; most of an hour.
 faults: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 -m faults
 

@@ -11,9 +11,9 @@ from gspo_jax.algo.losses import LOSSES
 
 WIDE = {"clip_low": 1.0, "clip_high": float("inf")}  # clips nothing
 
-# What has to hold for every loss is shown on two by make test and on all by make faults.
+# What has to hold for every loss is shown on two by make test and on all by make long.
 EACH = [
-    name if name in ("gspo", "grpo") else pytest.param(name, marks=pytest.mark.faults)
+    name if name in ("gspo", "grpo") else pytest.param(name, marks=pytest.mark.long)
     for name in LOSSES
 ]
 

@@ -32,7 +32,7 @@ def run(tmp_path):
     return run
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_dynamic_sampling_fills_every_batch_with_groups_that_differ(run):
     plain, resampled = run("run.name=plain"), run("run.name=dynamic", "rollout.resample=5")
     assert any(row["groups_without_spread"] > 0 for row in plain)
@@ -42,7 +42,7 @@ def test_dynamic_sampling_fills_every_batch_with_groups_that_differ(run):
     assert resampled[-1]["num_tokens"] > plain[-1]["num_tokens"]
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_soft_overlong_punishment_lowers_the_reward_by_what_it_says(run):
     """Solutions of 22 to 28 tokens against a limit of 32: a buffer of 10 begins at 22."""
     for row in run("rollout.overlong_buffer=10"):
@@ -51,7 +51,7 @@ def test_soft_overlong_punishment_lowers_the_reward_by_what_it_says(run):
         assert row["reward"] == pytest.approx(total, abs=1e-6)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("masked", [False, True])
 def test_truncated_responses_teach_unless_they_are_masked(run, masked):
     """Cut at 12 tokens, every response is truncated; the reward tells them apart all the same."""

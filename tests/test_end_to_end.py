@@ -91,7 +91,7 @@ def test_a_run_raises_its_reward_and_leaves_what_it_promises(config):
     assert (status["state"], status["step"], status["of"]) == ("finished", 25, 25)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_every_second_of_a_step_has_a_name_and_a_step_can_be_traced(config):
     run_dir = train(config("timed", "run.steps=2", "run.profile_steps=[2]")).run_dir
     row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
@@ -121,7 +121,7 @@ def test_the_export_is_the_trained_model_in_the_dtype_of_its_source(config):
         np.testing.assert_array_equal(np.asarray(param[...]), wanted)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_the_export_says_what_it_is_and_takes_the_place_of_the_former(config, tiny_dir):
     """Of the run, and of `gspo-jax export`, which has only the run's files to go by."""
     overrides = ["run.steps=1", "eval.split=train", "eval.samples=0"]
@@ -140,7 +140,7 @@ def test_the_export_says_what_it_is_and_takes_the_place_of_the_former(config, ti
 
 
 # In the middle of an epoch, and at the end of the second.
-@pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.faults), 3])
+@pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(config, stop):
     straight = train(config("straight", "optim.schedule=linear")).run_dir
     # The schedule needs the length of the whole run, so the stop is a checkpoint in its middle.
@@ -180,7 +180,7 @@ def experts_dir(tiny_dir, tmp_path_factory):
     return path
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("replay", ["R3", "R2"])
 def test_a_mixture_of_experts_trains_with_replay_resumes_and_comes_out(config, experts_dir, replay):
     options = [f"model.path={experts_dir}", f"algo.routing_replay={replay}", "run.save_every=1"]
@@ -204,7 +204,7 @@ def test_replay_without_experts_is_refused(config):
         train(config("none", "algo.routing_replay=R2"))
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_padding_with_the_end_of_sequence_changes_nothing(config, tiny_dir, tmp_path):
     """What tells padding from a response is a mask, and never the token."""
     same = Path(shutil.copytree(tiny_dir, tmp_path / "same"))
@@ -252,7 +252,7 @@ def test_prompts_that_are_too_long_are_left_out_or_refused(
         assert "task.max_prompt_length=24; 1 of 4 are like that" in err and err.count("\n") == 1
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_a_run_says_how_many_problems_it_leaves_out(config, tmp_path, capsys):
     path = tmp_path / "mid.jsonl"
     rows = [{"prompt": "b " * n, "answer": "a", "split": "train"} for n in (1, 1, 1, 1, 60)]

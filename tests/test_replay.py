@@ -46,7 +46,7 @@ def files(run):
     return {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("step", "start"), [(1, "the initial weights"), (2, "checkpoints/1"), (3, "checkpoints/2")]
 )
@@ -61,7 +61,7 @@ def test_a_step_is_bitwise_what_was_recorded_and_nothing_is_written(run, capsys,
     assert files(run) == before
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_from_an_older_checkpoint_it_runs_forward_and_what_differs_is_a_table(
     run, tmp_path, capsys
 ):
@@ -76,7 +76,7 @@ def test_from_an_older_checkpoint_it_runs_forward_and_what_differs_is_a_table(
     assert "completions/digest" in out and "0" * 20 in out
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("step", "code", "text"), [("9", 6, "has no step 9"), ("0", 6, "--step takes 1 or more")]
 )
@@ -85,7 +85,7 @@ def test_a_step_that_is_not_recorded_is_refused(run, capsys, step, code, text):
     assert text in capsys.readouterr().err
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_other_data_and_no_run_are_refused(run, tmp_path, capsys):
     assert main(["replay", str(tmp_path), "--step", "1"]) == 6
     assert "no run; give the directory of one" in capsys.readouterr().err

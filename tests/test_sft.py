@@ -51,7 +51,7 @@ def test_a_problem_without_a_fitting_solution_is_named(tiny_dir, columns, messag
         solutions([Problem("x", "Say 7", "7", columns)], tokenizer, make(tiny_dir), 32)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_the_loss_falls_to_what_the_data_leaves_open(tiny_dir, tmp_path):
     """Two answers to one prompt, 3 : 1. No model can do better than their entropy per token."""
     data = tmp_path / "data.jsonl"

@@ -164,7 +164,7 @@ def test_a_critics_advantages_pay_the_penalty_once_and_skip_what_was_not_scored(
     np.testing.assert_array_equal(batch.mask.sum(1), [1, 3, 0, 2])
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("loss", "over"),
     [("gspo", "responses"), ("grpo", "responses"), ("dapo", "tokens"), ("dr_grpo", "constant")],

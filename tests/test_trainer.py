@@ -64,7 +64,7 @@ for epoch in range(config.num_epochs):
 """
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_a_script_for_the_first_system_runs_with_another_import(tiny_dir, capsys):
     """Its names, its order of arguments, its keys; only the model is one of ours."""
     model, tokenizer = load_model(tiny_dir), load_tokenizer(tiny_dir)
@@ -111,7 +111,7 @@ def test_greedy_responses_are_the_same_every_time(trainer):
     assert len(texts) == 2 and texts == trainer.generate(prompts, temperature=0.0, seed=5)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_a_network_in_memory_is_copied_and_stays_as_it_is(trainer, tiny_dir):
     model = load_model(tiny_dir)
     before = np.asarray(model.embed[...]).copy()
@@ -144,7 +144,7 @@ def test_every_field_acts(tmp_path):
     assert GSPOConfig(batch_size=6).to_config(tmp_path).algo.minibatches == 3
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_what_takes_long_says_what_it_does(tiny_dir, monkeypatch, capsys):
     """A clock that is always late: every stage of the constructor, and of the first step alone."""
 

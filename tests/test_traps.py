@@ -117,14 +117,14 @@ def two_still_steps(tiny_dir, tmp_path_factory):
     ]
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_trap_temperature_of_the_sampler_missing_in_the_training_program(two_still_steps):
     """It would make log-probabilities differ by far more than rounding."""
     metrics, _ = two_still_steps
     assert max(row["sampling/sampling_logp_difference/max"] for row in metrics) < 1e-4
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_trap_same_random_numbers_in_every_step(two_still_steps):
     _, samples = two_still_steps
     first, second = (

@@ -77,7 +77,7 @@ def ratios_by_row(loss_fn, *inputs):
     return jax.vmap(lambda *row: loss_fn(*row)[1])(*rows)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @some
 @given(batches())
 def test_unclipped_grpo_is_above_gspo_for_good_responses_and_below_for_bad_ones(inputs):

@@ -197,7 +197,7 @@ def test_a_spike_on_one_token_is_bounded_in_the_mean_and_not_by_itself():
     np.testing.assert_allclose(metrics["ratio_max"], np.exp(10), rtol=1e-12)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("name", EACH)
 def test_jit_vmap_and_remat_change_nothing(name):
     """vmap over two batches equals the loop; jit equals eager; jax.checkpoint equals neither."""

@@ -252,7 +252,7 @@ def test_trap_gradient_vanishes_because_normalised_advantages_sum_to_zero():
     assert change[0] > 0 > change[1]
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["gspo", "dapo"])
 def test_trap_loss_that_depends_on_the_number_of_devices(name):
     """Rows of unequal lengths over 1, 2, 4 and 8 devices, some of which hold only padding."""

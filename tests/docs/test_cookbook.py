@@ -90,7 +90,7 @@ def test_python_runs_in_order_and_prints_what_the_page_shows(page, desk):
     execute(page, {})
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_a_network_of_ones_own_learns_from_nothing_to_nearly_everything(desk):
     namespace = {}
     execute("functional", namespace)

@@ -124,7 +124,7 @@ def test_formulas_hold_nothing_that_github_takes_for_markdown():
     assert [f for f in inline + display if re.search(r"\\[^A-Za-z]|\|", f)] == []
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_snippets_run_in_order_and_print_what_the_page_shows():
     code = re.findall(r"^```python\n(.*?)^```\n+```text\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     assert len(code) == PAGE.count("```python\n") == 3
@@ -165,7 +165,7 @@ def test_weights_against_the_length_fall_as_one_over_it_or_stay(name, slope):
     np.testing.assert_allclose(weight / weight[0], np.array([1.0, 4, 16]) ** slope, rtol=1e-5)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_clip_fractions_in_the_figure_are_those_of_random_responses():
     noise = 0.02 * jax.random.normal(jax.random.key(1), (20_000, 64))
     adv = jnp.where(jnp.arange(20_000) % 2 == 0, 1.0, -1.0)

@@ -19,7 +19,7 @@ def snippets(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("code", snippets("python"))
 def test_python_snippets_run_as_written(code, tmp_path, monkeypatch, tiny_dir):
     """Only the hub's model is a tiny one."""

@@ -127,7 +127,7 @@ def test_all_rows_of_a_file_are_asked_unless_it_has_splits(tmp_path):
 # ------------------------------------------------------------------------- kept, and gone on with
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_an_interrupted_run_goes_on_to_the_same_bytes(ask, tmp_path, monkeypatch):
     """Stopped in the samples after one batch of three, with a torn line behind it."""
     whole, _ = ask(out="whole")

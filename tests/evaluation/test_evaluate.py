@@ -31,7 +31,7 @@ def measure(tiny_dir):
     return run
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_the_result_does_not_depend_on_how_many_prompts_run_at_a_time(measure):
     assert measure(samples=3, batch=2) == measure(samples=3, batch=5)
 

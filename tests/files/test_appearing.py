@@ -124,7 +124,7 @@ def test_what_is_left_is_cleared_away_only_where_its_writer_is_dead_and_the_name
     assert {p.name for p in tmp_path.iterdir()} == kept
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_a_replaced_directory_is_there_whole_whenever_the_writer_is_killed(tmp_path):
     """Renames: the old one aside, the new one in its place."""
     for killed_at, expected in [(0, "old"), (1, None), (2, "new")]:

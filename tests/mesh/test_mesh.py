@@ -39,13 +39,13 @@ def name(case):
     return "-".join([kind, *(f"{axis}{n}" for axis, n in axes.items() if n > 1)])
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "axes"), ALONE + MIXED, ids=map(name, ALONE + MIXED))
 def test_any_mesh_computes_and_samples_what_one_device_does(kind, axes):
     assert_as_on_one_device(kind, axes)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_what_is_replayed_is_not_what_the_router_would_choose():
     """Or the comparisons above would prove nothing about replay."""
     _, metrics = on_one_device("moe")[0]
@@ -94,7 +94,7 @@ KERNELS = (
 HEAD = (64, 160)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_an_fsdp_step_gathers_the_weights_of_one_layer_after_the_other(fsdp):
     add, _ = fsdp
     weights = [(shape, op) for (_, shape), op in collectives(add, "all-gather") if len(shape) == 2]
@@ -106,7 +106,7 @@ def test_an_fsdp_step_gathers_the_weights_of_one_layer_after_the_other(fsdp):
     assert len(weights) == 2 * (2 * 7 + 1)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_an_fsdp_step_scatters_the_gradient_of_every_matrix(fsdp):
     add, _ = fsdp
     scattered = sorted(shape for (_, shape), _ in collectives(add, "reduce-scatter"))
@@ -117,7 +117,7 @@ def test_an_fsdp_step_scatters_the_gradient_of_every_matrix(fsdp):
     assert reduced and not reduced & {*KERNELS, HEAD, HEAD[::-1], *scattered, (160, 8)}
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_accumulators_masters_and_moments_are_whole_on_no_device(fsdp):
     for text in fsdp:
         loop = re.search(r"ENTRY[^\n]*\n", text)[0]
@@ -128,7 +128,7 @@ def test_accumulators_masters_and_moments_are_whole_on_no_device(fsdp):
     assert max(sizes) <= 160 * 64 // 8  # the largest shard of any matrix
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_logits_are_those_of_a_devices_own_rows_and_of_its_part_of_the_vocabulary():
     add, _ = programs_on("dense", data=2, fsdp=2, tensor=2)
     # 8 rows of a microbatch over 4, 12 tokens each; 160 ids over 2. The head is gathered: [64, 80].
@@ -138,7 +138,7 @@ def test_logits_are_those_of_a_devices_own_rows_and_of_its_part_of_the_vocabular
     assert not {shape for shape in with_ids if shape[-1] == 160 and math.prod(shape) > 160}
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_experts_do_not_travel_and_their_tokens_come_back_summed():
     add, _ = programs_on("moe", data=2, expert=4)
     experts = [

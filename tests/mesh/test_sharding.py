@@ -123,7 +123,7 @@ def on_one_device(run_on):
     return run_on(1, 1)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize(("data", "fsdp"), [(2, 1), (1, 4), (2, 4)])
 def test_any_mesh_samples_the_same_tokens_and_computes_the_same_losses(
     run_on, on_one_device, data, fsdp

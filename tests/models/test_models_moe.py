@@ -134,7 +134,7 @@ def hidden():
     return jax.random.normal(jax.random.key(5), (2, 4, D))
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_gates_sum_to_one_where_they_are_normalised(layer, hidden):
     """An expert whose output is the same for all shows the sum of the gates."""
     p = jax.nn.softmax(hidden @ layer.router[...], axis=-1)

@@ -62,19 +62,19 @@ def estimate(config, remat):
     return activation_bytes(config, remat, tokens=B * S, width=S, itemsize=4, attention="xla")
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_less_memory_is_taken_the_more_is_recomputed():
     none, dots, full = (temporaries(remat) for remat in POLICIES)
     assert none > 1.5 * dots and dots > 1.5 * full
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_without_its_option_the_cpus_compiler_would_keep_everything():
     """If this fails, `compiler_options` may be done without."""
     assert temporaries("full", options=False) > 0.8 * temporaries("none")
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("remat", POLICIES)
 def test_the_estimate_is_near_xlas_own_account(remat):
     assert 0.75 < estimate(DENSE, remat) / temporaries(remat) < 1.5

@@ -234,7 +234,7 @@ def elements(shapes):
     return sum(math.prod(map(int, size.split(","))) for size in sizes)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_a_run_compiles_no_large_program_that_is_not_planned(config, caplog):
     c = config("algo.kl.coef=0.1")
     planned = programs(sketched(c), every_length=True)
@@ -261,7 +261,7 @@ def test_the_state_takes_over_the_buffers_of_the_policy(config):
         assert mine.unsafe_buffer_pointer() == its.unsafe_buffer_pointer()
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_steps_after_the_first_compile_nothing(config):
     result = train(config("rollout.max_completion_length=12", "eval.problems=2"))
     lines = (result.run_dir / "metrics.jsonl").read_text().splitlines()

@@ -243,7 +243,7 @@ for name, source in json.load(sys.stdin).items():
 """
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_bombs_are_refused_in_time_and_before_they_take_memory():
     """In a process that may not have more than 2 GB, so that a mistake here costs nothing."""
     done = subprocess.run(

@@ -108,7 +108,7 @@ def test_experts_of_a_row_are_its_prompts_and_then_those_that_drew_its_tokens():
     ]
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_sampled_frequencies_match_the_distribution_of_first_and_second_token(tiny):
     """χ² against the exact probabilities, pooling tokens expected less than 10 times.
 
@@ -183,7 +183,7 @@ def assert_same_samples(got, want):
 
 
 @pytest.mark.parametrize(
-    ("chunk", "shortest_growth"), [(1, 128), (3, 8), pytest.param(8, 8, marks=pytest.mark.faults)]
+    ("chunk", "shortest_growth"), [(1, 128), (3, 8), pytest.param(8, 8, marks=pytest.mark.long)]
 )
 def test_samples_do_not_depend_on_chunks_halving_or_the_length_of_the_cache(
     tiny, undivided, decoded, monkeypatch, chunk, shortest_growth
@@ -217,7 +217,7 @@ def test_rows_are_left_out_one_chunk_after_half_of_them_have_ended(tiny, undivid
     assert set(wanted) == {48, 24, 12}
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_a_mesh_splits_every_batch_evenly_and_samples_the_same(tiny, undivided, decoded, caplog):
     """33 rows on 8 devices: 40 with fillers, then 24, 16 and 8, each compiled once."""
     options = LONG | {"group_size": 11}

@@ -59,7 +59,7 @@ def rows_of(run):
     return [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in rows]
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_the_best_by_evaluation_is_saved_when_it_is_measured_and_kept(settings, monkeypatch):
     """avg@2 of each step as given; no checkpoint falls due but the last."""
     values = {0: 0.9, 1: 0.25, 2: 0.75, 3: 0.5, 4: 0.5}
@@ -79,7 +79,7 @@ def test_the_best_by_evaluation_is_saved_when_it_is_measured_and_kept(settings, 
     assert checkpoint.names(root) == ["6"]
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_an_evaluation_that_a_stop_left_out_is_made_up_for(settings, monkeypatch):
     """Stopped at the end of step 2, before it was measured: the same lines as without a stop."""
     straight = train(settings("straight", "eval.every=2")).run_dir
@@ -101,7 +101,7 @@ def test_an_evaluation_that_a_stop_left_out_is_made_up_for(settings, monkeypatch
     assert rows_of(stopped) == rows_of(straight)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_a_run_without_settings_for_it_saves_as_time_passes_and_compares_what_it_trained(settings):
     """All but a few responses reach the limit and are left out: no difference is taken of those.
 
@@ -115,7 +115,7 @@ def test_a_run_without_settings_for_it_saves_as_time_passes_and_compares_what_it
     assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-4
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_a_run_is_read_elsewhere_than_where_it_was_trained(
     settings, tiny_dir, tmp_path, monkeypatch
 ):
@@ -145,13 +145,13 @@ def test_a_run_is_read_elsewhere_than_where_it_was_trained(
         export(run, tmp_path / "none")
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_every_nth_checkpoint_is_saved_and_stays(settings):
     run = train(settings("many", "run.keep_every=2", "run.keep=1", "run.steps=5")).run_dir
     assert checkpoint.names(run / "checkpoints") == ["2", "4", "5"]
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_supervised_training_resumes_bit_for_bit_and_is_not_mixed_up(settings):
     options = ["eval.samples=0"]
     straight = sft(settings("straight", *options)).run_dir

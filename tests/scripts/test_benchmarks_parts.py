@@ -31,7 +31,7 @@ def check():
 NAMES = ["step", "clip", "decode", "update", "head", "memory", "optimizer"]
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_a_part_in_its_quick_form_finds_what_its_goals_read(
     check, name, capsys, monkeypatch, tmp_path
@@ -91,7 +91,7 @@ def needed(check, name):
     return max(update, held.always + held.weights + cache) / 1e9
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["step", "clip", "update", "memory"])
 def test_the_parts_that_train_need_what_is_written_beside_them(check, name):
     part = next(p for p in check.PARTS if p.name == name)

@@ -130,7 +130,7 @@ def test_the_slurm_script_waits_for_a_run_that_saves_and_requeues(
     assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_a_run_of_two_tasks_is_preempted_requeued_and_finished(slurm, tiny_dir, tmp_path):
     """The real program: JAX finds the other process by Slurm's variables alone."""
     program = "import sys\nfrom gspo_jax.cli.commands import main\nsys.exit(main())\n"

@@ -20,7 +20,7 @@ def run(monkeypatch, *arguments):
     make_tiny_model.main()
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("task", "extra", "words"),
     [

@@ -31,7 +31,5 @@ def test_every_guard_is_a_test_of_the_short_suite(mutate):
         found = [x for x in tree.body if isinstance(x, ast.FunctionDef)]
         chosen = [x for x in found if x.name.startswith("test_") and name in ("", x.name)]
         assert chosen, guard
-        short = [
-            x for x in chosen if "pytest.mark.faults" not in map(ast.unparse, x.decorator_list)
-        ]
+        short = [x for x in chosen if "pytest.mark.long" not in map(ast.unparse, x.decorator_list)]
         assert short and (short == chosen or not name), guard

@@ -53,7 +53,7 @@ def sized(flags, monkeypatch):
     return steps
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_a_run_by_other_flags_goes_to_its_end_and_says_what_each_became(
     flags, tmp_path, monkeypatch, capsys
 ):
@@ -74,7 +74,7 @@ def test_a_run_by_other_flags_goes_to_its_end_and_says_what_each_became(
     assert "16" in names(run / "checkpoints") and (run / "export" / "config.json").is_file()
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_a_comparison_by_other_flags_goes_to_its_end(tmp_path):
     """3 passes over 4 problems, 16 a step: one step, of three losses and one seed."""
     script = str(ROOT / "scripts" / "compare_baselines.py")

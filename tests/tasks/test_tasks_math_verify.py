@@ -144,7 +144,7 @@ def test_a_bomb_scores_0_by_the_deadline_and_what_follows_is_scored(monkeypatch)
 
 
 @needs_math_verify
-@pytest.mark.faults
+@pytest.mark.long
 def test_no_bomb_and_no_code_gets_through(judge, tmp_path, monkeypatch):
     canary = tmp_path / "canary"
     gold = r"2\sqrt{3}"

@@ -64,7 +64,7 @@ def test_every_puzzle_has_one_solution_which_is_the_stated_one():
     assert check_unique(some_puzzles(SIZES, 200)) == {"solver": 200, "brute force": 104}
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_ten_thousand_puzzles_have_one_solution_each(capsys):
     start = time.process_time()
     proven = check_unique(some_puzzles(SIZES, 10_000))

@@ -321,7 +321,7 @@ def gradients(view, kind, targets, batch=None, **options):
     return programs.accumulate(trained, batch or make_batch(), None, None, targets)[0]
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_microbatches_of_uneven_rows_add_up_for_policy_and_critic(view, kind):
     whole = gradients(view, kind, make_targets())
@@ -561,7 +561,7 @@ def stored(run_dir, step):
         return checkpointer.restore(path, args=args).state
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_raises_its_reward_while_the_critics_loss_falls(learned, kind):
     rows = rows_of(learned(kind))
@@ -583,7 +583,7 @@ def test_a_run_raises_its_reward_while_the_critics_loss_falls(learned, kind):
     assert all(0 <= row["critic/vf_clipfrac"] <= 1 for row in rows)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_with_a_critic_is_bitwise_the_run_that_never_stopped(config, learned, kind):
     straight = learned(kind)
@@ -600,7 +600,7 @@ def test_a_resumed_run_with_a_critic_is_bitwise_the_run_that_never_stopped(confi
         assert rows_of(straight)[-1][name] == rows_of(again)[-1][name], name
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_a_run_with_a_critic_exports_the_policy_alone(learned, tmp_path):
     exported = load_model(export(learned("separate"), tmp_path / "out"))
     weights = stored(learned("separate"), 25)
@@ -610,7 +610,7 @@ def test_a_run_with_a_critic_exports_the_policy_alone(learned, tmp_path):
         np.testing.assert_array_equal(np.asarray(param[...]), wanted)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_four_devices_compute_what_one_does(config, learned):
     options = ("algo.critic.kind=separate", "mesh.data=2", "mesh.fsdp=2", "run.steps=2")
     four = rows_of(loop.train(config("four", *options)).run_dir)
@@ -620,7 +620,7 @@ def test_four_devices_compute_what_one_does(config, learned):
             assert a[name] == pytest.approx(b[name], abs=2e-5), name
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("coef", "placement", "calls"), [(0.0, "loss", 0), (0.1, "loss", 1), (0.1, "reward", 2)]
 )

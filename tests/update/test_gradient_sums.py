@@ -112,7 +112,7 @@ def above(limit, got, want, whole=None):
     return {jax.tree_util.keystr(path): x for path, x in leaves if not x <= limit}
 
 
-@pytest.mark.parametrize("family", ["qwen2", pytest.param("qwen3_moe", marks=pytest.mark.faults)])
+@pytest.mark.parametrize("family", ["qwen2", pytest.param("qwen3_moe", marks=pytest.mark.long)])
 def test_64_equal_rows_have_the_gradient_of_one(family):
     """Each leaf is a mean over rows, so what is lost is lost in sums: no forward pass differs.
 
@@ -126,7 +126,7 @@ def test_64_equal_rows_have_the_gradient_of_one(family):
     assert above(3 * 2**-9, got, want) == {}
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("loss", ["reinforce", "gspo"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_leaf_of_a_bfloat16_gradient_is_within_a_percent_of_float32(family, loss):
@@ -169,7 +169,7 @@ def test_a_weight_that_devices_share_has_its_gradient_summed_in_32_bits_and_so_h
     assert sums_in_16_bits(text) == []
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "axes"),
     [

@@ -143,7 +143,7 @@ def assert_close(got, want):
         )
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("devices", [1, 4])
 def test_what_is_found_of_rows_with_holes_is_what_each_row_alone_has(case, devices):
     graphdef, params, batch, old, new, _ = case
@@ -191,7 +191,7 @@ def test_group_advantages_ask_for_rewards_alone_and_gae_steps_over_holes():
         assert "mask" not in function.__annotations__
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("devices", [1, 4])
 @pytest.mark.parametrize("kind", ["separate", "shared"])
 def test_ppo_over_rows_with_holes_is_that_of_each_text_alone(case, kind, devices):

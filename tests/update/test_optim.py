@@ -51,7 +51,7 @@ def descend(tx, loss, params, steps):
     return params, state, values
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_training_in_8_bits_reaches_the_loss_of_float32_state_over_300_steps():
     loss, params = regression()
     _, _, exact = descend(optax.adamw(1e-2), loss, params, 300)
@@ -196,7 +196,7 @@ def test_rounding_by_chance_is_refused_without_a_count():
 @pytest.mark.parametrize(
     "spec",
     [
-        *(pytest.param(x, marks=pytest.mark.faults) for x in (P("x", None), P(None, "x"))),
+        *(pytest.param(x, marks=pytest.mark.long) for x in (P("x", None), P(None, "x"))),
         P("x", "y"),
     ],
 )
@@ -278,7 +278,7 @@ def same(x, y):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("state", ["8bit", "float32"])
 @pytest.mark.parametrize("max_grad_norm", [0.5, 1e9])  # the gradients' norm is about 30
 def test_leaf_by_leaf_is_the_whole_tree_at_once_but_for_rounding(state, max_grad_norm):
@@ -313,7 +313,7 @@ def test_leaf_by_leaf_is_the_whole_tree_at_once_but_for_rounding(state, max_grad
     )
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_leaf_by_leaf_takes_any_transformation_of_single_parameters():
     loss, params = regression(4)
     for inner in (optax.sgd(1e-2, momentum=0.9), optax.lion(1e-3), optax.adafactor(1e-2)):

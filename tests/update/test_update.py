@@ -94,10 +94,10 @@ def test_response_token_t_is_predicted_from_the_position_before_it(tiny, tiny_vi
 
 @pytest.mark.parametrize(
     "loss",
-    ["gspo", *(pytest.param(name, marks=pytest.mark.faults) for name in ("grpo", "reinforce"))],
+    ["gspo", *(pytest.param(name, marks=pytest.mark.long) for name in ("grpo", "reinforce"))],
 )
 @pytest.mark.parametrize(
-    "microbatch", [2, *(pytest.param(n, marks=pytest.mark.faults) for n in (1, 4))]
+    "microbatch", [2, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 4))]
 )
 def test_microbatches_of_uneven_rows_add_up_to_the_big_batch(tiny_view, loss, microbatch):
     graphdef, params = tiny_view
@@ -124,7 +124,7 @@ def test_what_padding_holds_changes_nothing(tiny_view):
         np.testing.assert_allclose(x, y, atol=1e-7)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialisation_does_not_change_the_gradient(tiny_view, remat):
     graphdef, params = tiny_view
@@ -151,7 +151,7 @@ def test_the_first_minibatch_has_ratio_exactly_1_and_a_later_one_moves(tiny_view
     np.testing.assert_allclose(old[mask], np.asarray(before)[mask], atol=1e-6)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_a_second_epoch_compares_with_the_policy_that_sampled(tiny_view):
     graphdef, optimizer, state = fresh(tiny_view)
     programs = programs_of(graphdef, optimizer, Objective(GSPO))
@@ -162,7 +162,7 @@ def test_a_second_epoch_compares_with_the_policy_that_sampled(tiny_view):
     assert ratio_std[2] > 1e-5  # the first minibatch again, now off-policy
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_gspo_and_grpo_take_the_same_step_where_the_rollout_is_one_batch(tiny_view):
     """At π_θ = π_old the ratio of every token and sequence is 1 and the gradients coincide."""
 
@@ -228,7 +228,7 @@ def test_an_rl_learning_rate_of_1e_6_moves_every_matrix_of_float32_masters(tiny_
             assert 0.5e-6 < np.median(moved) < 1.5e-6  # Adam's first step is lr * sign
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_the_kl_term_pulls_towards_the_reference(tiny_view):
     """With advantage 0 everywhere, only the penalty is left; descending it lowers the KL."""
     graphdef, optimizer, state = fresh(tiny_view, learning_rate=1e-2)
@@ -245,7 +245,7 @@ def test_the_kl_term_pulls_towards_the_reference(tiny_view):
     assert values[-1] < values[0]
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_the_entropy_bonus_raises_the_entropy(tiny_view):
     """With advantage 0 everywhere, only the bonus is left; ascending it flattens the policy."""
     graphdef, optimizer, state = fresh(tiny_view, learning_rate=1e-2)
@@ -280,7 +280,7 @@ def test_compiled_once_for_all_steps(tiny_view, caplog):
     assert compiled(caplog) == {"add_logps": 1, "add_grads": 1, "apply": 1}
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_rows_of_any_length_compile_one_program_per_width_at_most(tiny_view, caplog):
     """Of at most 200 tokens, so in widths of 200, 150, 100 and 50; 400 tokens run together."""
     graphdef, optimizer, state = fresh(tiny_view)
@@ -307,7 +307,7 @@ def test_rows_of_any_length_compile_one_program_per_width_at_most(tiny_view, cap
     assert counts == {"apply": 1}
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_a_text_that_is_cut_gives_the_same_gradient_as_one_that_is_not(tiny_view):
     """The widths 40 and 8, against one microbatch of full width; padding holds other tokens."""
     graphdef, params = tiny_view
@@ -324,7 +324,7 @@ def test_a_text_that_is_cut_gives_the_same_gradient_as_one_that_is_not(tiny_view
     np.testing.assert_allclose(split.found.logp[mask], whole.found.logp[mask], atol=1e-5)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("after", [0, 1, 2, 5])  # times that `stop` says no
 def test_updates_stopped_and_continued_are_those_that_nobody_stopped(tiny_view, after):
     """Two epochs of two updates, continued on the host's copies, as a checkpoint holds them."""

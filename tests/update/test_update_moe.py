@@ -97,7 +97,7 @@ def recorded(view):
     return np.asarray(programs.logps(state.params, on_device(make_batch())).experts)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("replay", ["R2", "R3"])
 def test_at_unchanged_weights_replay_is_the_identity_bit_for_bit(view, replay):
     """A learning rate of 0: two minibatches of two epochs on the very same weights."""
@@ -113,7 +113,7 @@ def test_at_unchanged_weights_replay_is_the_identity_bit_for_bit(view, replay):
     assert summarise(ours[1])["router/changed"] == 0
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_after_an_update_routers_choose_other_experts_and_replay_keeps_the_old(view):
     plain, replayed = run(view, "off"), run(view, "R2")
     moved = [summarise(stats)["router/changed"] for _, stats, _ in (plain, replayed)]
@@ -124,7 +124,7 @@ def test_after_an_update_routers_choose_other_experts_and_replay_keeps_the_old(v
     assert float(plain[1][1]["ratio_mean"].value) != float(replayed[1][1]["ratio_mean"].value)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_with_replay_the_second_update_is_that_of_the_recorded_experts(view):
     """By hand: the second minibatch's gradient with the ids that its old policy chose."""
     graphdef, _, start = fresh(view)
@@ -183,7 +183,7 @@ def test_the_routers_losses_are_added_with_their_weights(view):
     assert at.routing.experts.shape == (B, S, 2, X)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_microbatches_weigh_their_own_balance_by_their_tokens(view):
     graphdef, params = view
     batch = on_device(make_batch())
@@ -243,7 +243,7 @@ def rollout_of(sampled):
     return Rollout(problems, prompts, sampled, [""] * 32, {"f": zeros}, zeros)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_the_sampler_records_what_the_full_forward_would_choose(view, sampled):
     """At every token but the last of each row, in the row's own positions; -1 from there on."""
     batch = to_train_batch(rollout_of(sampled), np.ones(32, np.float32))
@@ -256,7 +256,7 @@ def test_the_sampler_records_what_the_full_forward_would_choose(view, sampled):
     np.testing.assert_array_equal(batch.routing[known], np.asarray(routing.experts)[known])
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_recording_changes_no_sample(view, sampled):
     again = generate(
         view,
@@ -270,7 +270,7 @@ def test_recording_changes_no_sample(view, sampled):
     np.testing.assert_array_equal(again.tokens[again.mask], sampled.tokens[again.mask])
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_a_step_of_r3_at_the_weights_that_sampled_is_the_plain_step_bit_for_bit(view, sampled):
     batch = to_train_batch(rollout_of(sampled), np.linspace(-1, 1, 32).astype(np.float32))
 

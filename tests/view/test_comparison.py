@@ -121,7 +121,7 @@ def page(home):
     return (home / "index.html").read_text()
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_pages_and_figures_lie_beside_each_other(home):
     names = {path.name for path in home.iterdir() if path.is_file()}
     assert names == {
