@@ -140,7 +140,8 @@ def test_the_export_says_what_it_is_and_takes_the_place_of_the_former(config, ti
 
 
 # In the middle of an epoch, and at the end of the second.
-@pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.long), 3])
+@pytest.mark.long
+@pytest.mark.parametrize("stop", [1, 3])
 def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(config, stop):
     straight = train(config("straight", "optim.schedule=linear")).run_dir
     # The schedule needs the length of the whole run, so the stop is a checkpoint in its middle.

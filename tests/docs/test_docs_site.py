@@ -157,6 +157,7 @@ def test_scripts_exist_and_have_the_options(line):
     assert [o for o in options if f'"{o}"' not in text and f'"{o[2:]}"' not in text] == []
 
 
+@pytest.mark.long
 def test_experiments_on_the_page_about_comparing_can_be_run(tmp_path, capsys):
     compared, swept = re.findall(r"^```yaml\n(.*?)^```", TEXT["docs/comparing.md"], re.M | re.S)
     for name, text, runs in (("compare", compared, 10), ("sweep", swept, 6)):

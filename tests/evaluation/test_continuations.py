@@ -46,7 +46,7 @@ def expected(logps):
     return [direct(logps, *pair) for pair in PAIRS]
 
 
-@pytest.mark.parametrize("tokens", [64, 4096])
+@pytest.mark.parametrize("tokens", [pytest.param(64, marks=pytest.mark.long), 4096])
 def test_log_likelihoods_are_those_of_the_logits_however_they_are_batched(
     tiny_view, expected, tokens
 ):

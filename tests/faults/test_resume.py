@@ -227,6 +227,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", CHANGES)
 def test_row_12_other_data_is_refused(tiny_dir, tmp_path, copied, capsys, change):
     write_rows(tmp_path / "prompts.jsonl", CHANGES[change])
@@ -252,6 +253,7 @@ def test_row_12_other_data_is_waved_through_on_request_and_a_moved_file_is_no_ch
     assert code == 0, err  # the same problems fit, and the checkpoint knows the new data
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("override", "named"),
     [

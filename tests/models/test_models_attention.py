@@ -115,10 +115,8 @@ def test_a_mask_that_is_off_by_one_is_noticed(nvidia, error):
     assert choose("bfloat16", 4, 2, 16).name == "xla"
 
 
-@pytest.mark.parametrize(
-    ("heads", "kv_heads"),
-    [(6, 2), *(pytest.param(*x, marks=pytest.mark.long) for x in ((4, 4), (3, 1)))],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 4), (3, 1)])
 def test_values_and_gradients_of_both_agree_at_every_position(nvidia, heads, kv_heads):
     """Layout and grouping of heads; positions of padding included, since neither masks it."""
     nvidia(stand_in())
@@ -140,16 +138,8 @@ def test_values_and_gradients_of_both_agree_at_every_position(nvidia, heads, kv_
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "qwen3_untied",
-        *(
-            pytest.param(x, marks=pytest.mark.long)
-            for x in ("qwen2_tied", "qwen2_windows", "qwen3_moe")
-        ),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["qwen3_untied", "qwen2_tied", "qwen2_windows", "qwen3_moe"])
 def test_a_model_is_the_same_with_either(nvidia, name):
     """Right-padded rows: hidden states everywhere and every gradient; windows keep our own."""
     calls = []

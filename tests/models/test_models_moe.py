@@ -259,6 +259,7 @@ def test_the_change_of_routing_counts_sets_not_order():
     np.testing.assert_allclose(metrics["router/changed_tokens"], 1 / 2)
 
 
+@pytest.mark.long
 def test_a_model_returns_the_routing_of_its_sparse_layers_and_takes_it_back():
     model = Qwen(CONFIG, rngs=nnx.Rngs(2))
     assert [layer.sparse for layer in model.layers] == [True, False, True]

@@ -185,6 +185,7 @@ def test_the_command_refuses_with_exit_code_2(config, data, tiny_dir, capsys):
     assert told.err.startswith("gspo-jax: needs ") and "of 1.0 MB per device" in told.out
 
 
+@pytest.mark.long
 def test_texts_beyond_the_models_positions_are_refused_before_anything_runs(
     config, tiny_dir, tmp_path
 ):

@@ -183,7 +183,8 @@ def assert_same_samples(got, want):
 
 
 @pytest.mark.parametrize(
-    ("chunk", "shortest_growth"), [(1, 128), (3, 8), pytest.param(8, 8, marks=pytest.mark.long)]
+    ("chunk", "shortest_growth"),
+    [(1, 128), *(pytest.param(chunk, 8, marks=pytest.mark.long) for chunk in (3, 8))],
 )
 def test_samples_do_not_depend_on_chunks_halving_or_the_length_of_the_cache(
     tiny, undivided, decoded, monkeypatch, chunk, shortest_growth
@@ -231,6 +232,7 @@ def test_a_mesh_splits_every_batch_evenly_and_samples_the_same(tiny, undivided, 
     assert len(re.findall(r"Compiling .*_decode", caplog.text)) == len(set(wanted)) >= 3
 
 
+@pytest.mark.long
 def test_samples_do_not_depend_on_the_other_prompts_of_the_batch(tiny):
     options = {"group_size": 3, "max_new_tokens": 7, "eos_ids": [1, 2], "key": KEY}
     whole = generate(tiny, PROMPTS, **options)

@@ -158,6 +158,7 @@ def test_benchmarks_of_a_run_are_those_of_its_export(tmp_path, monkeypatch):
     assert script.command(["--model_path", str(run), *asked])[1] == str(run)
 
 
+@pytest.mark.long
 def test_benchmarks_without_network_are_named_and_the_others_measured(
     tiny_dir, tmp_path, monkeypatch, capsys
 ):

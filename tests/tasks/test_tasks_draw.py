@@ -8,7 +8,7 @@ import pytest
 from gspo_jax.answers.verify import accuracy
 from gspo_jax.batch import Problem
 from gspo_jax.errors import ConfigError
-from gspo_jax.tasks import TASKS, draw, load_task
+from gspo_jax.tasks import draw, load_task
 from gspo_jax.tasks.draw import (
     Drawn,
     between,
@@ -90,7 +90,7 @@ def test_a_split_with_too_few_problems_says_how_many_there_are(monkeypatch):
         made_up("coin", size | {"train": train + 1}, coin, accuracy, seed=0)
 
 
-MADE_UP = [name for name in TASKS if name in ("reasoning", "countdown", "knights")]
+MADE_UP = ["reasoning", "countdown", pytest.param("knights", marks=pytest.mark.long)]
 
 
 @pytest.mark.parametrize("name", MADE_UP)

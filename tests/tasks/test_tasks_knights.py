@@ -86,6 +86,7 @@ def test_structure_ignores_who_is_who_alone():
             assert structure(changed) != structure(said)
 
 
+@pytest.mark.long
 def test_puzzles_of_three_and_more_share_no_structure_across_splits():
     """Read back from the text: who speaks of whom, in which words, without the names."""
 

@@ -331,6 +331,7 @@ def test_microbatches_of_uneven_rows_add_up_for_policy_and_critic(view, kind):
         np.testing.assert_allclose(a, b, atol=3e-6 * float(jnp.abs(a).max()) + 1e-9)
 
 
+@pytest.mark.long
 def test_what_padding_holds_reaches_no_gradient(view):
     for kind in KINDS:
         a = gradients(view, kind, make_targets(poison=np.nan))[0]
@@ -417,6 +418,7 @@ def test_each_minibatch_learns_from_its_own_rows(fresh, kind):
     assert {"critic/vf_loss", "critic/vf_clipfrac"} <= summarise(done.stats).keys()
 
 
+@pytest.mark.long
 def test_without_a_critic_the_state_its_names_and_its_program_know_of_none(view):
     graphdef, params = view
     optimizer = make_optimizer(optax.constant_schedule(1e-3))

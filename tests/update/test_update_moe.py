@@ -144,6 +144,7 @@ def test_with_replay_the_second_update_is_that_of_the_recorded_experts(view):
     np.testing.assert_allclose(global_norm(grads.policy), stats[1]["grad_norm"].value, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_r3_replays_what_the_sampler_chose_from_the_first_minibatch_on(view):
     ids = recorded(view)
     other = ((ids + 1) % E).astype(np.int16)
@@ -285,6 +286,7 @@ def test_a_step_of_r3_at_the_weights_that_sampled_is_the_plain_step_bit_for_bit(
     assert float(replayed[1].stats[0]["router/changed"].value) == 0
 
 
+@pytest.mark.long
 def test_rounds_of_different_width_are_joined_with_their_routing(sampled):
     narrow = sampled._replace(routing=sampled.routing[:, :20])
     joined = join_groups([(rollout_of(narrow), [1]), (rollout_of(sampled), [0])])
