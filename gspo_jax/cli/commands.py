@@ -245,7 +245,7 @@ def plan(arguments: argparse.Namespace) -> int:
         return 0
     limit = None if arguments.memory is None else int(arguments.memory * 1e9)
     # XLA's account of a CPU program says little of another device: it undoes rematerialisation.
-    compiles = not arguments.no_compile and (limit is None or arguments.target)
+    compiles = not arguments.no_compile and (limit is None or bool(arguments.target))
     report(config, compile=compiles, limit=limit, target=arguments.target)
     return 0
 
