@@ -1,16 +1,19 @@
 """`gspo-jax` with something done at one place of one step: PLACE STEP ACTION, then its arguments.
 
 PLACE    generate, reward, advantage, old_logp, update, save, evaluate
-ACTION   tell: make the file $TOLD; spin: make it, then stay in C for minutes
+ACTION   tell: make the file $TOLD; spin: make it, then stay in C for minutes; wait: make it, then
+         do nothing until the run is asked to stop
 """
 
 import hashlib
 import os
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 from gspo_jax.cli.commands import main
+from gspo_jax.files import stopping
 from gspo_jax.run import lifecycle as run_module
 
 
@@ -51,7 +54,13 @@ def spin():
     hashlib.pbkdf2_hmac("sha256", b"", b"", (1 << 31) - 1)  # without the lock, as XLA compiles
 
 
+def wait():
+    tell()
+    while not stopping._listening[-1].asked:
+        time.sleep(0.01)
+
+
 if __name__ == "__main__":
     place, step, action, *sys.argv[1:] = sys.argv[1:]
-    at(place, int(step), {"tell": tell, "spin": spin}[action])
+    at(place, int(step), {"tell": tell, "spin": spin, "wait": wait}[action])
     sys.exit(main())

@@ -57,7 +57,7 @@ def test_row_73_a_terminal_that_closes_leaves_a_checkpoint_that_the_rerun_goes_o
     leads = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
     leads += "os.execv(sys.argv[1], sys.argv[1:])"
     process = subprocess.Popen(
-        [sys.executable, "-c", leads, *DRIVEN, "reward", "2", "tell", "train", *made],
+        [sys.executable, "-c", leads, *DRIVEN, "reward", "2", "wait", "train", *made],
         env=environment(XLA_FLAGS="", TOLD=str(told)),
         stdin=terminal,
         stdout=terminal,
