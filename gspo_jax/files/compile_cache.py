@@ -10,7 +10,11 @@ import hashlib
 import os
 import platform
 from collections.abc import Mapping, MutableMapping
+from itertools import takewhile
 from pathlib import Path
+
+from gspo_jax.errors import StorageError
+from gspo_jax.files.whole import check_parents
 
 PLACE = "JAX_COMPILATION_CACHE_DIR"
 DEFAULTS = {
@@ -35,18 +39,20 @@ def default_place(env: Mapping[str, str]) -> Path | None:
     """
     home = env.get("XDG_CACHE_HOME") or os.path.join(env.get("HOME", ""), ".cache")
     place = Path(home) / "gspo_jax" / "compiled" / _processor()
-    if not place.is_absolute():
+    try:
+        check_parents(place)
+    except StorageError:
         return None
-    there = next(p for p in (place, *place.parents) if p.exists())
-    return place if there.is_dir() and os.access(there, os.W_OK) else None
+    return place if place.is_absolute() else None
 
 
 def _processor() -> str:
     """A name for what this machine's processor can do."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        with open("/proc/cpuinfo") as file:  # of hundreds of cores the first will do
+            lines = list(takewhile(str.strip, file))
     except OSError:
         return platform.machine()
     said = [x for x in lines if x.startswith(("model name", "flags", "Features"))]
-    digest = hashlib.sha256("".join(sorted(set(said))).encode()).hexdigest()
+    digest = hashlib.sha256("".join(said).encode()).hexdigest()
     return f"{platform.machine()}-{digest[:8]}"

@@ -68,7 +68,7 @@ def lock(directory: Path) -> TextIO:
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / "lock").open("a+", encoding="utf-8")
     except OSError as error:
-        _check_parents(directory)  # knows more than "File exists"
+        check_parents(directory)  # knows more than "File exists"
         raise unwritable(directory, error) from None
     _claim(directory, file, fcntl.LOCK_EX)
     file.truncate(0)
@@ -79,7 +79,7 @@ def lock(directory: Path) -> TextIO:
 
 def check_place(directory: Path) -> None:
     """Raise the StorageError that `lock` would, but make and change nothing."""
-    _check_parents(directory)
+    check_parents(directory)
     try:
         held = directory / "lock"
         if held.is_file():
@@ -91,7 +91,7 @@ def check_place(directory: Path) -> None:
         raise unwritable(directory, error) from None
 
 
-def _check_parents(directory: Path) -> None:
+def check_parents(directory: Path) -> None:
     """Raise StorageError unless what is there of the path is a directory that can be written."""
     places = [directory, *directory.absolute().parents]
     there = next(path for path in places if os.path.lexists(path))

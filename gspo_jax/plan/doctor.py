@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gspo_jax.errors import FINISHED, NO_DEVICES, ConfigError
+from gspo_jax.errors import FINISHED, NO_DEVICES, ConfigError, StorageError
 from gspo_jax.files.compile_cache import PLACE, default_place
+from gspo_jax.files.whole import check_parents
 from gspo_jax.text.inert import inert, redact
 
 CORE = (
@@ -209,11 +210,14 @@ def compile_cache(env: Mapping[str, str]) -> Finding:
         text = f"none: every start compiles again (export {PLACE}=DIR keeps it)"
         return Finding("compile cache", text)
     place = str(place)
-    there = next(p for p in (Path(place), *Path(place).absolute().parents) if p.exists())
-    if "://" in place or (there.is_dir() and os.access(there, os.W_OK)):
-        kept = sum(file.stat().st_size for file in Path(place).glob("*"))
-        return Finding("compile cache", f"{place}, {kept / 1e9:.1f} GB (set {PLACE} to move it)")
-    return Finding("compile cache", f"{place} cannot be written.", f"set {PLACE} to another place")
+    try:
+        if "://" not in place:
+            check_parents(Path(place))
+    except StorageError:
+        text = f"{place} cannot be written."
+        return Finding("compile cache", text, f"set {PLACE} to another place")
+    kept = sum(file.stat().st_size for file in Path(place).glob("*"))
+    return Finding("compile cache", f"{place}, {kept / 1e9:.1f} GB (set {PLACE} to move it)")
 
 
 def hub(env: Mapping[str, str]) -> list[Finding]:
